@@ -1,0 +1,142 @@
+"""The cache of one converted layer: window, sinks and states, of constant size from the first token on."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from linearize.errors import LinearizeError
+from linearize.ops.local import Past
+
+_TENSORS = ("keys", "values", "valid", "sink_keys", "sink_values", "sink_time", "real", "state")
+
+
+class MixerCacheLayer(CacheLayerMixin):
+    """A layer of a transformers `Cache`; tensors are None until the first call, then replaced at every one.
+
+    keys, values `[B, W, KV, D]`: the last W tokens, rotated. valid `[B, W]`: False at padding and before the first.
+    sink_keys, sink_values `[B, S, KV, D]`, sink_time `[B, S]`: see `tokens.Tokens`. real `[B]`: real tokens seen.
+    state: what the structure carries, in fp32, or None.
+    """
+
+    is_compileable = False
+    is_sliding = None  # neither: a model's own full and sliding layers must not take their masks' sizes from here
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for name in _TENSORS:
+            setattr(self, name, None)
+        self.seen = 0
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: `store` brings whole tensors."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Not for this layer: its keys are of another layout. Raises TypeError."""
+        raise TypeError("a converted layer's cache is read with past() and written with store()")
+
+    def past(self) -> Past | None:
+        """The tokens before the next one, as `ops.local` takes them."""
+        return Past(self.keys, self.values, self.valid) if self.is_initialized else None
+
+    def store(
+        self,
+        k: Tensor,
+        v: Tensor,
+        valid: Tensor | None,
+        window: int,
+        sinks: tuple[Tensor, Tensor, Tensor],
+        real: Tensor,
+        state: Tensor | None,
+    ) -> None:
+        """Take in new tokens: k, v `[B, T, KV, D]`, valid `[B, T]`; keep the last `window`, and what else is given."""
+        B, T = k.shape[:2]
+        if valid is None:
+            valid = torch.ones(B, T, dtype=torch.bool, device=k.device)
+        if self.is_initialized:
+            k, v = torch.cat([self.keys, k], dim=1), torch.cat([self.values, v], dim=1)
+            valid = torch.cat([self.valid, valid], dim=1)
+        missing = window - k.shape[1]
+        if missing > 0:
+            k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, missing, 0)) for x in (k, v))
+            valid = torch.nn.functional.pad(valid, (missing, 0))
+        # clones: a view would keep the whole prompt alive
+        self.keys, self.values, self.valid = (x[:, -window:].clone() for x in (k, v, valid))
+        self.sink_keys, self.sink_values, self.sink_time = sinks
+        self.real, self.state = real, state
+        self.seen += T
+        self.is_initialized = True
+        self.batch_size = B
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As a full layer would say, since unconverted layers may take their mask from this answer."""
+        return self.seen + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raises unless nothing is to be removed: a recurrence cannot go back."""
+        if tokens_to_remove != 0:
+            raise LinearizeError("a linearized model's cache cannot be cropped, so assisted decoding does not work")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows."""
+        self._map(lambda x: x.index_select(0, indices.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def offload(self) -> None:
+        """Nothing to do: it is small and stays where it is."""
+
+    def prefetch(self) -> None:
+        """Nothing to do."""
+
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(x.nbytes for name in _TENSORS if (x := getattr(self, name)) is not None)
+
+    def _map(self, function: Any) -> None:
+        for name in _TENSORS:
+            if (x := getattr(self, name)) is not None:
+                setattr(self, name, function(x))
+                self.batch_size = getattr(self, name).shape[0]
+
+
+def adopt(cache: Cache, layers: list[int], num_layers: int) -> None:
+    """Give `cache` a `MixerCacheLayer` at each of the converted `layers`, whatever kind of cache it is."""
+    if cache.layer_class_to_replicate is not None:
+        cache.layers.extend(DynamicLayer() for _ in range(num_layers - len(cache.layers)))
+        cache.layer_class_to_replicate = None
+    for index in layers:
+        if not isinstance(cache.layers[index], MixerCacheLayer):
+            if cache.layers[index].is_initialized:
+                raise LinearizeError("this cache was filled by an unconverted model; start with a new one")
+            cache.layers[index] = MixerCacheLayer()
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of all tensors that `cache` holds."""
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, MixerCacheLayer):
+            total += layer.nbytes()
+        elif layer.is_initialized:
+            total += layer.keys.nbytes + layer.values.nbytes
+    return total

@@ -1,0 +1,57 @@
+"""What a converted layer is: one frozen, validated object, saved in `config.json`."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from linearize.errors import LinearizeError, unknown
+from linearize.structures import STRUCTURES
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class MixerConfig(BaseModel):
+    """The settings of Liger Attention; their names are those of the recipe and of the flags."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    structure: str = Field("gla", description="the recurrence; none leaves the window and the sinks alone")
+    window: int = Field(64, ge=1, description="tokens that softmax attention sees, the current one included")
+    sinks: int = Field(4, ge=0, description="first tokens of each document that softmax attention always sees")
+    feature_map: Literal["softmax"] = Field("softmax", description="of q and k in the recurrence, over the head size")
+    gate_temperature: float = Field(16.0, gt=0, description="the log decay is divided by it")
+    mixing: Literal["fixed", "per_head"] = Field("per_head", description="the recurrence's weight: a constant, or learned")
+    mixing_weight: float | None = Field(
+        None, ge=0, le=1, description="its (initial) value; by default 0.5 for fixed, the paper's, and 0.02 for per_head"
+    )
+
+    def model_post_init(self, _: Any) -> None:
+        if self.structure not in STRUCTURES and self.structure != "none":
+            raise unknown("structure", self.structure, [*STRUCTURES, "none"])
+
+    @property
+    def initial_mixing_weight(self) -> float:
+        """The weight w of the recurrence at conversion: output = w · recurrence + (1 - w) · window."""
+        if self.mixing_weight is not None:
+            return self.mixing_weight
+        return 0.5 if self.mixing == "fixed" else 0.02
+
+
+def validated(model: type[T], given: Mapping[str, Any], what: str) -> T:
+    """`model(**given)`, with all that is wrong reported in one `LinearizeError`."""
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        raise LinearizeError("; ".join(_explain(model, what, item) for item in error.errors())) from error
+
+
+def _explain(model: type[BaseModel], what: str, item: Any) -> str:
+    name = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        owner: Any = model
+        for part in item["loc"][:-1]:
+            owner = owner.model_fields[part].annotation
+        return f"unknown {what} key {name!r}; valid: {', '.join(owner.model_fields)}"
+    return f"{what} key {name!r} is {item['input']!r}: {item['msg']}"

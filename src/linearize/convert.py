@@ -1,0 +1,256 @@
+"""Swap the softmax attention of a loaded model for mixers, in place, and back; save and load through transformers."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    initialization,
+)
+
+from linearize.cache import adopt
+from linearize.config import MixerConfig, validated
+from linearize.errors import LinearizeError
+from linearize.families import FAMILIES, LINEARIZED, base_classes, base_model_type, family_of
+from linearize.files import verify_folder
+from linearize.mixer import LinearizedAttention, PerHeadMixing
+from linearize.tokens import describe
+
+Layers = str | Iterable[int]
+
+
+def convert(
+    model: PreTrainedModel,
+    structure: str = "gla",
+    layers: Layers = "all",
+    softmax_every: int | None = None,
+    **settings: Any,
+) -> PreTrainedModel:
+    """Replace the attention of the chosen `layers` ("all", "0-7,16", or indices) by Liger Attention; return `model`.
+
+    `softmax_every=8` leaves layers 7, 15, 23 ... as they are. `settings` are those of `MixerConfig`. Its class and
+    config change with the model, so that `save_pretrained` and `from_pretrained` give the same model again. No weight
+    changes; the only new ones are the mixing weights of `mixing="per_head"`.
+    Raises LinearizeError for an unknown family, setting or layer, and for a model that is converted already.
+    """
+    if is_linearized(model):
+        raise LinearizeError("the model is linearized already; linearize.revert(model) undoes it")
+    family_of(model.config)
+    config = validated(MixerConfig, {"structure": structure, **settings}, "mixer")
+    chosen = choose_layers(layers, softmax_every, model.config.num_hidden_layers)
+    for index in chosen:
+        native = getattr(attention_of(model, index), "sliding_window", None) or _model_window(model.config)
+        if native is not None and native < config.window:
+            raise LinearizeError(
+                f"layer {index} has a sliding window of {native} tokens of its own, less than window {config.window}"
+            )
+    config_class, model_class = linearized_classes(model.config.model_type)
+    model.config.__class__, model.__class__ = config_class, model_class
+    model.config.linearize = {"layers": chosen, "mixer": config.model_dump()}
+    _swap(model)
+    return model
+
+
+def revert(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `convert`: softmax attention again, with the projections as they are now; return `model`."""
+    if not is_linearized(model):
+        raise LinearizeError(f"a {model.config.model_type!r} model is not linearized; there is nothing to revert")
+    for mixer in mixers(model):
+        for name in dict(mixer.original.named_children()):
+            setattr(mixer.original, name, getattr(mixer, name))
+        decoder(model).layers[mixer.layer_idx].self_attn = mixer.original
+    hooks = decoder(model)._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _prepare]:
+        del hooks[key], decoder(model)._forward_pre_hooks_with_kwargs[key]
+    del model.config.linearize
+    model.config.__class__, model.__class__ = base_classes(base_model_type(model.config.model_type))
+    return model
+
+
+def load(path: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A checkpoint folder's model, in eval mode, and its tokenizer; `kwargs` go to `from_pretrained`.
+
+    Raises LinearizeError where the folder is missing, is no checkpoint, is truncated or was tampered with.
+    """
+    folder = Path(path)
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except FileNotFoundError as error:
+        raise LinearizeError(f"{folder} has no config.json; give the folder of a checkpoint") from error
+    except (ValueError, KeyError) as error:
+        raise LinearizeError(f"{folder / 'config.json'} is damaged; give a whole checkpoint") from error
+    if base_model_type(model_type) not in FAMILIES:
+        raise LinearizeError(f"{folder} is a {model_type!r} checkpoint; valid families: {', '.join(FAMILIES)}")
+    verify_folder(folder)
+    return load_pretrained(str(folder), **kwargs)
+
+
+def load_pretrained(name: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in eval mode, fp32 unless `dtype` says otherwise, and its tokenizer, from a folder or the hub."""
+    kwargs.setdefault("dtype", torch.float32)
+    try:
+        family_of(AutoConfig.from_pretrained(name))
+        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        return model.eval(), AutoTokenizer.from_pretrained(name)
+    except LinearizeError:
+        raise
+    except Exception as error:  # what transformers, safetensors and the hub raise has no common class
+        reason = str(error).strip().split("\n")[0]
+        raise LinearizeError(f"cannot load a model from {name!r}: {reason or type(error).__name__}") from error
+
+
+def is_linearized(model: nn.Module) -> bool:
+    """Whether a model went through `convert`, in this process or before it was saved."""
+    return getattr(getattr(model, "config", None), "linearize", None) is not None
+
+
+def mixers(model: nn.Module) -> list[LinearizedAttention]:
+    """The converted layers' attention modules, in order; also of a model that PEFT has wrapped."""
+    return [module for module in model.modules() if isinstance(module, LinearizedAttention)]
+
+
+def decoder(model: PreTrainedModel) -> Any:
+    """The stack of decoder layers of a causal language model."""
+    return model.base_model
+
+
+def attention_of(model: PreTrainedModel, layer: int) -> Any:
+    """The attention module of one layer, converted or not."""
+    return decoder(model).layers[layer].self_attn
+
+
+def choose_layers(layers: Layers, softmax_every: int | None, count: int) -> list[int]:
+    """The indices that `layers` ("all", "0-7,16", or numbers) means for a model of `count` layers."""
+    try:
+        if isinstance(layers, str):
+            chosen = set(range(count)) if layers == "all" else set(_ranges(layers))
+        else:
+            chosen = {int(index) for index in layers}
+    except ValueError as error:
+        raise LinearizeError(f"layers {layers!r} is not valid; give 'all' or numbers and ranges like '0-7,16'") from error
+    if softmax_every is not None:
+        if softmax_every < 1:
+            raise LinearizeError(f"softmax_every is {softmax_every}; valid: 1 and up")
+        chosen -= set(range(softmax_every - 1, count, softmax_every))
+    if outside := sorted(index for index in chosen if not 0 <= index < count):
+        raise LinearizeError(f"layers {layers!r} names {outside}; this model's layers are 0-{count - 1}")
+    if not chosen:
+        raise LinearizeError(f"layers {layers!r} with softmax_every {softmax_every} leaves no layer to convert")
+    return sorted(chosen)
+
+
+def _ranges(text: str) -> Iterable[int]:
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if last and int(last) < int(first):
+            raise ValueError(part)
+        yield from range(int(first), int(last or first) + 1)
+
+
+def _model_window(config: PreTrainedConfig) -> int | None:
+    """The native window of a model whose layers are all alike."""
+    return getattr(config, "sliding_window", None) if getattr(config, "layer_types", None) is None else None
+
+
+@cache
+def linearized_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """The config and model classes of a converted family, which transformers' Auto classes know."""
+    base_config, base_model = base_classes(model_type)
+
+    class Config(base_config):  # type: ignore[valid-type,misc]
+        model_type = LINEARIZED + base_config.model_type
+        linearize: dict | None = None
+
+    class Model(base_model):  # type: ignore[valid-type,misc]
+        config_class = Config
+
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            _swap(self)
+
+        def _init_weights(self, module: nn.Module) -> None:
+            if isinstance(module, PerHeadMixing):
+                initialization.constant_(module.weight, module.initial)
+            else:
+                super()._init_weights(module)
+
+    for new, base in ((Config, base_config), (Model, base_model)):
+        new.__name__ = new.__qualname__ = f"Linearized{base.__name__}"
+    Config.__doc__ = f"{base_config.__name__} and `linearize`: the converted layers and their MixerConfig."
+    Model.__doc__ = f"{base_model.__name__} with Liger Attention in the layers that its config lists."
+    return Config, Model
+
+
+def register() -> None:
+    """Make converted checkpoints known to transformers' Auto classes."""
+    for model_type in FAMILIES:
+        config_class, model_class = linearized_classes(model_type)
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+
+
+def _swap(model: PreTrainedModel) -> None:
+    """Put mixers into the layers that the config lists, and the hook that describes tokens to them."""
+    plan = model.config.linearize
+    if plan is None:
+        raise LinearizeError(f"a {model.config.model_type!r} config lacks its 'linearize' entry")
+    config, family = validated(MixerConfig, plan["mixer"], "mixer"), family_of(model.config)
+    for index in choose_layers(plan["layers"], None, model.config.num_hidden_layers):
+        attention = attention_of(model, index)
+        mixer = LinearizedAttention(attention, family, config)
+        weight = attention.q_proj.weight
+        mixer.mixing = mixer.mixing.to(device=weight.device, dtype=weight.dtype) if mixer.structure else None
+        decoder(model).layers[index].self_attn = mixer
+    decoder(model).register_forward_pre_hook(_prepare, with_kwargs=True)
+
+
+_POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
+
+
+def _prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before the decoder stack runs: a cache with the right layers, and a `Tokens` for the mixers."""
+    kwargs = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+    plan, config = module.config.linearize, module.config
+    inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+    past, positions = kwargs.get("past_key_values"), kwargs.get("position_ids")
+    if past is None and not module.training and kwargs.get("use_cache", config.use_cache):
+        past = DynamicCache(config=config)
+    layer = None
+    if past is not None:
+        adopt(past, plan["layers"], config.num_hidden_layers)
+        layer = past.layers[plan["layers"][0]]
+    tokens = describe(
+        tuple(inputs.shape[:2]), plan["mixer"]["sinks"], inputs.device, kwargs.get("attention_mask"), positions, layer
+    )
+    if tokens.document is not None:
+        past = None  # a cache holds one document for each row
+    kwargs["past_key_values"], kwargs["use_cache"] = past, past is not None
+    if tokens.start + inputs.shape[1] > config.max_position_embeddings:
+        kwargs["tokens"] = replace(tokens, sink_rope=_clamped_rope(module, inputs, positions, tokens.start))
+    else:
+        kwargs["tokens"] = tokens
+    if len(plan["layers"]) == config.num_hidden_layers:  # nobody needs the quadratic mask: a 4-D one is taken as it is
+        kwargs["attention_mask"] = inputs.new_zeros(1, 1, 1, 1)
+    return (), kwargs
+
+
+def _clamped_rope(module: Any, inputs: torch.Tensor, positions: torch.Tensor | None, start: int) -> Any:
+    """cos and sin that keep sinks within the length the model was trained at, however long the text."""
+    if positions is None:
+        positions = torch.arange(start, start + inputs.shape[1], device=inputs.device)[None]
+    return module.rotary_emb(
+        module.get_input_embeddings().weight, position_ids=positions.clamp(max=module.config.max_position_embeddings - 1)
+    )
+

@@ -1,0 +1,72 @@
+"""The model families: a row of data each. `docs/families.md` says how to add one."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from linearize.errors import LinearizeError
+
+Projected = tuple[Tensor, Tensor, Tensor]
+
+
+def separate(attention: nn.Module, x: Tensor) -> Projected:
+    """q, k and v by a linear layer each: x `[B, T, hidden]` to `[B, T, H, D]` and twice `[B, T, KV, D]`, no RoPE."""
+    a: Any = attention
+    return tuple(p(x).unflatten(-1, (-1, a.head_dim)) for p in (a.q_proj, a.k_proj, a.v_proj))  # type: ignore[return-value]
+
+
+def separate_with_norms(attention: nn.Module, x: Tensor) -> Projected:
+    """As `separate`, with a norm over the head size of q and k."""
+    a: Any = attention
+    q, k, v = separate(a, x)
+    return a.q_norm(q), a.k_norm(k), v
+
+
+class Family(NamedTuple):
+    """A row: transformers' class names begin with `prefix`; `project` makes q, k and v as the family does."""
+
+    prefix: str
+    project: Callable[[nn.Module, Tensor], Projected]
+
+
+FAMILIES = {  # by transformers' model_type
+    "llama": Family("Llama", separate),
+    "mistral": Family("Mistral", separate),
+    "qwen2": Family("Qwen2", separate),
+    "qwen3": Family("Qwen3", separate_with_norms),
+}
+
+LINEARIZED = "linearized_"  # what a converted model's model_type begins with
+
+
+def base_model_type(model_type: str) -> str:
+    """The family's name, of an original model's type or of a converted one's."""
+    return model_type.removeprefix(LINEARIZED)
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The row for a model's config; a `LinearizeError` names the type and says what is missing."""
+    model_type = base_model_type(config.model_type)
+    if getattr(config, "is_encoder_decoder", False):
+        raise LinearizeError(f"{model_type!r} is an encoder-decoder; decoders of these families: {', '.join(FAMILIES)}")
+    if model_type not in FAMILIES:
+        raise LinearizeError(
+            f"no row for model type {model_type!r} in families.py (docs/families.md says what a row needs); "
+            f"valid: {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+def modeling(model_type: str) -> Any:
+    """transformers' modeling module of a family."""
+    return importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+
+
+def base_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """transformers' config class and causal language model class of a family."""
+    prefix = FAMILIES[model_type].prefix
+    model = getattr(modeling(model_type), f"{prefix}ForCausalLM")
+    return model.config_class, model

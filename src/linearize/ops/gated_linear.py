@@ -1,0 +1,158 @@
+"""Gated linear attention with a decay for each key channel (GLA, arXiv 2312.06635; Liger, arXiv 2503.01496, eq. 6).
+
+    S_t = diag(exp(log_g_t)) S_{t-1} + k_tᵀ v_t,    o_t = q_t S_t
+
+Shapes, everywhere: q `[B, T, H, K]`; k and log_g `[B, T, KV, K]`; v `[B, T, KV, V]`; state `[B, KV, K, V]` in fp32;
+document `[B, T]`, which rises by one where a packed document begins: state never crosses that line. H is a multiple
+of KV: the query heads of a group share one state, and nothing is repeated for them. log_g is at most 0.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Output = tuple[Float[Tensor, "B T H V"], Float[Tensor, "B KV K V"]]
+
+
+def gated_linear(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T KV K"],
+    v: Float[Tensor, "B T KV V"],
+    log_g: Float[Tensor, "B T KV K"],
+    state: Float[Tensor, "B KV K V"] | None = None,
+    document: Int[Tensor, "B T"] | None = None,
+) -> Output:
+    """The recurrence by the fastest code there is for these inputs: output in q's dtype, final state in fp32."""
+    if state is None:
+        state = q.new_zeros(q.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
+    if q.shape[1] == 1:
+        return step(q, k, v, log_g, state)
+    return chunked(q, k, v, log_g, state, document)
+
+
+def reference(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T KV K"],
+    v: Float[Tensor, "B T KV V"],
+    log_g: Float[Tensor, "B T KV K"],
+    state: Float[Tensor, "B KV K V"],
+    document: Int[Tensor, "B T"] | None = None,
+) -> Output:
+    """The equation, token by token, in float64: what every other form is tested against."""
+    q, k, v, log_g, state = (x.double() for x in (q, k, v, log_g, state))
+    groups = q.shape[2] // k.shape[2]
+    outputs = []
+    for t in range(q.shape[1]):
+        if document is not None and t > 0:
+            state = state * (document[:, t] == document[:, t - 1])[:, None, None, None]
+        state = log_g[:, t].exp()[..., None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append((q[:, t].unflatten(1, (-1, groups)) @ state).flatten(1, 2))
+    return torch.stack(outputs, dim=1), state
+
+
+def step(
+    q: Float[Tensor, "B 1 H K"],
+    k: Float[Tensor, "B 1 KV K"],
+    v: Float[Tensor, "B 1 KV V"],
+    log_g: Float[Tensor, "B 1 KV K"],
+    state: Float[Tensor, "B KV K V"],
+) -> Output:
+    """One token, for decoding."""
+    q_, k_, v_ = q[:, 0].float().unflatten(1, (k.shape[2], -1)), k[:, 0].float(), v[:, 0].float()
+    state = log_g[:, 0].float().exp()[..., None] * state + k_[..., None] * v_[:, :, None]
+    return (q_ @ state).flatten(1, 2)[:, None].to(q.dtype), state
+
+
+def chunked(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T KV K"],
+    v: Float[Tensor, "B T KV V"],
+    log_g: Float[Tensor, "B T KV K"],
+    state: Float[Tensor, "B KV K V"],
+    document: Int[Tensor, "B T"] | None = None,
+    chunk: int = 64,
+) -> Output:
+    """Matrix products inside chunks, a state between them; differentiable, T of any length.
+
+    Inside a chunk, blocks merge pairwise: 1 + 1 tokens, 2 + 2, 4 + 4 ... At each merge a query of the right block
+    sees the keys of the left one through `exp(log_g summed from the boundary to the query)` times `exp(log_g summed
+    from the key to the boundary)`. Both exponents are at most 0 whatever the gates are, and both sums grow with the
+    blocks, so nothing overflows, nothing is clamped and no large sums are subtracted.
+    """
+    B, T, H, K = q.shape
+    KV, V = k.shape[2], v.shape[3]
+    while chunk // 2 >= T:
+        chunk //= 2
+    pad = -T % chunk
+
+    def heads_first(x: Tensor) -> Tensor:  # [B, T, KV*G, D] -> [B*KV, T + pad, G, D]; a padded token changes nothing
+        x = x.float().unflatten(2, (KV, -1)).transpose(1, 2).flatten(0, 1)
+        return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, pad)) if pad else x.contiguous()
+
+    q_, k_, v_, g_ = heads_first(q), heads_first(k)[:, :, 0], heads_first(v)[:, :, 0], heads_first(log_g)[:, :, 0]
+    if document is not None:
+        document = torch.cat([document, document[:, -1:].expand(-1, pad)], dim=1).repeat_interleave(KV, dim=0)
+
+    output, to_query, to_end = _within_chunks(q_, k_, v_, g_, document, chunk)
+    carried, state = _between_chunks(k_ * to_end.exp(), v_, to_query, state.flatten(0, 1), document, chunk)
+    q_ = (q_ * to_query.exp()[:, :, None]).unflatten(1, (-1, chunk))
+    if document is not None:  # the carried state belongs to the document of the token before the chunk
+        q_ = q_ * _continues(document, chunk)[..., None, None]
+    output = output + (q_.flatten(2, 3) @ carried).view_as(output)
+    output = output[:, :T].unflatten(0, (B, KV)).transpose(1, 2).reshape(B, T, H, V)
+    return output.to(q.dtype), state.unflatten(0, (B, KV))
+
+
+def _within_chunks(
+    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, document: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What each token reads from its own chunk `[N, T, G, V]`, and two sums of log_g `[N, T, K]` in the chunk: up to
+    and with the token, and after it."""
+    output = (q * k[:, :, None]).sum(-1, keepdim=True) * v[:, :, None]
+    to_query, to_end = log_g, torch.zeros_like(log_g)
+    size = 1
+    while size < chunk:
+        pairs = (-1, 2, size)
+        left_to_query, right_to_query = to_query.unflatten(1, pairs).unbind(2)
+        left_to_end, right_to_end = to_end.unflatten(1, pairs).unbind(2)
+        right_q = q.unflatten(1, pairs)[:, :, 1] * right_to_query.exp()[:, :, :, None]
+        left_k = k.unflatten(1, pairs)[:, :, 0] * left_to_end.exp()
+        scores = (right_q.flatten(2, 3) @ left_k.mT).unflatten(2, (size, -1))
+        if document is not None:
+            left, right = document.unflatten(1, pairs).unbind(2)
+            scores = scores * (right[:, :, :, None, None] == left[:, :, None, None, :])
+        read = (scores.flatten(2, 3) @ v.unflatten(1, pairs)[:, :, 0]).unflatten(2, (size, -1))
+        left_out, right_out = output.unflatten(1, pairs).unbind(2)
+        output = torch.stack([left_out, right_out + read], dim=2).flatten(1, 3)
+        to_query = torch.stack([left_to_query, right_to_query + left_to_query[:, :, -1:]], dim=2).flatten(1, 3)
+        to_end = torch.stack(
+            [left_to_end + right_to_query[:, :, -1:], right_to_end], dim=2
+        ).flatten(1, 3)
+        size *= 2
+    return output, to_query, to_end
+
+
+def _between_chunks(
+    k: Tensor, v: Tensor, to_query: Tensor, state: Tensor, document: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """The state before every chunk `[N, T/chunk, K, V]` and the one after the last `[N, K, V]`; `k` decayed to its
+    chunk's end."""
+    k, v = k.unflatten(1, (-1, chunk)), v.unflatten(1, (-1, chunk))
+    decay = to_query.unflatten(1, (-1, chunk))[:, :, -1].exp()
+    if document is not None:
+        last = document.unflatten(1, (-1, chunk))
+        k = k * (last == last[:, :, -1:])[..., None]
+        decay = decay * _continues(document, chunk)[:, :, -1:]
+    written = k.mT @ v
+    states = []
+    for n in range(k.shape[1]):
+        states.append(state)
+        state = decay[:, n, :, None] * state + written[:, n]
+    return torch.stack(states, dim=1), state
+
+
+def _continues(document: Tensor, chunk: int) -> Tensor:
+    """Whether a token `[N, T/chunk, chunk]` belongs to the document of the last token before its chunk."""
+    chunks = document.unflatten(1, (-1, chunk))
+    before = torch.cat([document[:, :1], chunks[:, :-1, -1]], dim=1)
+    return chunks == before[:, :, None]

@@ -1,0 +1,165 @@
+"""Softmax attention over the last W tokens and the attention sinks (StreamingLLM, arXiv 2309.17453).
+
+Shapes: q `[B, T, H, D]`; k `[B, T, KV, D]`; v `[B, T, KV, V]`, H a multiple of KV and nothing repeated; rotated
+already. Token t sees tokens t-W+1 .. t, exactly W of them, and every sink that has left its window.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+NEVER = 1 << 40  # the time of a sink that is not there yet
+
+
+class Past(NamedTuple):
+    """The W tokens before the first of the call, as the cache keeps them."""
+
+    k: Float[Tensor, "B W KV D"]
+    v: Float[Tensor, "B W KV V"]
+    valid: Bool[Tensor, "B W"]  # False: padding, or before the first token
+
+
+class Sinks(NamedTuple):
+    """The first real tokens of each document."""
+
+    k: Float[Tensor, "B M KV D"]
+    v: Float[Tensor, "B M KV V"]
+    time: Int[Tensor, "B M"]  # index from the first token of the call, negative in the past
+    document: Int[Tensor, "B M"] | None = None
+    q: Float[Tensor, "B T H D"] | None = None  # queries for the sinks alone, where their distance is clamped
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    scale: float,
+    sinks: Sinks,
+    past: Past | None = None,
+    valid: Tensor | None = None,
+    document: Tensor | None = None,
+) -> Tensor:
+    """The whole score matrix, in float64: what `local_attention` is tested against."""
+    B, T, H, _ = q.shape
+    groups = H // k.shape[2]
+    t = torch.arange(T)
+    keys, values = k.double(), v.double()
+    times, real = t.expand(B, T), torch.ones(B, T, dtype=torch.bool) if valid is None else valid
+    if past is not None:
+        keys, values = torch.cat([past.k.double(), keys], 1), torch.cat([past.v.double(), values], 1)
+        times = torch.cat([torch.arange(-past.k.shape[1], 0).expand(B, -1), times], 1)
+        real = torch.cat([past.valid, real], 1)
+    age = t[:, None] - times[:, None]
+    seen = (age >= 0) & (age < window) & real[:, None] | (age == 0)
+    sink_seen = sinks.time[:, None] <= t[:, None] - window
+    if document is not None:
+        seen = seen & (document[:, :, None] == document[:, None])
+        sink_seen = sink_seen & (document[:, :, None] == sinks.document[:, None])
+    sink_q = q if sinks.q is None else sinks.q
+    scores = torch.cat(
+        [
+            torch.einsum("bthd,bshd->bhts", x.double(), y.double().repeat_interleave(groups, 2))
+            for x, y in ((q, keys), (sink_q, sinks.k))
+        ],
+        dim=-1,
+    )
+    mask = torch.cat([seen, sink_seen], dim=-1)
+    weights = (scores * scale).masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+    values = torch.cat([values, sinks.v.double()], 1).repeat_interleave(groups, 2)
+    return torch.einsum("bhts,bshd->bthd", weights, values)
+
+
+def local_attention(
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B T KV D"],
+    v: Float[Tensor, "B T KV V"],
+    window: int,
+    scale: float,
+    sinks: Sinks,
+    past: Past | None = None,
+    valid: Bool[Tensor, "B T"] | None = None,
+    document: Int[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B T H V"]:
+    """In blocks of W queries, each against its own and the W keys before it: time and memory grow with T·W.
+
+    `valid` is False at padding, which nothing sees (a padded query sees itself, so that no row is empty);
+    `document` `[B, T]` separates packed documents, and goes with no past.
+    """
+    B, T, H, _ = q.shape
+    KV = k.shape[2]
+    block = min(window, T)
+    pad = -T % block
+    blocks = (T + pad) // block
+
+    if sinks.q is not None:  # one product scores both: sinks live in dimensions of their own
+        q, k = torch.cat([q, sinks.q], dim=-1), F.pad(k, (0, k.shape[-1]))
+        sinks = sinks._replace(k=F.pad(sinks.k, (sinks.k.shape[-1], 0)))
+        past = past and past._replace(k=F.pad(past.k, (0, past.k.shape[-1])))
+
+    queries = F.pad(q, (0, 0, 0, 0, 0, pad)).unflatten(1, (blocks, block)).unflatten(3, (KV, -1))
+    queries = queries.permute(0, 3, 1, 2, 4, 5).flatten(3, 4)  # [B, KV, blocks, block*G, D]
+    keys = _banded(k, past and past.k, sinks.k, window, block, pad)
+    values = _banded(v, past and past.v, sinks.v, window, block, pad)
+    mask = _mask(B, T, window, block, sinks, past, valid, document, q.device)
+    mask = mask[:, None, :, :, None].expand(-1, KV, -1, -1, H // KV, -1).flatten(3, 4)
+    if mask.shape[0] == 1:
+        mask = mask.expand(B, -1, -1, -1, -1)
+
+    # one attention call for each block: [B*KV*blocks, 1, queries, keys]
+    output = F.scaled_dot_product_attention(
+        queries.flatten(0, 2)[:, None],
+        keys.flatten(0, 2)[:, None],
+        values.flatten(0, 2)[:, None],
+        attn_mask=mask.flatten(0, 2)[:, None],
+        scale=scale,
+    )
+    output = output.view(B, KV, blocks * block, H // KV, -1)[:, :, :T]
+    return output.transpose(1, 2).flatten(2, 3)
+
+
+def _banded(x: Tensor, past: Tensor | None, sinks: Tensor, window: int, block: int, pad: int) -> Tensor:
+    """`[B, KV, blocks, M + W + block, D]`: for each block of queries the sinks, the W tokens before it, and its own."""
+    if past is None:
+        past = x.new_zeros(x.shape[0], window, *x.shape[2:])
+    x = F.pad(torch.cat([past, x], dim=1), (0, 0, 0, 0, 0, pad)).transpose(1, 2)
+    bands = x.unfold(2, window + block, block).mT  # a view
+    return torch.cat([sinks.transpose(1, 2)[:, :, None].expand(-1, -1, bands.shape[2], -1, -1), bands], dim=3)
+
+
+def _mask(
+    B: int,
+    T: int,
+    window: int,
+    block: int,
+    sinks: Sinks,
+    past: Past | None,
+    valid: Tensor | None,
+    document: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """`[B or 1, blocks, block, M + W + block]`: who sees whom."""
+    pad = -T % block
+    t = torch.arange(T + pad, device=device).view(-1, block)  # the queries of each block
+    row = torch.arange(block, device=device)[:, None]
+    column = torch.arange(window + block, device=device)[None]  # column row + W is the query itself
+    seen = ((column > row) & (column <= row + window))[None, None]
+
+    def bands(new: Tensor, before: Tensor, fill: int) -> Tensor:  # [B, T] -> [B, blocks, 1, W + block]
+        return F.pad(torch.cat([before, new], 1), (0, pad), value=fill).unfold(1, window + block, block)[:, :, None]
+
+    rows = 1 if past is None and valid is None else B
+    real = torch.ones(rows, T, dtype=torch.bool, device=device) if valid is None else valid
+    before = torch.zeros(rows, window, dtype=torch.bool, device=device) if past is None else past.valid
+    seen = seen & bands(real, before, 0) | (column == row + window)
+    sink_seen = sinks.time[:, None, None] <= t[None, :, :, None] - window
+    if document is not None:
+        own = F.pad(document, (0, pad), value=-1).unflatten(1, (-1, block))[..., None]
+        seen = seen & (own == bands(document, document.new_full((B, window), -2), -1))
+        sink_seen = sink_seen & (own == sinks.document[:, None, None])  # type: ignore[index]
+    if sink_seen.shape[0] != seen.shape[0]:
+        sink_seen, seen = sink_seen.expand(B, -1, -1, -1), seen.expand(B, -1, -1, -1)
+    return torch.cat([sink_seen, seen.expand(-1, sink_seen.shape[1], -1, -1)], dim=-1)

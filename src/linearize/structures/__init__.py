@@ -1,0 +1,8 @@
+"""The gated recurrences, one file each: how the key projection becomes a gate, and which operator runs it."""
+
+from linearize.structures import gla
+from linearize.structures.base import Structure
+
+STRUCTURES: dict[str, Structure] = {
+    "gla": gla.GLA,
+}

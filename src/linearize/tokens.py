@@ -1,0 +1,104 @@
+"""What every mixer has to know of a batch, worked out once for each forward pass."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from linearize.cache import MixerCacheLayer
+from linearize.errors import LinearizeError
+from linearize.ops.local import NEVER
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which tokens of a call are real, which document each belongs to, and which of them are attention sinks.
+
+    A slot holds one sink; there are `sinks` of them for each document (M in all). Times are indices into the row,
+    counted from the first token that the cache saw, padding included.
+    """
+
+    valid: Bool[Tensor, "B T"] | None  # None: no padding
+    document: Int[Tensor, "B T"] | None  # None: one document a row
+    sink_index: Int[Tensor, "B M"] | None  # the token of this call that fills a slot; None: no slot is filled
+    sink_new: Bool[Tensor, "B M"] | None  # whether the slot is filled in this call; None: all are
+    sink_time: Int[Tensor, "B M"]
+    sink_document: Int[Tensor, "B M"] | None
+    real: Int[Tensor, "B"]  # real tokens in the row up to the end of this call
+    start: int  # time of the first token of this call
+    sink_rope: tuple[Tensor, Tensor] | None = None  # cos and sin for the sinks' queries, where distances are clamped
+
+    @cached_property
+    def sink_time_from_start(self) -> Int[Tensor, "B M"]:
+        """As the operators count: from the first token of this call."""
+        return torch.where(self.sink_time == NEVER, NEVER, self.sink_time - self.start)
+
+
+def describe(
+    shape: tuple[int, int],
+    sinks: int,
+    device: torch.device,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past: MixerCacheLayer | None = None,
+) -> Tokens:
+    """The tokens of a call of `shape` (B, T), after those that `past` saw.
+
+    `attention_mask` is 2-D, 0 at padding. Packed documents are known, as in transformers, by position ids that start
+    over where there is neither a padding mask nor a cache.
+    """
+    B, T = shape
+    start = past.get_seq_length() if past is not None else 0
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise LinearizeError(
+            f"the attention mask has shape {tuple(attention_mask.shape)}; "
+            "a linearized model takes a [batch, tokens] mask with 0 at padding, or none"
+        )
+    valid = None if attention_mask is None else attention_mask[:, -T:].to(torch.bool)
+    if valid is not None and bool(valid.all()):
+        valid = None
+    if start > 0:
+        assert past is not None
+        return _continue(T, past, valid)
+    if valid is None and position_ids is not None and T > 1:
+        document = (position_ids[:, 1:] != position_ids[:, :-1] + 1).cumsum(1)
+        if bool(document.any()):
+            return _packed(torch.nn.functional.pad(document, (1, 0)).expand(B, T).contiguous(), sinks)
+    time = torch.arange(sinks, device=device).expand(B, sinks)
+    if valid is None and sinks <= T:
+        real = torch.full((B,), T, device=device)
+        return Tokens(None, None, time, None, time, None, real, 0)
+    return _fill_slots(T, torch.zeros(B, dtype=torch.long, device=device), torch.full_like(time, NEVER), valid, 0)
+
+
+def _continue(T: int, past: MixerCacheLayer, valid: Tensor | None) -> Tokens:
+    if valid is None and bool((past.real >= past.sink_time.shape[1]).all()):
+        return Tokens(None, None, None, None, past.sink_time, None, past.real + T, past.get_seq_length())
+    return _fill_slots(T, past.real, past.sink_time, valid, past.get_seq_length())
+
+
+def _fill_slots(T: int, real_before: Tensor, sink_time: Tensor, valid: Tensor | None, start: int) -> Tokens:
+    """Slot s holds the real token number s of its row, as soon as there is one."""
+    B, sinks = sink_time.shape
+    slot = torch.arange(sinks, device=sink_time.device).expand(B, sinks)
+    ones = torch.ones(B, T, dtype=torch.long, device=sink_time.device) if valid is None else valid.long()
+    count = real_before[:, None] + ones.cumsum(1)
+    index = torch.searchsorted(count, slot + 1)
+    new = (slot >= real_before[:, None]) & (index < T)
+    time = torch.where(new, start + index, sink_time)
+    return Tokens(valid, None, index.clamp(max=T - 1), new, time, None, count[:, -1], start)
+
+
+def _packed(document: Tensor, sinks: int) -> Tokens:
+    """Each document of a row has sinks of its own; rows with fewer documents leave slots empty."""
+    B, T = document.shape
+    number = torch.arange(int(document.max()) + 1, device=document.device).expand(B, -1).contiguous()
+    first, end = torch.searchsorted(document, number), torch.searchsorted(document, number, right=True)
+    index = first[..., None] + torch.arange(sinks, device=document.device)
+    there = index < end[..., None]
+    time = torch.where(there, index, NEVER).flatten(1)
+    owner = number[..., None].expand_as(index).flatten(1)
+    real = torch.full((B,), T, device=document.device)
+    return Tokens(None, document, index.clamp(max=T - 1).flatten(1), None, time, owner, real, 0)

@@ -1,0 +1,283 @@
+"""From text to what training and evaluation take: read documents, tokenise them, cut them into sequences."""
+
+import gzip
+import json
+import lzma
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from tqdm import tqdm
+
+from linearize.assets import HUB_NAME, TEXTS, asset_file
+from linearize.errors import LinearizeError, unknown
+
+SPLITS = ("train", "heldout")
+TRAIN_ARTICLES = 20  # of the 30 embedded ones; the others are held out
+IGNORED = -100  # what cross_entropy takes for "no target here"
+BATCH = 64  # documents tokenised at once: enough for the tokenizer's threads, few enough to stop early
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load_documents(source: str, split: Literal["train", "heldout"] = "train") -> list[str]:
+    """The documents of `source`, without blank ones.
+
+    `source` is `wiki` (the embedded text), a local file (`.jsonl`, `.jsonl.xz`, `.jsonl.gz`, `.parquet`: one document
+    a row, in `text`; `.txt`: the whole file is one document), a folder of such files (in the order of their names), or
+    a hub dataset `owner/name[:split]` (`train` unless named). `split` chooses within `wiki` and means nothing elsewhere.
+    Raises `LinearizeError` that names the file, and the line or byte, when the source cannot be read or holds no text.
+    """
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    path = Path(source).expanduser()
+    hub = re.fullmatch(rf"({HUB_NAME.pattern})(?::(\S+))?", source)
+    documents: Iterator[str]
+    if source == "wiki":
+        documents = iter(_wiki(split))
+    elif path.is_dir():
+        documents = _read_folder(path)
+    elif path.exists() or _suffix(path):
+        documents = _read_file(path)
+    elif hub:
+        documents = _read_hub(hub[1], hub[2] or "train")
+    else:
+        raise LinearizeError(f"no data at {source!r}; valid: wiki, a file or folder of {_suffixes()}, or owner/name")
+    found = [document for document in documents if document.strip()]
+    if not found:
+        raise LinearizeError(f"{source} holds no text")
+    return found
+
+
+def _read_folder(folder: Path) -> Iterator[str]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and _suffix(path))
+    if not paths:
+        raise LinearizeError(f"no text in {folder}; files end with one of {_suffixes()}")
+    for path in paths:
+        yield from _read_file(path)
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    if not path.exists():
+        raise LinearizeError(f"no file {path}")
+    suffix = _suffix(path)
+    if suffix is None:
+        raise LinearizeError(f"{path} does not end with one of {_suffixes()}")
+    try:
+        yield from READERS[suffix](path)
+    except (OSError, EOFError, lzma.LZMAError) as error:  # unreadable, or compressed data that is cut or damaged
+        raise LinearizeError(f"cannot read {path}: {error}") from error
+
+
+def _read_txt(path: Path) -> Iterator[str]:
+    yield _decode(path.read_bytes(), path, 0)
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    openers: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
+    offset = 0
+    with openers.get(path.suffix, open)(path, "rb") as opened:
+        for number, raw in enumerate(cast(BinaryIO, opened), start=1):
+            line = _decode(raw, path, offset)
+            offset += len(raw)
+            if line.strip():
+                yield _text_of(line, f"{path}:{number}")
+
+
+def _text_of(line: str, place: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise LinearizeError(f"{place}: not JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise LinearizeError(f"{place}: no string field 'text'; it has: {has}")
+    return row["text"]
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    import pyarrow  # slow to import, and only parquet needs it
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if "text" not in names:
+                raise LinearizeError(f"{path}: no column 'text'; it has: {', '.join(names)}")
+            for batch in file.iter_batches(columns=["text"]):
+                yield from (str(text) for text in batch.column(0).to_pylist() if text is not None)
+    except pyarrow.ArrowException as error:
+        raise LinearizeError(f"cannot read {path}: {error}") from error
+
+
+def _read_hub(name: str, split: str) -> Iterator[str]:
+    import datasets  # slow to import, and only hub names need it
+
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except Exception as error:  # a dozen unrelated classes; each of them says that this text is not to be had
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise LinearizeError(
+            f"no local file {name}, and the hub gave no dataset {name} (split {split}): {reason}; "
+            "connect, or give a local file or folder with --data"
+        ) from error
+    if "text" not in rows.column_names:
+        raise LinearizeError(f"{name}: no column 'text'; it has: {', '.join(rows.column_names)}")
+    yield from (text for text in rows["text"] if text is not None)
+
+
+def _decode(raw: bytes, path: Path, offset: int) -> str:
+    """`raw`, which begins at byte `offset` of (the unpacked) `path`, as text without a byte order mark."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise LinearizeError(f"{path} is not UTF-8 at byte {offset + error.start}") from error
+    return text.removeprefix("\ufeff") if offset == 0 else text
+
+
+READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+    ".jsonl": _read_jsonl,
+    ".jsonl.xz": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".txt": _read_txt,
+    ".parquet": _read_parquet,
+}
+
+
+def _suffix(path: Path) -> str | None:
+    return next((suffix for suffix in READERS if path.name.endswith(suffix)), None)
+
+
+def _suffixes() -> str:
+    return ", ".join(READERS)
+
+
+# --- the embedded text -----------------------------------------------------------------------------------------------
+
+
+def _wiki(split: str) -> list[str]:
+    """Whole articles 1-20 and the first paragraphs of others to train on; whole articles 21-30 held out."""
+    lines = asset_file(TEXTS["wiki_demo.txt"]).read_text(encoding="utf-8").split("\n")
+    articles = [line for line in lines if line.strip()]
+    training, heldout = articles[:TRAIN_ARTICLES], articles[TRAIN_ARTICLES:]
+    if split == "heldout":
+        return heldout
+    leads = json.loads(asset_file(TEXTS["wiki leads"]).read_text(encoding="utf-8"))
+    return training + [
+        lead["extract"] for lead in leads.values() if not _is_lead_of(lead["title"], lead["extract"], heldout)
+    ]
+
+
+def _is_lead_of(title: str, extract: str, articles: list[str]) -> bool:
+    """Whether this first paragraph is of one of `articles`, which bear no titles; in doubt it is.
+
+    An article's subject is its words before the first verb or bracket ("Andre Kirk Agassi ("). A title matches if,
+    without its qualifier (", Texas", " (law)"), it has the subject's first word and no word that the subject lacks.
+    """
+    words = _words(re.split(r"[,(]", title)[0])
+    subjects = (_words(re.split(r" (?:is|are|was|were|primarily)\b|[,(]", article)[0]) for article in articles)
+    by_title = any(subject[0] in words and set(words) <= set(subject) for subject in subjects)
+    return by_title or any(extract[:60] in article for article in articles)
+
+
+def _words(text: str) -> list[str]:
+    """The words of `text` in lower case, without an article at the beginning."""
+    return re.findall(r"\w+", re.sub(r"^(an?|the) ", "", text.casefold()))
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def tokenize(documents: Sequence[str], tokenizer: Any, limit: int | None = None) -> list[np.ndarray]:
+    """Token ids (int32) of each document, ended by the tokenizer's end-of-text token if it has one.
+
+    A beginning-of-text token is there only if the tokenizer adds it itself. Stops after the document with which
+    `limit` tokens are reached.
+    """
+    found: list[np.ndarray] = []
+    tokens = read = 0
+    characters = sum(map(len, documents))
+    with tqdm(desc="tokenizing", unit="tok", unit_scale=True, delay=1, leave=False) as bar:
+        for start in range(0, len(documents), BATCH):
+            batch = list(documents[start : start + BATCH])
+            # verbose=False: no warning that a document is longer than the model reads; it will be cut
+            for text, ids in zip(batch, tokenizer(batch, verbose=False)["input_ids"], strict=True):
+                found.append(_ended(ids, tokenizer.eos_token_id))
+                tokens, read = tokens + len(found[-1]), read + len(text)
+                if limit is not None and tokens >= limit:
+                    return found
+            expected = tokens * characters // max(read, 1)
+            bar.total = expected if limit is None else min(expected, limit)
+            bar.update(tokens - bar.n)
+    return found
+
+
+def _ended(ids: list[int], eos: int | None) -> np.ndarray:
+    if eos is not None and (not ids or ids[-1] != eos):
+        ids = [*ids, eos]
+    return np.asarray(ids, dtype=np.int32)
+
+
+# --- sequences -------------------------------------------------------------------------------------------------------
+
+
+def pack(documents: Sequence[np.ndarray], sequence_length: int, tokens: int) -> list[dict[str, Int64[Tensor, "T"]]]:
+    """Cut the documents, one after the other, into sequences of `sequence_length` tokens, at least `tokens` in all.
+
+    Text shorter than that starts over. Each sequence has `input_ids`; `position_ids`, which start from 0 at every
+    document's beginning and at the sequence's own (which is how a mixer knows where to forget its state); and
+    `targets`, the next token of the same document within the sequence, or -100 where there is none.
+    Raises `LinearizeError` for lengths below 2, budgets below 1, and text shorter than one sequence.
+    """
+    if sequence_length < 2 or tokens < 1:
+        raise LinearizeError(f"sequence_length must be 2 or more and tokens 1 or more, not {sequence_length}, {tokens}")
+    total = sum(map(len, documents))
+    if total < sequence_length:
+        raise LinearizeError(f"the text has {total} tokens, fewer than one sequence of {sequence_length}")
+    ids = np.concatenate([np.asarray(document, dtype=np.int64) for document in documents])
+    begins = np.concatenate([np.arange(len(document)) == 0 for document in documents])
+    sequences = -(-tokens // sequence_length)
+    return [
+        _cut(ids, begins, start, sequence_length) for start in range(0, sequences * sequence_length, sequence_length)
+    ]
+
+
+def _cut(ids: np.ndarray, begins: np.ndarray, start: int, length: int) -> dict[str, Int64[Tensor, "T"]]:
+    """One sequence: `length` tokens from `start` on, counted round and round; `begins`: a document begins here."""
+    place = np.arange(start, start + length) % len(ids)
+    begin = begins[place]
+    begin[0] = True
+    count = np.arange(length)
+    targets = np.full(length, IGNORED)
+    targets[:-1] = np.where(begin[1:], IGNORED, ids[place[1:]])
+    return {
+        "input_ids": torch.from_numpy(ids[place]),
+        "position_ids": torch.from_numpy(count - np.maximum.accumulate(np.where(begin, count, 0))),
+        "targets": torch.from_numpy(targets),
+    }
+
+
+def heldout_sequences(documents: Sequence[np.ndarray], sequence_length: int, count: int) -> Int64[Tensor, "N T"]:
+    """Up to `count` windows of `sequence_length` tokens: every document's first, then their second ones, and so on.
+
+    Windows do not overlap and shorter tails are dropped. Raises `LinearizeError` if no document is as long as that,
+    or if a number is below 1.
+    """
+    if sequence_length < 1 or count < 1:
+        raise LinearizeError(f"sequence_length and count must be 1 or more, not {sequence_length}, {count}")
+    longest = max(map(len, documents), default=0)
+    if longest < sequence_length:
+        raise LinearizeError(f"the longest held-out document has {longest} tokens, fewer than {sequence_length}")
+    windows = [
+        document[start : start + sequence_length].astype(np.int64)
+        for start in range(0, longest - sequence_length + 1, sequence_length)
+        for document in documents
+        if len(document) >= start + sequence_length
+    ]
+    return torch.from_numpy(np.stack(windows[:count]))

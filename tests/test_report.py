@@ -1,0 +1,207 @@
+"""The page, its figures, the table and the model card, from the made-up run of `test_results`."""
+
+import math
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+from test_results import late, synthetic, without
+
+from linearize.errors import LinearizeError
+from linearize.figures import FIGURES, _spread, byte_size, context, count, figures, ratio
+from linearize.report import COLUMNS, model_card, render, table, write
+from linearize.results import read, verdict
+
+BASELINES = ("window_only", "window_equal_memory", "recurrence_off")
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Checks nesting; gathers ids, headings and whatever a browser would fetch."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.fetched, self.tags, self.headings = [], [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "href", "xlink:href", "data") and not value.startswith("#"):
+                self.fetched.append(value)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+@pytest.fixture(scope="module")
+def page():
+    return render(synthetic())
+
+
+def test_page_needs_nothing_else(page):
+    found = Page(page)
+    assert found.fetched == []
+    assert not {"script", "link", "iframe", "img", "object"} & set(found.tags)
+    assert not re.search(r"url\((?!#)|@import", page)
+
+
+def test_page_has_every_section(page):
+    found = Page(page)
+    assert found.headings == [
+        "What is lost, and where",
+        "What the recurrence is worth",
+        "Training",
+        "What the layers learned",
+        "Memory",
+        "Speed",
+        "All models",
+        "How it was made",
+    ]
+    assert found.tags.count("svg") == len(FIGURES)
+    assert page.count('class="tile') == 1 + 5
+    for text in ("23 %", "248× less", "5.6×", "3e−6", "NVIDIA H100", "2.11.0", "rank: 32", "6 min 53 s", "7,864,320"):
+        assert text in page
+    assert verdict(synthetic()).split(": ")[0] in page
+
+
+def test_ids_are_unique_and_referred_to(page):
+    ids = Page(page).ids
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'url\(#([^)"]+)\)|href="#([^"]+)"', page)) <= {(i, "") for i in ids} | {("", i) for i in ids}
+
+
+def test_figures_are_standalone_text_and_repeatable():
+    drawn = figures(synthetic())
+    assert list(drawn) == list(FIGURES)
+    assert drawn == figures(synthetic())
+    for svg in drawn.values():
+        root = ElementTree.fromstring(svg)
+        texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+        assert len(texts) > 5
+        assert "DejaVu" not in svg
+    assert "late loss above the teacher (nats)" in drawn["ablation"]
+
+
+def test_everything_from_outside_is_escaped():
+    bad = '<script>alert("$x^")</script> & $'
+    curve = {"stage": bad, "model": bad, "tokens": [10, 20], "loss": [1.0, 0.5]}
+    report = synthetic(
+        model=bad, structure=bad, heldout=bad, hardware=bad, curves=[curve], versions={bad: bad}, recipe={bad: bad},
+        seeds={bad: 1}, seconds={bad: 1.0}, trained_tokens={bad: 1}, cache_bytes={bad: {8: 8}},
+        tokens_per_second={bad: {8: 8.0}},
+    )  # fmt: skip
+    page = render(report)
+    assert "<script" not in page
+    assert "<script" not in "".join(Page(page).tags)
+    assert page.count("&lt;script&gt;") > 8
+    card = model_card(report, "a`b\n# c")
+    assert "\n# c" not in card
+
+
+def test_without_baselines():
+    report = without(synthetic(), *BASELINES)
+    page = render(report)
+    assert "not compared with a window alone" in page
+    assert "window only</text>" not in figures(report)["loss_by_position"]
+    assert len(table(report).splitlines()) == 2 + 3
+    assert "not compared" in model_card(report, "a/b")
+
+
+def test_one_layer_one_context_one_point():
+    report = synthetic(
+        layers=[{"layer": 3, "mixing": [0.1], "decay_tokens": [50.0]}],
+        cache_bytes={"teacher": {1024: 4096}, "converted": {1024: 512}},
+        tokens_per_second={"converted": {1024: 10.0}},
+        curves=[{"stage": "align", "model": "converted", "tokens": [5], "loss": [0.3]}],
+    )
+    assert "8.0× less" in render(report)
+    assert set(figures(report)) == set(FIGURES)
+
+
+def test_one_bucket():
+    data = synthetic().model_dump()
+    for result in data["models"].values():
+        result["loss_by_position"] = result["loss_by_position"][:1]
+    assert "loss_by_position" in figures(synthetic(**data))
+
+
+def test_nothing_but_losses():
+    empty = {"layers": [], "curves": [], "cache_bytes": {}, "tokens_per_second": {}, "recipe": {}, "seeds": {}}
+    report = synthetic(**empty, versions={}, seconds={}, trained_tokens={})
+    assert list(figures(report)) == ["loss_by_position", "ablation"]
+    assert "not measured" in render(report)
+    assert "<details>" not in render(report)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_diverged(value):
+    data = late(synthetic(), converted=value, recurrence_off=value, untrained=value).model_dump()
+    data["models"]["converted"] |= {"perplexity": value, "loss_by_position": [value] * 64}
+    data["models"]["untrained"]["loss_by_position"] = [value] * 64
+    data["curves"] = [{"stage": "align", "model": "converted", "tokens": [1, 2, 3], "loss": [1.0, value, value]}]
+    data["layers"] = [{"layer": 0, "mixing": [value], "decay_tokens": [value, 20.0]}]
+    report = synthetic(**data | {"decode_parity": value})
+    assert "diverged" in render(report)
+    assert 'class="tile bad"' in render(report)
+
+
+def test_poor_parity_is_marked(page):
+    assert 'class="tile bad"' not in page
+    assert 'class="tile bad"' in render(synthetic(decode_parity=0.3))
+
+
+def test_table_is_aligned_markdown():
+    lines = table(synthetic()).splitlines()
+    assert len(lines) == 2 + 6
+    assert len({len(line) for line in lines}) == 1
+    assert [cell.strip() for cell in lines[0].strip("|").split("|")] == list(COLUMNS)
+    assert lines[1].startswith("| ---")
+    assert re.search(r"\| converted +\| +64 \| +9,830,400 \| +31.1 \| .* 3.402 \| +85 % \|", lines[6])
+
+
+def test_model_card():
+    report = synthetic()
+    card = model_card(report, report.model)
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["library_name"] == "transformers"
+    assert front["base_model"] == report.model
+    assert {"linearize", "gla"} <= set(front["tags"])
+    assert table(report) in card
+    assert verdict(report) in card
+    assert "import linearize" in card
+    assert "## Limitations" in card
+    assert "base_model" not in yaml.safe_load(model_card(report, "/tmp/my model").split("---\n")[1])
+
+
+def test_write(tmp_path):
+    report = synthetic()
+    write(report, tmp_path / "new" / "folder")
+    assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {"report.json", "report.html"}
+    assert read(tmp_path / "new" / "folder") == report
+    with pytest.raises(LinearizeError, match="cannot write"):
+        write(report, tmp_path / "new" / "folder" / "report.json")
+
+
+def test_numbers():
+    assert [count(n) for n in (0, 950, 1500, 999_999, 2.5e6)] == ["0", "950", "1.5k", "1M", "2.5M"]
+    assert [context(n) for n in (512, 1000, 1024, 131_072, 1 << 20)] == ["512", "1,000", "1k", "128k", "1M"]
+    assert [byte_size(n) for n in (12, 1023, 1024, 3 << 20)] == ["12 B", "1,023 B", "1 KiB", "3 MiB"]
+    assert [ratio(n) for n in (1.04, 9.96, 247.6)] == ["1.0×", "10×", "248×"]
+
+
+def test_labels_are_spread():
+    assert _spread([0, 1, 50], 10) == [-4.5, 5.5, 50]
+    assert _spread([0, 0, 0, 12], 10) == pytest.approx([-12, -2, 8, 18])
+    assert _spread([], 10) == []
