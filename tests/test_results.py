@@ -8,7 +8,20 @@ import numpy as np
 import pytest
 
 from linearize.errors import LinearizeError
-from linearize.results import Curve, ModelResult, Report, findings, late_gap_closed, percent, read, verdict
+from linearize.results import (
+    Curve,
+    ModelResult,
+    Report,
+    byte_size,
+    context,
+    count,
+    findings,
+    late_gap_closed,
+    percent,
+    ratio,
+    read,
+    verdict,
+)
 
 LENGTH, BUCKET = 1024, 16
 LATE = {  # late loss, perplexity and agreement of a plausible run
@@ -91,7 +104,7 @@ def _made() -> dict[str, Any]:
         "trained_tokens": {"align": 1_966_080, "distill": 7_864_320},
         "hardware": "1 × NVIDIA H100 80GB HBM3, 26 CPU cores",
         "versions": {"linearize": "0.1.0", "torch": "2.11.0", "transformers": "5.17.0", "peft": "0.18.1"},
-        "recipe": {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "mixer": {"structure": "gla", "window": 64, "sinks": 4},
+        "recipe": {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "mixer": {"structure": "gla", "window": 64},
                    "distill": {"tokens": 7_864_320, "lr": 1e-3, "lora": {"rank": 32, "targets": ["q", "k", "v", "o"]}}},
         "seeds": {"init": 0, "data": 0},
     }  # fmt: skip
@@ -207,6 +220,13 @@ def test_percent():
     assert [percent(x) for x in (0.226, -0.034, 1.0, 0.004)] == ["23 %", "−3.4 %", "100 %", "0.4 %"]
 
 
+def test_numbers():
+    assert [count(n) for n in (0, 950, 1500, 999_999, 2.5e6)] == ["0", "950", "1.5k", "1M", "2.5M"]
+    assert [context(n) for n in (512, 1000, 1024, 131_072, 1 << 20)] == ["512", "1,000", "1k", "128k", "1M"]
+    assert [byte_size(n) for n in (12, 1023, 1024, 3 << 20)] == ["12 B", "1,023 B", "1 KiB", "3 MiB"]
+    assert [ratio(n) for n in (1.04, 9.96, 247.6)] == ["1.0×", "10×", "248×"]
+
+
 def test_round_trip(tmp_path):
     report = late(synthetic(), untrained=math.inf, recurrence_off=math.nan)
     path = tmp_path / "report.json"
@@ -223,7 +243,7 @@ def test_round_trip(tmp_path):
     [
         (lambda text: text[: len(text) // 2], "JSON"),
         (lambda text: "", "JSON"),
-        (lambda text: "[]", "Report"),
+        (lambda text: "[]", "object"),
         (lambda text: text.replace('"hardware"', '"hardwear"'), "hardwear"),
         (lambda text: text.replace('"bucket": 16', '"bucket": 0'), "bucket"),
     ],
@@ -238,7 +258,7 @@ def test_read_names_the_file_and_the_fault(tmp_path, damage, words):
 
 
 def test_read_missing_file(tmp_path):
-    with pytest.raises(LinearizeError, match="missing.json"):
+    with pytest.raises(LinearizeError, match=r"missing\.json"):
         read(tmp_path / "missing.json")
 
 

@@ -1,9 +1,12 @@
 """Turn pretrained transformer language models into gated linear recurrent ones."""
 
+from linearize.checkpoint import load
 from linearize.config import MixerConfig
-from linearize.convert import convert, load, register, revert
+from linearize.convert import convert, register, revert
 from linearize.errors import LinearizeError
+from linearize.recipe import Recipe
+from linearize.run import run
 
-__all__ = ["LinearizeError", "MixerConfig", "convert", "load", "revert"]
+__all__ = ["LinearizeError", "MixerConfig", "Recipe", "convert", "load", "revert", "run"]
 
 register()

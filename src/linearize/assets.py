@@ -18,12 +18,13 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 from filelock import FileLock
 
 from linearize.errors import LinearizeError, unknown
-from linearize.files import disk_error, new_folder, write_text
+from linearize.files import MARKER, disk_error, new_folder, write_text
 
 SUMS = "SHA256SUMS"  # of the files of a checkpoint made here, as the sha256sum command writes them
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -92,11 +93,11 @@ def resolve_model(name_or_path: str) -> str:
     if name_or_path in MODELS:
         return str(model_folder(name_or_path))
     path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    if name_or_path and path.is_dir():
         return str(path)
     if HUB_NAME.fullmatch(name_or_path) and not path.exists():
         return name_or_path
-    what = "is a file, not a model folder" if path.exists() else "is no folder here"
+    what = "is a file, not a model folder" if path.is_file() else "is no folder here"
     raise LinearizeError(
         f"model {name_or_path!r} {what}; valid: {', '.join(MODELS)}, a local folder, or a hub name owner/name"
     )
@@ -117,8 +118,7 @@ def model_folder(name: str) -> Path:
         if not _sums_hold(folder):  # another process may have made it while this one waited
             with new_folder(folder, kind="model") as temporary:
                 _dequantize(asset, asset_file(asset), temporary)
-                sums = "".join(f"{_sha256(path)}  {path.name}\n" for path in sorted(temporary.iterdir()))
-                write_text(temporary / SUMS, sums)
+                write_text(temporary / SUMS, _sums(temporary))
     return folder
 
 
@@ -200,6 +200,7 @@ def _dequantize(asset: Asset, gguf: Path, folder: Path) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         # up to 5.17 transformers read the end of text as <|im_start|> and no padding: generation would not stop
         tokenizer.eos_token = tokenizer.pad_token = END_OF_TURN
+        tokenizer.clean_up_tokenization_spaces = False  # there it also asked to strip spaces before punctuation
         for settings in (model.config, model.generation_config):
             settings.eos_token_id = settings.pad_token_id = tokenizer.eos_token_id
         model.save_pretrained(folder)
@@ -207,7 +208,7 @@ def _dequantize(asset: Asset, gguf: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet(transformers) -> Iterator[None]:  # type: ignore[no-untyped-def]
+def _quiet(transformers: ModuleType) -> Iterator[None]:
     """Hold back the progress bars and the advice of transformers, which is about files nobody chose."""
     logging = transformers.utils.logging
     verbosity = logging.get_verbosity()
@@ -235,13 +236,16 @@ def _locked(target: Path) -> Iterator[None]:
         lock.release()
 
 
+def _sums(folder: Path) -> str:
+    """The sha256 and name of every file of `folder` but the two that describe it, a line each."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in (SUMS, MARKER))
+    return "".join(f"{_sha256(path)}  {path.name}\n" for path in paths)
+
+
 def _sums_hold(folder: Path) -> bool:
-    """Whether every file that the folder's own list of sums names is as it was written."""
+    """Whether `folder` holds exactly what was written to it."""
     sums = folder / SUMS
-    if not sums.is_file():
-        return False
-    rows = [line.split("  ", 1) for line in sums.read_text().splitlines()]
-    return all((folder / name).is_file() and _sha256(folder / name) == digest for digest, name in rows)
+    return sums.is_file() and sums.read_bytes() == _sums(folder).encode()
 
 
 def _is_whole(path: Path, asset: Asset) -> bool:

@@ -23,6 +23,15 @@ class MixerCacheLayer(CacheLayerMixin):
     is_compileable = False
     is_sliding = None  # neither: a model's own full and sliding layers must not take their masks' sizes from here
 
+    keys: Any
+    values: Any
+    valid: Any
+    sink_keys: Any
+    sink_values: Any
+    sink_time: Any
+    real: Any
+    state: Any
+
     def __init__(self) -> None:
         self.reset()
 

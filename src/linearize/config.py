@@ -1,13 +1,12 @@
 """What a converted layer is: one frozen, validated object, saved in `config.json`."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from linearize.errors import LinearizeError, unknown
 from linearize.structures import STRUCTURES
-
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -22,9 +21,14 @@ class MixerConfig(BaseModel):
     sinks: int = Field(4, ge=0, description="first tokens of each document that softmax attention always sees")
     feature_map: Literal["softmax"] = Field("softmax", description="of q and k in the recurrence, over the head size")
     gate_temperature: float = Field(16.0, gt=0, description="the log decay is divided by it")
-    mixing: Literal["fixed", "per_head"] = Field("per_head", description="the recurrence's weight: a constant, or learned")
+    mixing: Literal["fixed", "per_head"] = Field(
+        "per_head", description="the recurrence's weight: a constant, or learned"
+    )
     mixing_weight: float | None = Field(
-        None, ge=0, le=1, description="its (initial) value; by default 0.5 for fixed, the paper's, and 0.02 for per_head"
+        None,
+        ge=0,
+        le=1,
+        description="its (initial) value; by default 0.5 for fixed, the paper's, and 0.02 for per_head",
     )
 
     def model_post_init(self, _: Any) -> None:
@@ -52,6 +56,9 @@ def _explain(model: type[BaseModel], what: str, item: Any) -> str:
     if item["type"] == "extra_forbidden":
         owner: Any = model
         for part in item["loc"][:-1]:
-            owner = owner.model_fields[part].annotation
+            annotation = owner.model_fields[part].annotation
+            owner = next(a for a in (*get_args(annotation), annotation) if hasattr(a, "model_fields"))
         return f"unknown {what} key {name!r}; valid: {', '.join(owner.model_fields)}"
+    if item["type"] == "missing":
+        return f"{what} key {name!r} is missing"
     return f"{what} key {name!r} is {item['input']!r}: {item['msg']}"

@@ -1,10 +1,8 @@
-"""Swap the softmax attention of a loaded model for mixers, in place, and back; save and load through transformers."""
+"""Swap the softmax attention of a loaded model for mixers, in place, and back; classes that save and load it."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +10,9 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     initialization,
 )
 
@@ -24,7 +20,6 @@ from linearize.cache import adopt
 from linearize.config import MixerConfig, validated
 from linearize.errors import LinearizeError
 from linearize.families import FAMILIES, LINEARIZED, base_classes, base_model_type, family_of
-from linearize.files import verify_folder
 from linearize.mixer import LinearizedAttention, PerHeadMixing
 from linearize.tokens import describe
 
@@ -79,38 +74,6 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def load(path: str | Path, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A checkpoint folder's model, in eval mode, and its tokenizer; `kwargs` go to `from_pretrained`.
-
-    Raises LinearizeError where the folder is missing, is no checkpoint, is truncated or was tampered with.
-    """
-    folder = Path(path)
-    try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except FileNotFoundError as error:
-        raise LinearizeError(f"{folder} has no config.json; give the folder of a checkpoint") from error
-    except (ValueError, KeyError) as error:
-        raise LinearizeError(f"{folder / 'config.json'} is damaged; give a whole checkpoint") from error
-    if base_model_type(model_type) not in FAMILIES:
-        raise LinearizeError(f"{folder} is a {model_type!r} checkpoint; valid families: {', '.join(FAMILIES)}")
-    verify_folder(folder)
-    return load_pretrained(str(folder), **kwargs)
-
-
-def load_pretrained(name: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in eval mode, fp32 unless `dtype` says otherwise, and its tokenizer, from a folder or the hub."""
-    kwargs.setdefault("dtype", torch.float32)
-    try:
-        family_of(AutoConfig.from_pretrained(name))
-        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
-        return model.eval(), AutoTokenizer.from_pretrained(name)
-    except LinearizeError:
-        raise
-    except Exception as error:  # what transformers, safetensors and the hub raise has no common class
-        reason = str(error).strip().split("\n")[0]
-        raise LinearizeError(f"cannot load a model from {name!r}: {reason or type(error).__name__}") from error
-
-
 def is_linearized(model: nn.Module) -> bool:
     """Whether a model went through `convert`, in this process or before it was saved."""
     return getattr(getattr(model, "config", None), "linearize", None) is not None
@@ -139,7 +102,9 @@ def choose_layers(layers: Layers, softmax_every: int | None, count: int) -> list
         else:
             chosen = {int(index) for index in layers}
     except ValueError as error:
-        raise LinearizeError(f"layers {layers!r} is not valid; give 'all' or numbers and ranges like '0-7,16'") from error
+        raise LinearizeError(
+            f"layers {layers!r} is not valid; give 'all' or numbers and ranges like '0-7,16'"
+        ) from error
     if softmax_every is not None:
         if softmax_every < 1:
             raise LinearizeError(f"softmax_every is {softmax_every}; valid: 1 and up")
@@ -211,7 +176,7 @@ def _swap(model: PreTrainedModel) -> None:
         attention = attention_of(model, index)
         mixer = LinearizedAttention(attention, family, config)
         weight = attention.q_proj.weight
-        mixer.mixing = mixer.mixing.to(device=weight.device, dtype=weight.dtype) if mixer.structure else None
+        mixer.mixing.to(device=weight.device, dtype=weight.dtype)
         decoder(model).layers[index].self_attn = mixer
     decoder(model).register_forward_pre_hook(_prepare, with_kwargs=True)
 
@@ -251,6 +216,6 @@ def _clamped_rope(module: Any, inputs: torch.Tensor, positions: torch.Tensor | N
     if positions is None:
         positions = torch.arange(start, start + inputs.shape[1], device=inputs.device)[None]
     return module.rotary_emb(
-        module.get_input_embeddings().weight, position_ids=positions.clamp(max=module.config.max_position_embeddings - 1)
+        module.get_input_embeddings().weight,
+        position_ids=positions.clamp(max=module.config.max_position_embeddings - 1),
     )
-

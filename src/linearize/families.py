@@ -15,7 +15,7 @@ Projected = tuple[Tensor, Tensor, Tensor]
 def separate(attention: nn.Module, x: Tensor) -> Projected:
     """q, k and v by a linear layer each: x `[B, T, hidden]` to `[B, T, H, D]` and twice `[B, T, KV, D]`, no RoPE."""
     a: Any = attention
-    return tuple(p(x).unflatten(-1, (-1, a.head_dim)) for p in (a.q_proj, a.k_proj, a.v_proj))  # type: ignore[return-value]
+    return tuple(p(x).unflatten(-1, (-1, a.head_dim)) for p in (a.q_proj, a.k_proj, a.v_proj))
 
 
 def separate_with_norms(attention: nn.Module, x: Tensor) -> Projected:

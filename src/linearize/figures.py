@@ -3,7 +3,7 @@
 import math
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from io import StringIO
 from typing import Any
 
@@ -14,7 +14,7 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from linearize.results import Curve, Report
+from linearize.results import Curve, Report, byte_size, context, count, ratio
 
 PAPER, INK, MUTED, GRID, SHADE = "#ffffff", "#1f2429", "#5c6670", "#dfe3e8", "#f1f4f7"
 DARK = {  # what each colour becomes on a dark page
@@ -180,6 +180,9 @@ def layers(report: Report) -> Figure | None:
         ax = _axes(figure, (0.06, top / total, 0.85, height / total), title, "layer", rows)
         bar = figure.add_axes((0.924, top / total, 0.013, height / total))
         _heatmap(figure, ax, bar, data, norm, unit)
+        for missing in set(range(data.shape[1])) - {row.layer for row in report.layers}:
+            ax.text(missing + 0.5, len(data) / 2, "not converted", rotation=90, ha="center", va="center",
+                    color=MUTED, fontsize=6)  # fmt: skip
         top -= 0.5
     return figure
 
@@ -197,14 +200,12 @@ def _heatmap(figure: Figure, ax: Axes, bar: Axes, data: np.ndarray, norm: Normal
         axis.set_major_locator(FixedLocator([i + 0.5 for i in range(0, size, step)]))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value - 0.5:.0f}"))
     ax.tick_params(length=0)
-    for column in np.flatnonzero(~np.isfinite(data).any(axis=0)):
-        ax.text(column + 0.5, rows / 2, "not converted", rotation=90, ha="center", va="center", color=MUTED, fontsize=6)
     colorbar = figure.colorbar(image, cax=bar)
     colorbar.outline.set_visible(False)
     bar.set_title(unit, loc="left", fontsize=8, color=MUTED, pad=5)
     bar.tick_params(length=0, labelsize=8, labelcolor=MUTED)
     if isinstance(norm, LogNorm):
-        bar.yaxis.set_major_locator(FixedLocator(_round_steps(norm.vmin, norm.vmax, most=3 if rows < 6 else 7)))
+        bar.yaxis.set_major_locator(FixedLocator(_round_steps(*image.get_clim(), most=3 if rows < 6 else 7)))
         bar.yaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
         bar.yaxis.set_minor_locator(NullLocator())
     else:
@@ -261,8 +262,8 @@ def _gap(ax: Axes, x: float, teacher: float, ours: float) -> None:
         return
     arrow = {"arrowstyle": "->", "color": MUTED, "lw": 0.9, "shrinkA": 5, "shrinkB": 5}
     ax.annotate("", (x, ours), (x, teacher), arrowprops=arrow)
-    place = {"xytext": (-6, 0), "textcoords": "offset points", "ha": "right", "va": "center"}
-    ax.annotate(f"{ratio(high / low)}", (x, math.sqrt(low * high)), color=INK, fontsize=10, fontweight="bold", **place)
+    ax.annotate(ratio(high / low), (x, math.sqrt(low * high)), (-6, 0), textcoords="offset points", ha="right",
+                va="center", color=INK, fontsize=10, fontweight="bold")  # fmt: skip
 
 
 def ablation(report: Report) -> Figure | None:
@@ -272,7 +273,7 @@ def ablation(report: Report) -> Figure | None:
     teacher = models.pop("teacher").late_loss
     excess = {name: result.late_loss - teacher for name, result in models.items()}
     matched = [value for name, value in excess.items() if name != "recurrence_off" and math.isfinite(value)]
-    if not matched or not math.isfinite(teacher):
+    if len(excess) < 2 or not matched or not math.isfinite(teacher):
         return None
     most = 3.2 * max(map(abs, matched)) or 1.0  # a longer bar would hide the difference that matters: it is cut
     shown = {name: min(value, most) if value == value else 0.0 for name, value in excess.items()}
@@ -292,8 +293,8 @@ def ablation(report: Report) -> Figure | None:
         ax.barh(row, shown[name], height=0.6, color=COLORS[name], lw=0)
         cut = ", bar cut" if value > most else ""
         text = f"{models[name].late_loss:.3f}  ({value:+.3f}{cut})".replace("-", "−")
-        ax.annotate(text, (max(shown[name], 0), row), (5, 0), textcoords="offset points", va="center_baseline", fontsize=8.5,
-                    color=INK)  # fmt: skip
+        ax.annotate(text, (max(shown[name], 0), row), (5, 0), textcoords="offset points", va="center_baseline",
+                    fontsize=8.5, color=INK)  # fmt: skip
     ax.yaxis.set_major_locator(FixedLocator(range(len(excess))))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda row, _: LABELS[list(excess)[int(row)]]))
     ax.tick_params(axis="y", labelsize=8.5, labelcolor=INK, length=0)
@@ -310,37 +311,6 @@ FIGURES: dict[str, Callable[[Report], Figure | None]] = {
     "speed": speed,
 }
 _BLUES = LinearSegmentedColormap.from_list("weight", ["#eef3f7", "#8fc3e3", "#0072b2", "#00263d"])
-
-
-# How numbers are written, here and in the page
-
-
-def count(value: float) -> str:
-    """1500000 as "1.5M"."""
-    return _scaled(value, 1000, ("", "k", "M", "G", "T"), "")
-
-
-def context(value: float) -> str:
-    """A context length: powers of two by 1024, others as they are."""
-    value = round(value)
-    return _scaled(value, 1024, ("", "k", "M"), "") if value >= 1024 and value % 1024 == 0 else f"{value:,}"
-
-
-def byte_size(value: float) -> str:
-    return _scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB"), " ")
-
-
-def ratio(value: float) -> str:
-    return f"{value:.0f}×" if value >= 9.95 else f"{value:.1f}×"
-
-
-def _scaled(value: float, base: int, units: tuple[str, ...], space: str) -> str:
-    if not math.isfinite(value):
-        return "∞" if value > 0 else "–"
-    power = 0
-    while abs(value) >= base * 0.9995 and power < len(units) - 1:
-        value, power = value / base, power + 1
-    return f"{value:.3g}{space}{units[power]}" if abs(value) < 1000 else f"{value:,.0f}{space}{units[power]}"
 
 
 # Drawing
@@ -438,7 +408,7 @@ def _grid(report: Report, field: str) -> np.ndarray:
     return np.where(np.isfinite(grid), grid, np.nan)
 
 
-def _ticks(axis: Any, places: list[float], form: Callable[[float], str]) -> None:
+def _ticks(axis: Any, places: Sequence[float], form: Callable[[float], str]) -> None:
     axis.set_major_locator(FixedLocator(places))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))

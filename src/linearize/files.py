@@ -80,7 +80,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 def disk_error(path: Path, error: OSError) -> LinearizeError:
     """`error`, met while writing `path`, in words."""
-    return LinearizeError(f"cannot write {path}: {error.strerror or error}; give a folder on a writable disk with space")
+    return LinearizeError(
+        f"cannot write {path}: {error.strerror or error}; give a folder on a writable disk with space"
+    )
 
 
 def _fsync(path: Path) -> None:

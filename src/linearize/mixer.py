@@ -10,7 +10,7 @@ from linearize.config import MixerConfig
 from linearize.errors import LinearizeError
 from linearize.families import Family, base_model_type, modeling
 from linearize.ops.local import Sinks, local_attention
-from linearize.structures import STRUCTURES
+from linearize.structures import STRUCTURES, Structure
 from linearize.tokens import Tokens
 
 
@@ -75,13 +75,15 @@ class LinearizedAttention(nn.Module):
         base: Any = attention
         self.config, self.family, self._original = config, family, (attention,)
         self.layer_idx, self.head_dim, self.scaling = base.layer_idx, base.head_dim, base.scaling
+        self.o_proj: nn.Module  # every family's; the others are known to `family.project`
         for name, child in attention.named_children():
             setattr(self, name, child)
         self.num_heads = base.config.num_attention_heads
         self.num_key_value_heads = base.config.num_key_value_heads
         self.rotate = modeling(base_model_type(base.config.model_type)).apply_rotary_pos_emb
-        self.structure = None if config.structure == "none" else STRUCTURES[config.structure]
         self.feature_map = FEATURE_MAPS[config.feature_map]
+        self.structure: Structure | None = STRUCTURES.get(config.structure)
+        self.mixing: nn.Module = nn.Identity()  # what a window alone needs
         if self.structure is not None:
             self.mixing = MIXINGS[config.mixing](config, self.num_heads)
 
@@ -101,8 +103,8 @@ class LinearizedAttention(nn.Module):
         """hidden_states `[B, T, hidden]` to the same; `tokens` come from the hook that `convert` sets."""
         if tokens is None:
             raise LinearizeError(
-                f"layer {self.layer_idx} of a {base_model_type(self.original.config.model_type)!r} model got no token "  # type: ignore[union-attr]
-                "description: its decoder layer drops keyword arguments, so this family cannot be converted"
+                f"layer {self.layer_idx} ({type(self.original).__name__}) got no description of its tokens: "
+                "its decoder layer drops keyword arguments, so this family cannot be converted"
             )
         cache: MixerCacheLayer | None = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         q, k, v = self.family.project(self, hidden_states)
@@ -148,6 +150,11 @@ class LinearizedAttention(nn.Module):
                 sink_k = torch.where(new, sink_k, cache.sink_keys)
                 sink_v = torch.where(new, sink_v, cache.sink_values)
         return Sinks(sink_k, sink_v, tokens.sink_time_from_start, tokens.sink_document, sink_q)
+
+    def mixing_weights(self) -> Tensor:
+        """The recurrence's weight in each head, `[H]` on the CPU."""
+        mixing: Any = self.mixing
+        return mixing.weights()
 
     def extra_repr(self) -> str:
         """The settings, in `print(model)`."""

@@ -1,4 +1,4 @@
-"""The report as a page to look at, a table, and a model card. The numbers are in `results`, the pictures in `figures`."""
+"""The report as a page to look at, a table and a model card; its numbers are `results`, its pictures `figures`."""
 
 import math
 import re
@@ -8,12 +8,17 @@ from pathlib import Path
 
 import yaml
 
-from linearize.figures import DARK, LABELS, byte_size, context, count, figures, ratio
+from linearize.figures import DARK, LABELS, figures
 from linearize.files import disk_error, write_text
-from linearize.results import EARLY, Report, findings, percent, verdict
+from linearize.results import EARLY, Report, byte_size, context, count, findings, percent, ratio, verdict
 
 PARITY = 0.02  # a larger difference between decoding and the full forward is more than rounding, also in bf16
 COLUMNS = ("model", "window", "trained tokens", "perplexity", f"loss, first {EARLY}", "late loss", "agreement")
+WITHOUT_BASELINE = {  # captions of figures where the window-only model is missing
+    "loss_by_position": "Right, what is left to the teacher; what a window alone would leave was not measured.",
+    "ablation": "What a model trained with the recurrence loses without it; that alone does not show what it is worth.",
+    "training": "The loss of each stage, smoothed over the faint raw loss.",
+}
 CAPTIONS = {  # figure -> its caption, and what it shows to somebody who cannot see it
     "loss_by_position": (
         "If the recurrence carries anything from beyond the window, the blue line runs below the orange one in the "
@@ -31,11 +36,12 @@ CAPTIONS = {  # figure -> its caption, and what it shows to somebody who cannot 
         "Training loss against tokens for each stage",
     ),
     "layers": (
-        "The darker a head in the upper map, the more it takes from the recurrence; the lower map shows for how many tokens its state remembers.",
+        "The darker a head in the upper map, the more it takes from the recurrence; the lower map shows for how many "
+        "tokens its state remembers.",
         "Heatmaps of the recurrence's weight and of the mean decay time by layer and head",
     ),
     "memory": (
-        "The teacher keeps the keys and values of every token; a window and a state stay as large as they are.",
+        "The teacher's cache grows with every token; a window and a state do not.",
         "Cache bytes against context length for teacher and converted model",
     ),
     "speed": (
@@ -113,7 +119,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 test what you need.
 - Nothing was measured beyond {report.sequence_length:,} tokens of context except speed and memory.
 - Decoding step by step differs from the full forward by {report.decode_parity:.1e} (relative norm of the logits).
-- Everything that holds for {base} (languages, biases, licence, safety) holds for this model too; it was not aligned again.
+- What holds for {base} (languages, biases, licence, safety) holds for this model too; it was not aligned again.
 """
 
 
@@ -176,7 +182,8 @@ def _tiles(report: Report) -> str:
         ),
     ]
     html = "\n".join(
-        f'<div class="tile{extra}"><dt>{escape(name)}</dt><dd><b>{escape(value)}</b><span>{escape(note)}</span></dd></div>'
+        f'<div class="tile{extra}"><dt>{escape(name)}</dt>'
+        f"<dd><b>{escape(value)}</b><span>{escape(note)}</span></dd></div>"
         for name, value, note, extra in tiles
     )
     return f'<dl class="tiles">\n{html}\n</dl>'
@@ -203,7 +210,7 @@ def _speed_tile(report: Report) -> tuple[str, str]:
 def _pictures(report: Report) -> str:
     titles = {
         "loss_by_position": "What is lost, and where",
-        "ablation": "What the recurrence is worth",
+        "ablation": "What is left at late positions",
         "training": "Training",
         "layers": "What the layers learned",
         "memory": "Memory",
@@ -212,6 +219,8 @@ def _pictures(report: Report) -> str:
     html = []
     for name, svg in figures(report).items():
         caption, alternative = CAPTIONS[name]
+        if report.models.window_only is None:
+            caption = WITHOUT_BASELINE.get(name, caption)
         half = ' class="half"' if name in ("memory", "speed") else ""
         html.append(
             f'<section{half} id="{name}">\n<h2>{titles[name]}</h2>\n<figure>\n{_inline(svg, alternative)}\n'
@@ -248,9 +257,9 @@ def _rows(report: Report) -> list[tuple[str, ...]]:
 
 def _note(report: Report) -> str:
     text = (
-        f"{report.eval_tokens:,} tokens of held-out text ({report.heldout}) in sequences of {report.sequence_length:,}. "
-        f"Losses are means in nats; late is position {report.sequence_length // 2:,} and up; agreement is how often the "
-        "most likely next token is the teacher's."
+        f"{report.eval_tokens:,} tokens of held-out text ({report.heldout}) in sequences of {report.sequence_length:,}."
+        f" Losses are means in nats; late is position {report.sequence_length // 2:,} and up; agreement is how often "
+        "the most likely next token is the teacher's."
     )
     return f'<p class="note">{escape(text)}</p>'
 

@@ -146,6 +146,34 @@ def percent(share: float) -> str:
     return text.replace("-", "−") + " %"
 
 
+def count(value: float) -> str:
+    """1500000 as "1.5M"."""
+    return _scaled(value, 1000, ("", "k", "M", "G", "T"), "")
+
+
+def context(value: float) -> str:
+    """A context length: powers of two by 1024, others as they are."""
+    value = round(value)
+    return _scaled(value, 1024, ("", "k", "M"), "") if value >= 1024 and value % 1024 == 0 else f"{value:,}"
+
+
+def byte_size(value: float) -> str:
+    return _scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB"), " ")
+
+
+def ratio(value: float) -> str:
+    return f"{value:.0f}×" if value >= 9.95 else f"{value:.1f}×"
+
+
+def _scaled(value: float, base: int, units: tuple[str, ...], space: str) -> str:
+    if not math.isfinite(value):
+        return "∞" if value > 0 else "–"
+    power = 0
+    while abs(value) >= base * 0.9995 and power < len(units) - 1:
+        value, power = value / base, power + 1
+    return f"{value:.3g}{space}{units[power]}" if abs(value) < 1000 else f"{value:,.0f}{space}{units[power]}"
+
+
 def _against_window(report: Report) -> str:
     models, share = report.models, report.late_gap_closed.window_only
     baseline = models.window_only

@@ -1,5 +1,6 @@
 """What every mixer has to know of a batch, worked out once for each forward pass."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -37,7 +38,7 @@ class Tokens:
 
 
 def describe(
-    shape: tuple[int, int],
+    shape: Sequence[int],
     sinks: int,
     device: torch.device,
     attention_mask: Tensor | None = None,

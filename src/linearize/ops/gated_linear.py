@@ -125,9 +125,7 @@ def _within_chunks(
         left_out, right_out = output.unflatten(1, pairs).unbind(2)
         output = torch.stack([left_out, right_out + read], dim=2).flatten(1, 3)
         to_query = torch.stack([left_to_query, right_to_query + left_to_query[:, :, -1:]], dim=2).flatten(1, 3)
-        to_end = torch.stack(
-            [left_to_end + right_to_query[:, :, -1:], right_to_end], dim=2
-        ).flatten(1, 3)
+        to_end = torch.stack([left_to_end + right_to_query[:, :, -1:], right_to_end], dim=2).flatten(1, 3)
         size *= 2
     return output, to_query, to_end
 

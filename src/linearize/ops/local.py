@@ -56,7 +56,7 @@ def reference(
     age = t[:, None] - times[:, None]
     seen = (age >= 0) & (age < window) & real[:, None] | (age == 0)
     sink_seen = sinks.time[:, None] <= t[:, None] - window
-    if document is not None:
+    if document is not None and sinks.document is not None:
         seen = seen & (document[:, :, None] == document[:, None])
         sink_seen = sink_seen & (document[:, :, None] == sinks.document[:, None])
     sink_q = q if sinks.q is None else sinks.q
@@ -159,7 +159,7 @@ def _mask(
     if document is not None:
         own = F.pad(document, (0, pad), value=-1).unflatten(1, (-1, block))[..., None]
         seen = seen & (own == bands(document, document.new_full((B, window), -2), -1))
-        sink_seen = sink_seen & (own == sinks.document[:, None, None])  # type: ignore[index]
+        sink_seen = sink_seen & (own == sinks.document[:, None, None])
     if sink_seen.shape[0] != seen.shape[0]:
         sink_seen, seen = sink_seen.expand(B, -1, -1, -1), seen.expand(B, -1, -1, -1)
     return torch.cat([sink_seen, seen.expand(-1, sink_seen.shape[1], -1, -1)], dim=-1)

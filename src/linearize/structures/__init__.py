@@ -3,6 +3,8 @@
 from linearize.structures import gla
 from linearize.structures.base import Structure
 
+__all__ = ["STRUCTURES", "Structure"]
+
 STRUCTURES: dict[str, Structure] = {
     "gla": gla.GLA,
 }

@@ -4,7 +4,7 @@ import gzip
 import json
 import lzma
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -31,7 +31,7 @@ def load_documents(source: str, split: Literal["train", "heldout"] = "train") ->
 
     `source` is `wiki` (the embedded text), a local file (`.jsonl`, `.jsonl.xz`, `.jsonl.gz`, `.parquet`: one document
     a row, in `text`; `.txt`: the whole file is one document), a folder of such files (in the order of their names), or
-    a hub dataset `owner/name[:split]` (`train` unless named). `split` chooses within `wiki` and means nothing elsewhere.
+    a hub dataset `owner/name[:split]` (`train` unless named). `split` chooses within `wiki` only.
     Raises `LinearizeError` that names the file, and the line or byte, when the source cannot be read or holds no text.
     """
     if split not in SPLITS:
@@ -41,9 +41,9 @@ def load_documents(source: str, split: Literal["train", "heldout"] = "train") ->
     documents: Iterator[str]
     if source == "wiki":
         documents = iter(_wiki(split))
-    elif path.is_dir():
+    elif source and path.is_dir():
         documents = _read_folder(path)
-    elif path.exists() or _suffix(path):
+    elif source and (path.exists() or _suffix(path)):
         documents = _read_file(path)
     elif hub:
         documents = _read_hub(hub[1], hub[2] or "train")
@@ -111,7 +111,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
             if "text" not in names:
                 raise LinearizeError(f"{path}: no column 'text'; it has: {', '.join(names)}")
             for batch in file.iter_batches(columns=["text"]):
-                yield from (str(text) for text in batch.column(0).to_pylist() if text is not None)
+                yield from _strings(batch.column(0).to_pylist(), str(path))
     except pyarrow.ArrowException as error:
         raise LinearizeError(f"cannot read {path}: {error}") from error
 
@@ -129,7 +129,15 @@ def _read_hub(name: str, split: str) -> Iterator[str]:
         ) from error
     if "text" not in rows.column_names:
         raise LinearizeError(f"{name}: no column 'text'; it has: {', '.join(rows.column_names)}")
-    yield from (text for text in rows["text"] if text is not None)
+    yield from _strings(rows["text"], name)
+
+
+def _strings(column: Iterable[object], place: str) -> Iterator[str]:
+    for value in column:
+        if isinstance(value, str):
+            yield value
+        elif value is not None:  # an empty cell is a blank document
+            raise LinearizeError(f"{place}: column 'text' holds {type(value).__name__}, not strings")
 
 
 def _decode(raw: bytes, path: Path, offset: int) -> str:
@@ -169,21 +177,26 @@ def _wiki(split: str) -> list[str]:
     if split == "heldout":
         return heldout
     leads = json.loads(asset_file(TEXTS["wiki leads"]).read_text(encoding="utf-8"))
-    return training + [
-        lead["extract"] for lead in leads.values() if not _is_lead_of(lead["title"], lead["extract"], heldout)
-    ]
+    return training + _leads_of_others(leads.values(), heldout)
 
 
-def _is_lead_of(title: str, extract: str, articles: list[str]) -> bool:
-    """Whether this first paragraph is of one of `articles`, which bear no titles; in doubt it is.
+def _leads_of_others(leads: Iterable[dict[str, str]], articles: list[str]) -> list[str]:
+    """The first paragraphs that are of none of `articles`, which bear no titles; in doubt one is left out.
 
     An article's subject is its words before the first verb or bracket ("Andre Kirk Agassi ("). A title matches if,
     without its qualifier (", Texas", " (law)"), it has the subject's first word and no word that the subject lacks.
     """
-    words = _words(re.split(r"[,(]", title)[0])
-    subjects = (_words(re.split(r" (?:is|are|was|were|primarily)\b|[,(]", article)[0]) for article in articles)
-    by_title = any(subject[0] in words and set(words) <= set(subject) for subject in subjects)
-    return by_title or any(extract[:60] in article for article in articles)
+    subjects = [_words(re.split(r" (?:is|are|was|were|primarily)\b|[,(]", article[:300])[0]) for article in articles]
+    text = "\n".join(articles)
+
+    def match(title: list[str]) -> bool:
+        return any(subject[0] in title and set(title) <= set(subject) for subject in subjects)
+
+    return [
+        lead["extract"]
+        for lead in leads
+        if not match(_words(re.split(r"[,(]", lead["title"])[0])) and lead["extract"][:60] not in text
+    ]
 
 
 def _words(text: str) -> list[str]:

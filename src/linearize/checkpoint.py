@@ -1,0 +1,135 @@
+"""Checkpoint folders: ordinary transformers checkpoints, with the recipe that made them; LoRA merged or beside them."""
+
+import json
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from peft import PeftModel
+from pydantic import TypeAdapter
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from linearize import recipe as recipes
+from linearize.errors import LinearizeError
+from linearize.families import FAMILIES, base_model_type, family_of
+from linearize.files import verify_folder
+from linearize.recipe import Recipe
+from linearize.results import Curve
+
+BASE = "base"  # the subfolder of the converted model that an adapter belongs to
+
+Student: TypeAlias = "PreTrainedModel | PeftModel"
+
+
+def unwrapped(model: Student) -> PreTrainedModel:
+    """The causal language model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def write(
+    student: Student,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    curves: list[Curve],
+    folder: Path,
+    out: Path,
+) -> None:
+    """Write a checkpoint into `folder`, which is to become `out`; merging changes `student`'s weights in place.
+
+    `recipe.adapter` decides what becomes of LoRA: "merged" into the weights, or "separate", a PEFT adapter with the
+    converted model in `base/` beside it.
+    """
+    if not isinstance(student, PeftModel):
+        student.save_pretrained(folder)
+    elif recipe.adapter == "merged":
+        student.merge_and_unload().save_pretrained(folder)
+    else:
+        student.peft_config["default"].base_model_name_or_path = str(out.absolute() / BASE)
+        student.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's template
+        _without_adapter(student, folder / BASE)
+    tokenizer.save_pretrained(folder)
+    (folder / "recipe.yaml").write_text(recipes.dump(recipe), encoding="utf-8")
+    write_curves(curves, folder)
+
+
+def load(path: str | Path, **kwargs: Any) -> tuple[Student, PreTrainedTokenizerBase]:
+    """A checkpoint folder's model, in eval mode, fp32 unless `dtype` says otherwise, and its tokenizer.
+
+    A folder with a PEFT adapter gives a PeftModel, ready to be trained on. `kwargs` go to `from_pretrained`.
+    Raises LinearizeError where the folder is missing, is no checkpoint, is truncated or was tampered with.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise LinearizeError(f"there is no checkpoint folder {str(folder)!r}; give one that linearize wrote")
+    verify_folder(folder)
+    adapter = folder / "adapter_config.json"
+    if not adapter.is_file():
+        _check_type(folder)
+        return load_pretrained(str(folder), **kwargs)
+    _check_type(folder / BASE)
+    base, _ = load_pretrained(str(folder / BASE), tokenizer=folder, **kwargs)
+    model = PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def load_pretrained(
+    name: str, tokenizer: str | Path | None = None, **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in eval mode, fp32 unless `dtype` says otherwise, and its tokenizer, from a folder or the hub."""
+    kwargs.setdefault("dtype", torch.float32)
+    try:
+        family_of(AutoConfig.from_pretrained(name))
+        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        return model.eval(), AutoTokenizer.from_pretrained(tokenizer or name)
+    except LinearizeError:
+        raise
+    except Exception as error:  # what transformers, safetensors and the hub raise has no common class
+        reason = str(error).strip().split("\n")[0]
+        raise LinearizeError(f"cannot load a model from {name!r}: {reason or type(error).__name__}") from error
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe that made a checkpoint; LinearizeError where there is none."""
+    if not (folder / "recipe.yaml").is_file():
+        raise LinearizeError(f"{folder} has no recipe.yaml; give a checkpoint that linearize wrote")
+    return recipes.read(folder / "recipe.yaml")
+
+
+def write_curves(curves: list[Curve], folder: Path) -> None:
+    """Keep the training curves with the weights that they led to."""
+    (folder / "curves.json").write_bytes(_CURVES.dump_json(curves))
+
+
+def read_curves(folder: Path) -> list[Curve]:
+    """What `write_curves` kept; LinearizeError where it is missing or damaged."""
+    try:
+        return _CURVES.validate_json((folder / "curves.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise LinearizeError(
+            f"{folder / 'curves.json'} is missing or damaged; give a checkpoint that is whole"
+        ) from error
+
+
+_CURVES = TypeAdapter(list[Curve])
+
+
+def _check_type(folder: Path) -> None:
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except FileNotFoundError as error:
+        raise LinearizeError(f"{folder} has no config.json; give the folder of a checkpoint") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise LinearizeError(f"{folder / 'config.json'} is damaged; give a whole checkpoint") from error
+    if base_model_type(str(model_type)) not in FAMILIES:
+        raise LinearizeError(f"{folder} is a {model_type!r} checkpoint; valid families: {', '.join(FAMILIES)}")
+
+
+def _without_adapter(student: PeftModel, folder: Path) -> None:
+    """The converted model as it was before LoRA, in `folder`."""
+    model = student.get_base_model()
+    state = {}
+    for key, tensor in model.state_dict().items():
+        if "lora_" not in key and ".modules_to_save." not in key:
+            state[key.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor
+    model.save_pretrained(folder, state_dict=state)

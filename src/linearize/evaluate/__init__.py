@@ -1,0 +1,95 @@
+"""What is left of a model: loss by position, decoding parity, speed and memory, and what its layers learned."""
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from linearize.convert import mixers
+from linearize.evaluate.decoding import decode_parity, decode_speed
+from linearize.evaluate.layers import layer_statistics
+from linearize.evaluate.perplexity import score, summarize
+from linearize.recipe import Recipe
+from linearize.results import Curve, Models, Report
+from linearize.train.data import heldout_sequences, load_documents, tokenize
+
+BUCKETS = 32  # points of a loss-by-position curve
+Variant = tuple[PreTrainedModel, int, int]  # the model, its training tokens, its window
+
+
+def evaluate(
+    recipe: Recipe,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    untrained: PreTrainedModel,
+    variants: dict[str, Variant],
+    curves: list[Curve],
+    seconds: dict[str, float],
+) -> Report:
+    """Everything that the report says, for the teacher, the untrained conversion and all variants."""
+    settings = recipe.evaluation
+    documents = tokenize(load_documents(recipe.data.heldout, "heldout"), tokenizer)
+    heldout = heldout_sequences(documents, settings.sequence_length, settings.sequences)
+    bucket = max(1, settings.sequence_length // BUCKETS)
+    expected = score(teacher, heldout, "teacher")
+    results = {"teacher": summarize(expected, None, bucket)}
+
+    def add(name: str, model: PreTrainedModel, tokens: int, window: int) -> None:
+        scores = score(model, heldout, name.replace("_", " "))
+        results[name] = summarize(scores, expected, bucket, trained_tokens=tokens, window=window)
+
+    add("untrained", untrained, 0, recipe.mixer.window)
+    for name, variant in variants.items():
+        add(name, *variant)
+    ours = variants["converted"][0]
+    if recipe.mixer.structure != "none":
+        with recurrence_off(ours):
+            add("recurrence_off", *variants["converted"])
+
+    speed, size = {}, {}
+    for name, model in (("teacher", teacher), ("converted", ours)):
+        speed[name], size[name] = decode_speed(model, settings.contexts, settings.decode_tokens, name)
+    return Report(
+        model=recipe.model,
+        structure=recipe.mixer.structure,
+        sequence_length=settings.sequence_length,
+        bucket=bucket,
+        eval_tokens=heldout.shape[0] * (heldout.shape[1] - 1),
+        heldout=recipe.data.heldout,
+        models=Models(**results),
+        decode_parity=decode_parity(ours, heldout[0]),
+        cache_bytes=size,
+        tokens_per_second=speed,
+        curves=curves,
+        layers=layer_statistics(ours, heldout[0]),
+        seconds=seconds,
+        trained_tokens={name: tokens for name, (_, tokens, _) in variants.items()},
+        hardware=hardware(),
+        versions={name: version(name) for name in ("linearize", "torch", "transformers", "peft", "accelerate")}
+        | {"python": platform.python_version()},
+        recipe=recipe.model_dump(mode="json"),
+        seeds={"recipe": recipe.seed},
+    )
+
+
+@contextmanager
+def recurrence_off(model: PreTrainedModel) -> Iterator[None]:
+    """The ablation: the window alone in every converted layer, with the weights as they are."""
+    found = [(mixer, mixer.structure) for mixer in mixers(model)]
+    try:
+        for mixer, _ in found:
+            mixer.structure = None
+        yield
+    finally:
+        for mixer, structure in found:
+            mixer.structure = structure
+
+
+def hardware() -> str:
+    """What this ran on: the GPU's name, or the processor and its threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

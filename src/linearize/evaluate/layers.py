@@ -1,0 +1,32 @@
+"""What the converted layers learned: how much each head takes from the recurrence, and how long it remembers."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from linearize.convert import decoder, mixers
+from linearize.results import Layer
+
+
+@torch.no_grad()
+def layer_statistics(model: PreTrainedModel, ids: Int[Tensor, "T"]) -> list[Layer]:
+    """A row for each layer with a recurrence; decay times are means over the tokens of `ids` and over channels."""
+    rows: list[Layer] = []
+
+    def watch(mixer: Any, _: Any, kwargs: dict[str, Any]) -> None:
+        _, k, _ = mixer.family.project(mixer, kwargs["hidden_states"])
+        log_g = mixer.structure.gate(k, mixer.config.gate_temperature).double()
+        decay = (-1 / log_g.mean(dim=(0, 1)).clamp(max=-1e-9)).mean(-1)
+        rows.append(Layer(layer=mixer.layer_idx, mixing=mixer.mixing_weights().tolist(), decay_tokens=decay.tolist()))
+
+    recurrent: list[nn.Module] = [mixer for mixer in mixers(model) if mixer.structure is not None]
+    handles = [mixer.register_forward_pre_hook(watch, with_kwargs=True) for mixer in recurrent]
+    try:
+        decoder(model)(input_ids=ids[None].to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return rows

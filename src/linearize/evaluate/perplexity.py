@@ -1,0 +1,53 @@
+"""Loss by position and greedy agreement on held-out text."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from linearize.convert import decoder
+from linearize.results import EARLY, ModelResult
+
+
+class Scores(NamedTuple):
+    """What one model says of every token but the first of each sequence."""
+
+    loss: Float[Tensor, "N T-1"]  # nats
+    greedy: Int[Tensor, "N T-1"]  # the most likely next token
+
+
+@torch.no_grad()
+def score(model: PreTrainedModel, sequences: Int[Tensor, "N T"], label: str = "", rows: int = 1024) -> Scores:
+    """Losses and greedy choices of `model`; logits exist for `rows` tokens at a time."""
+    device, head = model.device, model.get_output_embeddings()
+    losses, choices = [], []
+    for ids in tqdm(sequences, desc=f"evaluate {label}", unit="sequence", delay=1):
+        ids = ids.to(device)
+        hidden = decoder(model)(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
+        loss, choice = [], []
+        for part, targets in zip(hidden.split(rows), ids[1:].split(rows), strict=True):
+            logits = head(part).float()
+            loss.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+            choice.append(logits.argmax(-1))
+        losses.append(torch.cat(loss).cpu())
+        choices.append(torch.cat(choice).cpu())
+    return Scores(torch.stack(losses), torch.stack(choices))
+
+
+def summarize(scores: Scores, teacher: Scores | None, bucket: int, **extra: int | None) -> ModelResult:
+    """Scores in numbers; late is the second half of the positions."""
+    length = scores.loss.shape[1] + 1
+    by_position = scores.loss.double().mean(0)
+    agreement = None if teacher is None else (scores.greedy == teacher.greedy).double().mean().item()
+    return ModelResult(
+        perplexity=math.exp(min(by_position.mean().item(), 700.0)),
+        early_loss=by_position[:EARLY].mean().item(),
+        late_loss=by_position[length // 2 :].mean().item(),
+        loss_by_position=[part.mean().item() for part in by_position.split(bucket)],
+        agreement=agreement,
+        **extra,
+    )

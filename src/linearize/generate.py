@@ -1,0 +1,38 @@
+"""Text from a checkpoint, printed as it comes."""
+
+from pathlib import Path
+
+import torch
+from transformers import TextStreamer
+
+from linearize.checkpoint import load, unwrapped
+from linearize.errors import LinearizeError
+
+
+def generate(checkpoint: Path, prompt: str, chat: bool, max_new_tokens: int, temperature: float, seed: int) -> None:
+    """Stream a continuation of `prompt` to stdout; the cache is of one size however long prompt and answer are.
+
+    Raises LinearizeError for an empty prompt, and for `chat` where the tokenizer has no chat template.
+    """
+    if not prompt:
+        raise LinearizeError("the prompt is empty; give some text")
+    model, tokenizer = load(checkpoint)
+    if chat and tokenizer.chat_template is None:
+        raise LinearizeError(f"the tokenizer of {checkpoint} has no chat template; leave --chat out")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if chat:
+        turns = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    torch.manual_seed(seed)
+    unwrapped(model).to(device).generate(
+        **inputs.to(device),
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature or None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True),
+    )

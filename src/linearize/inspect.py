@@ -1,0 +1,119 @@
+"""What a model is made of, and what its cache weighs, before and after conversion."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from linearize.assets import resolve_model
+from linearize.checkpoint import load, load_pretrained, unwrapped
+from linearize.config import MixerConfig
+from linearize.convert import attention_of, is_linearized, mixers
+from linearize.families import base_model_type
+from linearize.files import MARKER
+from linearize.results import byte_size
+from linearize.structures import STRUCTURES
+from linearize.structures.base import state_bytes
+
+CACHE_DTYPE_BYTES = 2  # keys and values are kept in bf16 where memory matters; states always in fp32
+
+
+class Memory(NamedTuple):
+    """Bytes of cache in one layer, keys and values in bf16 and states in fp32."""
+
+    per_token: int  # what each further token adds
+    per_sequence: int  # what a sequence keeps however long it is
+
+
+class Inspection(NamedTuple):
+    """One row for the whole model and the memory of each layer."""
+
+    family: str
+    parameters: int
+    new_parameters: int
+    converted: list[int]
+    layers: list[Memory]
+    original: list[Memory]
+
+    def cache_bytes(self, context: int, original: bool = False) -> int:
+        """Bytes of one sequence of `context` tokens."""
+        return sum(m.per_token * context + m.per_sequence for m in (self.original if original else self.layers))
+
+
+def inspect(model: PreTrainedModel) -> Inspection:
+    """Layers, parameters and memory of a model, converted or not."""
+    config = model.config
+    count = config.num_hidden_layers
+    head = attention_of(model, 0).head_dim
+    token = 2 * config.num_key_value_heads * head * CACHE_DTYPE_BYTES
+    original = [Memory(token, 0)] * count
+    layers = list(original)
+    added = 0
+    for mixer in mixers(model):
+        kept = (mixer.config.window + mixer.config.sinks) * token
+        layers[mixer.layer_idx] = Memory(0, kept + recurrent_bytes(mixer.config, config.num_key_value_heads, head))
+        added += sum(p.numel() for name, p in mixer.named_parameters() if name.startswith("mixing."))
+    return Inspection(
+        family=base_model_type(config.model_type),
+        parameters=sum(p.numel() for p in model.parameters()),
+        new_parameters=added,
+        converted=config.linearize["layers"] if is_linearized(model) else [],
+        layers=layers,
+        original=original,
+    )
+
+
+def recurrent_bytes(config: MixerConfig, heads: int, head_dim: int) -> int:
+    """Bytes of one layer's states."""
+    return 0 if config.structure == "none" else state_bytes(STRUCTURES[config.structure], head_dim, head_dim, heads)
+
+
+def equal_memory_window(config: MixerConfig, heads: int, head_dim: int) -> int:
+    """The window of a model without states that weighs what `config`'s window and states weigh together."""
+    token = 2 * heads * head_dim * CACHE_DTYPE_BYTES
+    return config.window + -(-recurrent_bytes(config, heads, head_dim) // token)
+
+
+def show(name: str, contexts: list[int]) -> None:
+    """Print the inspection of a checkpoint folder, an embedded model, a folder or a hub name."""
+    if (Path(name) / MARKER).is_file():
+        model = unwrapped(load(name)[0])
+    else:
+        model = load_pretrained(resolve_model(name))[0]
+    found = inspect(model)
+    console = Console()
+    console.print(
+        f"{name}: {found.family}, {len(found.layers)} layers, {len(found.converted)} converted, "
+        f"{found.parameters:,} parameters ({found.new_parameters:,} new)"
+    )
+    if found.converted:
+        console.print(str(mixers(model)[0].config))
+    table = Table("layers", "attention", "bytes/token", "bytes/sequence", "original bytes/token")
+    for first, last, converted in _runs(found):
+        new, old = found.layers[first], found.original[first]
+        name = "liger" if converted else "softmax"
+        span = str(first) if first == last else f"{first}-{last}"
+        table.add_row(span, name, f"{new.per_token:,}", f"{new.per_sequence:,}", f"{old.per_token:,}")
+    console.print(table)
+    table = Table(
+        "context", "cache", "original", "ratio", title="one sequence; keys and values in bf16, states in fp32"
+    )
+    for context in contexts:
+        new_bytes, old_bytes = found.cache_bytes(context), found.cache_bytes(context, original=True)
+        row = (byte_size(new_bytes), byte_size(old_bytes), f"{old_bytes / new_bytes:.1f} times")
+        table.add_row(f"{context:,}", *row)
+    console.print(table)
+
+
+def _runs(found: Inspection) -> list[tuple[int, int, bool]]:
+    """Neighbouring layers that are alike: first, last, converted."""
+    runs: list[tuple[int, int, bool]] = []
+    for index in range(len(found.layers)):
+        converted = index in found.converted
+        if runs and runs[-1][2] == converted:
+            runs[-1] = (runs[-1][0], index, converted)
+        else:
+            runs.append((index, index, converted))
+    return runs

@@ -1,0 +1,155 @@
+"""The recipe: everything a run depends on, in one validated object. Unknown keys are refused."""
+
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from linearize.config import MixerConfig, validated
+from linearize.errors import LinearizeError, unknown
+
+SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def parse_tokens(given: Any) -> Any:
+    """A count, also as '30k', '2.5M' or '1B'."""
+    if isinstance(given, str) and given[-1:].lower() in SUFFIXES:
+        try:
+            return round(float(given[:-1]) * SUFFIXES[given[-1].lower()])
+        except ValueError:
+            return given
+    return given
+
+
+Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=1)]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSettings(Settings):
+    """Where text comes from: `wiki` is the embedded default; else a file, a folder or a hub data set."""
+
+    train: str = "wiki"
+    heldout: str = "wiki"
+    sequence_length: int = Field(1024, ge=8)
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters on the projections (PEFT)."""
+
+    r: int = Field(32, ge=1)
+    alpha: float = Field(64, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class StageSettings(Settings):
+    """A training stage. One step takes batch_size · accumulate sequences."""
+
+    tokens: Tokens
+    batch_size: int = Field(1, ge=1)
+    accumulate: int = Field(1, ge=1)
+    learning_rate: float = Field(5e-4, gt=0)
+    mixing_learning_rate: float = Field(5e-3, gt=0)
+    warmup: float = Field(0.05, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, gt=0)
+    gradient_checkpointing: bool = False
+    save_every: int = Field(0, ge=0, description="steps between checkpoints to resume from; 0: none")
+
+
+class DistillSettings(StageSettings):
+    """Its loss is kl_weight · KL(teacher ‖ student) + (1 - kl_weight) · next token."""
+
+    kl_weight: float = Field(1.0, ge=0, le=1)
+
+
+class EvaluationSettings(Settings):
+    """Held-out sequences, and the contexts at which decoding is timed."""
+
+    sequence_length: int = Field(1024, ge=16)
+    sequences: int = Field(8, ge=1)
+    contexts: tuple[int, ...] = (256, 1024, 4096)
+    decode_tokens: int = Field(16, ge=1)
+
+
+Baseline = Literal["window_only", "window_equal_memory"]
+
+
+class Recipe(Settings):
+    """A run of the main job."""
+
+    model: str = "smollm2-135m"
+    layers: str = "all"
+    softmax_every: int | None = Field(None, ge=1)
+    mixer: MixerConfig = MixerConfig()
+    data: DataSettings = DataSettings()
+    lora: LoraSettings | None = LoraSettings()
+    align: StageSettings | None = StageSettings(tokens=500_000)
+    distill: DistillSettings | None = DistillSettings(tokens=1_500_000)
+    evaluation: EvaluationSettings = EvaluationSettings()
+    baselines: tuple[Baseline, ...] = ("window_only",)
+    adapter: Literal["merged", "separate"] = "merged"
+    seed: int = 0
+
+
+def read(source: str | Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe from a YAML file or the name of a shipped one, with `key.sub=value` overrides.
+
+    Raises LinearizeError for a missing file, bad YAML, an unknown key or a bad value; all that is wrong at once.
+    """
+    data = {} if source is None else _load(str(source))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise LinearizeError(f"--set {override!r} is not valid; give key=value, as in distill.tokens=2M")
+        _set(data, key.split("."), _parse(value, override))
+    return validated(Recipe, data, "recipe")
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(resources.files("linearize"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML, every key written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _load(source: str) -> dict[str, Any]:
+    path = Path(source)
+    if not path.is_file():
+        if path.suffix in (".yaml", ".yml"):
+            raise LinearizeError(f"there is no recipe {source!r}; shipped: {', '.join(shipped())}")
+        if source not in shipped():
+            raise unknown("recipe", source, [*shipped(), "or a .yaml file"])
+        path = shipped()[source]
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LinearizeError(f"{path} is not a YAML recipe: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise LinearizeError(f"{path} is not a YAML recipe: it holds {type(data).__name__}, not keys and values")
+    return data
+
+
+def _parse(value: str, override: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise LinearizeError(f"--set {override!r} has no valid value: {' '.join(str(error).split())}") from error
+
+
+def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = data.get(key)
+        data[key] = inner = dict(inner) if isinstance(inner, dict) else {}
+        data = inner
+    data[keys[-1]] = value

@@ -1,0 +1,255 @@
+"""The main job: convert, align, distill, evaluate, report, and write a checkpoint."""
+
+import copy
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from linearize import checkpoint
+from linearize import report as reports
+from linearize.assets import resolve_model
+from linearize.checkpoint import Student, load_pretrained, unwrapped
+from linearize.config import MixerConfig
+from linearize.convert import attention_of, convert
+from linearize.errors import LinearizeError
+from linearize.evaluate import evaluate
+from linearize.files import check_replaceable, new_folder, verify_folder, write_text
+from linearize.inspect import equal_memory_window
+from linearize.recipe import Recipe, StageSettings
+from linearize.results import Curve, Report
+from linearize.results import read as read_report
+from linearize.train.align import align_loss
+from linearize.train.data import load_documents, pack, tokenize
+from linearize.train.distill import distill_loss
+from linearize.train.trainer import Loss, shared_copy, train, with_lora
+
+
+class Base(NamedTuple):
+    """What every stage starts from."""
+
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+class Trained(NamedTuple):
+    """A variant after its stages."""
+
+    student: Student
+    mixer: MixerConfig
+    curves: list[Curve]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens it was trained on, all stages together."""
+        return sum(curve.tokens[-1] for curve in self.curves)
+
+
+def run(recipe: Recipe, out: str | Path) -> Report:
+    """The whole job by `recipe`; the checkpoint, its card, its recipe and its report are written to `out`.
+
+    What an interrupted run has done is in `<out>.work` and is used again; a finished run of the same recipe is read,
+    not repeated. Raises LinearizeError for whatever is wrong with what was given, before anything is written.
+    """
+    out = Path(out)
+    check_replaceable(out)
+    if done := _finished(recipe, out):
+        print(f"{out} holds this recipe's result already; remove it to run again", file=sys.stderr)
+        return done
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "load"):
+        base = load_base(recipe)
+    variants = {}
+    for name in ("converted", *recipe.baselines):
+        variants[name] = train_variant(recipe, name, base, _work(recipe, out), seconds)
+    report = _measure(recipe, base, variants, seconds)
+    with new_folder(out, kind="checkpoint") as folder:
+        # last, since merging writes into parameters that the teacher and the other variants share
+        ours = variants["converted"]
+        checkpoint.write(ours.student, base.tokenizer, recipe, ours.curves, folder, out)
+        _write_report(report, recipe, folder)
+    return report
+
+
+def convert_only(recipe: Recipe, out: Path) -> None:
+    """The first stage alone: an untrained conversion in `out`."""
+    check_replaceable(out)
+    base = load_base(recipe)
+    recipe = recipe.model_copy(update={"align": None, "distill": None})
+    with new_folder(out, kind="checkpoint") as folder:
+        student = build(recipe, recipe.mixer, base.teacher)
+        checkpoint.write(student, base.tokenizer, recipe, [], folder, out)
+
+
+def stage_only(name: str, source: Path, recipe: Recipe, out: Path) -> None:
+    """One training stage of the checkpoint in `source`, to `out`.
+
+    `align` leaves LoRA beside the weights, so that `distill` goes on with it as `run` would.
+    """
+    check_replaceable(out)
+    if source.absolute() == out.absolute():
+        raise LinearizeError(f"{source} cannot be both source and out; give another --out")
+    student, tokenizer = checkpoint.load(source)
+    before = checkpoint.read_recipe(source)
+    recipe = recipe.model_copy(
+        update={key: getattr(before, key) for key in ("model", "layers", "softmax_every", "mixer")}
+    )
+    later = {"distill": None} if name == "align" else {"align": before.align}
+    recipe = recipe.model_copy(update=later)
+    base = load_base(recipe)
+    student.to(base.teacher.device)
+    if student is unwrapped(student):
+        student = _trainable(recipe, student)
+    settings, loss = _stages(recipe)[name]
+    curve = train_stage(recipe, name, "converted", settings, loss, student, base, _work(recipe, out))
+    with new_folder(out, kind="checkpoint") as folder:
+        kept = recipe.model_copy(update={"adapter": "separate"}) if name == "align" else recipe
+        checkpoint.write(student, tokenizer, kept, [*checkpoint.read_curves(source), curve], folder, out)
+
+
+def merge_only(source: Path, out: Path) -> None:
+    """The checkpoint in `source` with its LoRA adapter merged, to `out`."""
+    check_replaceable(out)
+    student, tokenizer = checkpoint.load(source)
+    if student is unwrapped(student):
+        raise LinearizeError(f"{source} has no adapter to merge; its weights are whole")
+    recipe = checkpoint.read_recipe(source).model_copy(update={"adapter": "merged"})
+    with new_folder(out, kind="checkpoint") as folder:
+        checkpoint.write(student, tokenizer, recipe, checkpoint.read_curves(source), folder, out)
+
+
+def evaluate_only(source: Path, recipe: Recipe) -> Report:
+    """Evaluate the checkpoint in `source` against its teacher and, trained here by its recipe, its baselines."""
+    student, _ = checkpoint.load(source)
+    seconds: dict[str, float] = {}
+    base = load_base(recipe)
+    variants = {"converted": Trained(student.to(base.teacher.device), recipe.mixer, checkpoint.read_curves(source))}
+    for name in recipe.baselines:
+        variants[name] = train_variant(recipe, name, base, _work(recipe, source), seconds)
+    report = _measure(recipe, base, variants, seconds)
+    _write_report(report, recipe, source)
+    return report
+
+
+def load_base(recipe: Recipe) -> Base:
+    """The teacher on the best device there is, and its tokenizer."""
+    teacher, tokenizer = load_pretrained(resolve_model(recipe.model))
+    teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+    return Base(teacher, tokenizer)
+
+
+def mixer_of(recipe: Recipe, name: str, teacher: PreTrainedModel) -> MixerConfig:
+    """The mixer of the variant called `name`: the recipe's, or that of one of its baselines."""
+    if name == "converted":
+        return recipe.mixer
+    if name == "window_only":
+        return recipe.mixer.model_copy(update={"structure": "none"})
+    heads, head_dim = teacher.config.num_key_value_heads, attention_of(teacher, 0).head_dim
+    window = equal_memory_window(recipe.mixer, heads, head_dim)
+    return recipe.mixer.model_copy(update={"structure": "none", "window": window})
+
+
+def build(recipe: Recipe, mixer: MixerConfig, teacher: PreTrainedModel) -> PreTrainedModel:
+    """An untrained conversion: on the teacher's own parameters, or on copies where all of them are to be trained."""
+    student = shared_copy(teacher) if recipe.lora is not None else copy.deepcopy(teacher)
+    return convert(student, layers=recipe.layers, softmax_every=recipe.softmax_every, **mixer.model_dump())
+
+
+def train_variant(recipe: Recipe, name: str, base: Base, work: Path, seconds: dict[str, float]) -> Trained:
+    """The variant called `name` after all stages; from `work` where it is done already."""
+    mixer = mixer_of(recipe, name, base.teacher)
+    student: Student = build(recipe, mixer, base.teacher)
+    if not _stages(recipe):
+        return Trained(student, mixer, [])
+    student = _trainable(recipe, student)
+    trainable = {key: p for key, p in student.named_parameters() if p.requires_grad}
+    done = work / name
+    if (done / "curves.json").is_file():
+        verify_folder(done)
+        for key, saved in load_file(done / "trainable.safetensors").items():
+            trainable[key].data.copy_(saved)
+        print(f"{name}: trained already, taken from {done}", file=sys.stderr)
+    else:
+        curves = []
+        for stage, (settings, loss) in _stages(recipe).items():
+            with _timed(seconds, f"{stage} {name}"):
+                curves.append(train_stage(recipe, stage, name, settings, loss, student, base, work))
+        with new_folder(done, kind="trained weights") as folder:
+            tensors = {key: p.detach().cpu().contiguous() for key, p in trainable.items()}
+            save_file(tensors, folder / "trainable.safetensors")
+            checkpoint.write_curves(curves, folder)
+    return Trained(student.eval(), mixer, checkpoint.read_curves(done))
+
+
+def train_stage(
+    recipe: Recipe, stage: str, name: str, settings: StageSettings, loss: Loss, student: Student, base: Base, work: Path
+) -> Curve:
+    """One stage of one variant; all of them read the same text from its beginning."""
+    length = recipe.data.sequence_length
+    documents = tokenize(load_documents(recipe.data.train, "train"), base.tokenizer, limit=settings.tokens + length)
+    sequences = pack(documents, length, settings.tokens)
+    return train(stage, name, student, base.teacher, loss, sequences, settings, work / f"{name}-{stage}", recipe.seed)
+
+
+def _trainable(recipe: Recipe, student: PreTrainedModel) -> Student:
+    torch.manual_seed(recipe.seed)  # the adapters' start
+    return student if recipe.lora is None else with_lora(student, recipe.lora)
+
+
+def _stages(recipe: Recipe) -> dict[str, tuple[StageSettings, Loss]]:
+    """The recipe's training stages, in order: settings and loss."""
+    chosen: dict[str, tuple[StageSettings, Loss]] = {}
+    if recipe.align is not None:
+        chosen["align"] = recipe.align, partial(align_loss, checkpointing=recipe.align.gradient_checkpointing)
+    if recipe.distill is not None:
+        chosen["distill"] = recipe.distill, partial(distill_loss, kl_weight=recipe.distill.kl_weight)
+    return chosen
+
+
+def _measure(recipe: Recipe, base: Base, variants: dict[str, Trained], seconds: dict[str, float]) -> Report:
+    untrained = build(recipe, recipe.mixer, base.teacher).eval()
+    with _timed(seconds, "evaluate"):
+        models = {name: (unwrapped(v.student).eval(), v.tokens, v.mixer.window) for name, v in variants.items()}
+        curves: Iterable[Curve] = (curve for v in variants.values() for curve in v.curves)
+        return evaluate(recipe, base.teacher, base.tokenizer, untrained, models, list(curves), seconds)
+
+
+def _write_report(report: Report, recipe: Recipe, folder: Path) -> None:
+    reports.write(report, folder)
+    write_text(folder / "README.md", reports.model_card(report, recipe.model))
+
+
+def _finished(recipe: Recipe, out: Path) -> Report | None:
+    """The report in `out`, if that is the whole result of exactly this recipe."""
+    if not (out / "report.json").is_file():
+        return None
+    try:
+        verify_folder(out)
+        report = read_report(out)
+    except LinearizeError:
+        return None
+    return report if report.recipe == recipe.model_dump(mode="json") else None
+
+
+def _work(recipe: Recipe, out: Path) -> Path:
+    """Where unfinished work is kept, by all that decides what the trained weights are."""
+    parts = recipe.model_dump(mode="json", exclude={"evaluation", "baselines", "adapter"})
+    return (
+        out.with_name(f"{out.name}.work") / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+    )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 2)

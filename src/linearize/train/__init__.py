@@ -1,0 +1,1 @@
+"""Bringing quality back: alignment, then distillation, both on one `transformers.Trainer` subclass."""

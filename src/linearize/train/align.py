@@ -1,0 +1,65 @@
+"""Alignment: each converted layer's attention output against the teacher's, on the teacher's own inputs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from linearize.convert import attention_of, decoder, mixers
+from linearize.mixer import LinearizedAttention
+from linearize.tokens import describe
+from linearize.train.losses import relative_error
+
+
+def align_loss(
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor], checkpointing: bool = False
+) -> Tensor:
+    """Mean over converted layers of ‖mixer - attention‖² / ‖attention‖².
+
+    One teacher pass gives every layer its input and its target, so layers learn side by side and no gradient runs
+    from one to the next; with `checkpointing` one layer's graph at a time is in memory.
+    """
+    layers = mixers(student)
+    seen = _watch(teacher, [mixer.layer_idx for mixer in layers], batch)
+    losses = []
+    for mixer in layers:
+        kwargs, target = seen.pop(mixer.layer_idx)
+        tokens = describe(
+            batch["input_ids"].shape, mixer.config.sinks, target.device, position_ids=batch["position_ids"]
+        )
+        inputs = (mixer, kwargs["hidden_states"], kwargs["position_embeddings"], tokens)
+        if checkpointing:
+            output = checkpoint(_run, *inputs, use_reentrant=False)
+        else:
+            output = _run(*inputs)
+        loss = relative_error(output, target)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the attention output of layer {mixer.layer_idx}")
+        losses.append(loss)
+    return torch.stack(losses).mean()
+
+
+def _run(mixer: LinearizedAttention, hidden: Tensor, rope: tuple[Tensor, Tensor], tokens: Any) -> Tensor:
+    return mixer(hidden, rope, tokens=tokens)[0]
+
+
+def _watch(teacher: PreTrainedModel, layers: list[int], batch: dict[str, Tensor]) -> dict[int, tuple[dict, Tensor]]:
+    """Keyword arguments and output of the teacher's attention in each of `layers`."""
+    seen: dict[int, tuple[dict, Tensor]] = {}
+
+    def keep(index: int) -> Any:
+        def hook(_: nn.Module, __: Any, kwargs: dict, output: tuple) -> None:
+            seen[index] = kwargs, output[0]
+
+        return hook
+
+    handles = [attention_of(teacher, i).register_forward_hook(keep(i), with_kwargs=True) for i in layers]
+    try:
+        with torch.no_grad():
+            decoder(teacher)(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

@@ -1,0 +1,22 @@
+"""Distillation: the teacher's next-token distribution, end to end."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from linearize.convert import decoder
+from linearize.train.losses import distillation_loss
+
+
+def distill_loss(
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor], kl_weight: float = 1.0
+) -> Tensor:
+    """a·KL(teacher ‖ student) + (1-a)·next token, a = `kl_weight`, mean over tokens; 0 needs no teacher."""
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    teacher_hidden = None
+    if kl_weight > 0:
+        with torch.no_grad():
+            teacher_hidden = decoder(teacher)(**inputs).last_hidden_state.flatten(0, 1)
+    student_hidden = decoder(student)(**inputs).last_hidden_state.flatten(0, 1)
+    heads = student.get_output_embeddings(), teacher.get_output_embeddings()
+    return distillation_loss(student_hidden, teacher_hidden, *heads, batch["targets"].flatten(), kl_weight)

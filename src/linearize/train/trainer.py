@@ -1,0 +1,234 @@
+"""The one training loop: a `transformers.Trainer` that trains a student against a teacher by a plain loss function."""
+
+import copy
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from linearize.checkpoint import Student, unwrapped
+from linearize.errors import LinearizeError
+from linearize.files import MARKER, new_folder, verify_folder
+from linearize.recipe import LoraSettings, StageSettings
+from linearize.results import Curve
+
+Loss = Callable[[PreTrainedModel, PreTrainedModel, dict[str, Tensor]], Tensor]
+Batch = dict[str, Tensor]
+
+
+def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of its own structure on the same parameters: converting or wrapping it leaves `model` as it is."""
+    return copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
+
+
+def with_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
+    """`model` with LoRA on its projections; mixing weights are trained in full and saved with the adapter."""
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.targets),
+        modules_to_save=["mixing"] if any(".mixing." in name for name, _ in model.named_parameters()) else None,
+        task_type="CAUSAL_LM",
+    )
+    missing = [
+        name for name in settings.targets if not any(key.endswith(f".{name}") for key, _ in model.named_modules())
+    ]
+    if missing:
+        leaves = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        raise LinearizeError(f"lora targets {missing} are no modules of this model; valid: {', '.join(sorted(leaves))}")
+    return get_peft_model(model, config)
+
+
+class Pair(nn.Module):
+    """Student and teacher in one forward, so that whatever wraps this module (DDP, autocast) sees the whole step."""
+
+    def __init__(self, student: Student, teacher: PreTrainedModel, loss: Loss) -> None:
+        super().__init__()
+        self.student, self.loss = student, loss
+        self._teacher = (teacher.eval(),)  # not registered: never trained, never saved, never put into train mode
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """`input_ids`, `position_ids` and `targets`, each `[B, T]`, to a loss."""
+        return {"loss": self.loss(unwrapped(self.student), self._teacher[0], batch)}
+
+
+class LinearizeTrainer(Trainer):
+    """Trainer with a learning rate for mixing weights, checkpoints that are whole or absent, and a stop at NaN."""
+
+    def __init__(self, pair: Pair, arguments: TrainingArguments, mixing_learning_rate: float, **kwargs: Any) -> None:
+        super().__init__(pair, arguments, **kwargs)
+        self.pop_callback(PrinterCallback)
+        self.mixing_learning_rate = mixing_learning_rate
+        self.loss_is_scaled_for_ga = False  # a mean over each batch
+        self.model_accepts_loss_kwargs = False
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over two groups: mixing weights, and the rest."""
+        named = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
+        mixing = [p for name, p in named if ".mixing." in name]
+        others = [p for name, p in named if ".mixing." not in name]
+        groups = [{"params": others, "lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}]
+        if mixing:
+            groups.append({"params": mixing, "lr": self.mixing_learning_rate, "weight_decay": 0.0})
+        self.optimizer = torch.optim.AdamW(groups, betas=(self.args.adam_beta1, self.args.adam_beta2))
+        return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+        """The pair's loss; stops where it is not a number."""
+        where = f"step {self.state.global_step + 1} of {self.state.max_steps}"
+        try:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        except FloatingPointError as error:
+            raise LinearizeError(f"not a number at {where}, in {error}; try a lower learning_rate") from error
+        if not torch.isfinite(loss):
+            raise LinearizeError(f"the loss is {loss.item()} at {where}; try a lower learning_rate")
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        trainable = {name: p.detach().contiguous() for name, p in self._pair().named_parameters() if p.requires_grad}
+        save_file(trainable, folder / "trainable.safetensors")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        runs, name = self.args.output_dir, f"checkpoint-{self.state.global_step}"
+        with new_folder(Path(runs) / name, kind="training checkpoint") as temporary:
+            self.args.output_dir = str(temporary)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = runs
+            for path in (temporary / name).iterdir():
+                path.rename(temporary / path.name)
+            (temporary / name).rmdir()
+        rotate_checkpoints(output_dir=runs, save_total_limit=self.args.save_total_limit)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / "trainable.safetensors")
+        parameters = {name: p for name, p in self._pair().named_parameters() if p.requires_grad}
+        if differing := sorted(saved.keys() ^ parameters.keys()):
+            raise LinearizeError(f"{resume_from_checkpoint} is of another recipe ({differing[0]}); give another folder")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(saved[name])
+
+    def _pair(self) -> Pair:
+        return self.accelerator.unwrap_model(self.model)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The last whole checkpoint in `folder`; damaged ones are passed over with a word."""
+    steps = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*") if path.is_dir()}
+    for step in sorted(steps, reverse=True):
+        try:
+            if (steps[step] / MARKER).is_file():
+                verify_folder(steps[step])
+                return steps[step]
+        except LinearizeError as error:
+            print(f"passing over a damaged checkpoint: {error}", file=sys.stderr)
+    return None
+
+
+class _Progress(TrainerCallback):
+    """A bar with speed and time left."""
+
+    def __init__(self, label: str, tokens_per_step: int) -> None:
+        self.label, self.tokens_per_step = label, tokens_per_step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        total, done = (n * self.tokens_per_step for n in (state.max_steps, state.global_step))
+        self.bar = tqdm(desc=self.label, total=total, initial=done, unit="token", unit_scale=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(self.tokens_per_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
+
+
+class _FiniteGradients(TrainerCallback):
+    """Stops before a gradient that is not a number reaches the weights."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        norms = torch.stack([g.norm() for g in gradients.values()])
+        if not torch.isfinite(norms).all():
+            name = list(gradients)[int((~torch.isfinite(norms)).nonzero()[0])]
+            raise LinearizeError(f"the gradient of {name} is not a number at step {state.global_step + 1}")
+
+
+def train(
+    stage: str,
+    name: str,
+    student: Student,
+    teacher: PreTrainedModel,
+    loss: Loss,
+    sequences: list[Batch],
+    settings: StageSettings,
+    folder: Path,
+    seed: int,
+) -> Curve:
+    """Run `stage` of the variant `name` on packed `sequences` (`train.data.pack`); return its curve.
+
+    Checkpoints go to `folder`, and a stage found there goes on from its newest whole one. Raises LinearizeError at a
+    loss or gradient that is not a number.
+    """
+    student.train()
+    base = unwrapped(student)
+    if settings.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    gpu = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=1,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup,  # below 1 it is a share of all steps
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip,
+        bf16=gpu,
+        use_cpu=not gpu,
+        seed=seed,
+        data_seed=seed,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or 500,
+        save_total_limit=2,
+        logging_steps=1 if not gpu else 10,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=gpu,
+    )
+    tokens_per_step = settings.batch_size * settings.accumulate * len(sequences[0]["input_ids"]) * arguments.world_size
+    trainer = LinearizeTrainer(
+        Pair(student, teacher, loss),
+        arguments,
+        settings.mixing_learning_rate,
+        train_dataset=sequences,
+        callbacks=[_Progress(f"{stage} {name}", tokens_per_step), _FiniteGradients()],
+    )
+    last = newest_checkpoint(folder)
+    logging.getLogger("transformers.trainer").setLevel(logging.ERROR)  # its remark on the differing class is expected
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if settings.gradient_checkpointing:
+        base.gradient_checkpointing_disable()
+    student.eval()
+    points = [(log["step"] * tokens_per_step, float(log["loss"])) for log in trainer.state.log_history if "loss" in log]
+    return Curve(stage=stage, model=name, tokens=[t for t, _ in points], loss=[x for _, x in points])
