@@ -156,7 +156,7 @@ def _mask(
     before = torch.zeros(rows, window, dtype=torch.bool, device=device) if past is None else past.valid
     seen = seen & bands(real, before, 0) | (column == row + window)
     sink_seen = sinks.time[:, None, None] <= t[None, :, :, None] - window
-    if document is not None:
+    if document is not None and sinks.document is not None:
         own = F.pad(document, (0, pad), value=-1).unflatten(1, (-1, block))[..., None]
         seen = seen & (own == bands(document, document.new_full((B, window), -2), -1))
         sink_seen = sink_seen & (own == sinks.document[:, None, None])
