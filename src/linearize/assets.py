@@ -139,6 +139,26 @@ def asset_file(asset: Asset) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def quick_hub() -> Iterator[None]:
+    """Within it the hub, if it leaves one request without an answer, is not asked again for half a minute.
+
+    What is in the hub's cache is still found.
+    """
+    import huggingface_hub as hub  # slow
+
+    before = hub.constants.HF_HUB_OFFLINE
+    if not before:
+        try:
+            hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=5)
+        except Exception:  # of an HTTP library that differs by version; whatever it is, nobody answered
+            hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.constants.HF_HUB_OFFLINE = before
+
+
 def cache_folder() -> Path:
     """Where fetched assets are kept."""
     if chosen := os.environ.get("LINEARIZE_CACHE"):

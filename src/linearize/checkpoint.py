@@ -1,6 +1,7 @@
 """Checkpoint folders: ordinary transformers checkpoints, with the recipe that made them; LoRA merged or beside them."""
 
-import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -10,9 +11,10 @@ from pydantic import TypeAdapter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize import recipe as recipes
+from linearize.assets import quick_hub
 from linearize.errors import LinearizeError
 from linearize.families import FAMILIES, base_model_type, family_of
-from linearize.files import verify_folder
+from linearize.files import read_json, verify_folder
 from linearize.recipe import Recipe
 from linearize.results import Curve
 
@@ -60,8 +62,7 @@ def load(path: str | Path, **kwargs: Any) -> tuple[Student, PreTrainedTokenizerB
     Raises LinearizeError where the folder is missing, is no checkpoint, is truncated or was tampered with.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise LinearizeError(f"there is no checkpoint folder {str(folder)!r}; give one that linearize wrote")
+    _check_exists(folder)
     verify_folder(folder)
     adapter = folder / "adapter_config.json"
     if not adapter.is_file():
@@ -69,8 +70,9 @@ def load(path: str | Path, **kwargs: Any) -> tuple[Student, PreTrainedTokenizerB
         return load_pretrained(str(folder), **kwargs)
     _check_type(folder / BASE)
     base, _ = load_pretrained(str(folder / BASE), tokenizer=folder, **kwargs)
-    model = PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    with _readable(str(folder)):
+        model = PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
+        return model, AutoTokenizer.from_pretrained(folder)
 
 
 def load_pretrained(
@@ -78,22 +80,20 @@ def load_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in eval mode, fp32 unless `dtype` says otherwise, and its tokenizer, from a folder or the hub."""
     kwargs.setdefault("dtype", torch.float32)
-    try:
+    with nullcontext() if Path(name).is_dir() else quick_hub(), _readable(name):
         family_of(AutoConfig.from_pretrained(name))
-        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+        if missing := sorted(found["missing_keys"]):
+            raise LinearizeError(f"{name} lacks weights ({', '.join(missing[:3])}); give a whole model")
         return model.eval(), AutoTokenizer.from_pretrained(tokenizer or name)
-    except LinearizeError:
-        raise
-    except Exception as error:  # what transformers, safetensors and the hub raise has no common class
-        reason = str(error).strip().split("\n")[0]
-        raise LinearizeError(f"cannot load a model from {name!r}: {reason or type(error).__name__}") from error
 
 
-def read_recipe(folder: Path) -> Recipe:
-    """The recipe that made a checkpoint; LinearizeError where there is none."""
+def read_recipe(folder: Path, overrides: Iterable[str] = (), given: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe that made a checkpoint, with changes as `recipe.read` takes them; LinearizeError without one."""
+    _check_exists(folder)
     if not (folder / "recipe.yaml").is_file():
         raise LinearizeError(f"{folder} has no recipe.yaml; give a checkpoint that linearize wrote")
-    return recipes.read(folder / "recipe.yaml")
+    return recipes.read(folder / "recipe.yaml", overrides, given)
 
 
 def write_curves(curves: list[Curve], folder: Path) -> None:
@@ -114,13 +114,31 @@ def read_curves(folder: Path) -> list[Curve]:
 _CURVES = TypeAdapter(list[Curve])
 
 
-def _check_type(folder: Path) -> None:
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """What transformers, PEFT, safetensors and the hub raise has no common class: here it becomes a LinearizeError."""
     try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except FileNotFoundError as error:
-        raise LinearizeError(f"{folder} has no config.json; give the folder of a checkpoint") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise LinearizeError(f"{folder / 'config.json'} is damaged; give a whole checkpoint") from error
+        yield
+    except LinearizeError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        reason = reason if " " in reason else f"{type(error).__name__} {reason}"  # a KeyError's is only a key
+        raise LinearizeError(
+            f"cannot load a model from {name!r}: {reason}; "
+            f"valid: a whole model, in a folder or on a hub that answers, of {', '.join(FAMILIES)}"
+        ) from error
+
+
+def _check_exists(folder: Path) -> None:
+    if not folder.is_dir():
+        raise LinearizeError(f"there is no checkpoint folder {str(folder)!r}; give one that linearize wrote")
+
+
+def _check_type(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise LinearizeError(f"{folder} has no config.json; give the folder of a checkpoint")
+    model_type = read_json(folder / "config.json").get("model_type")
     if base_model_type(str(model_type)) not in FAMILIES:
         raise LinearizeError(f"{folder} is a {model_type!r} checkpoint; valid families: {', '.join(FAMILIES)}")
 

@@ -1,6 +1,7 @@
 """The command line: one typed function a command. Flag = argument name = recipe key."""
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ import typer
 app = typer.Typer(
     name="linearize",
     help="Turn pretrained transformer language models into gated linear recurrent ones.",
-    no_args_is_help=True,
+    epilog="--debug, anywhere, adds the traceback to an error.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -48,7 +49,10 @@ def run(
     no_baseline: NoBaseline = False,
     set_: Set = [],  # noqa: B006
 ) -> None:
-    """The main job by a recipe: convert, align, distill, evaluate, report."""
+    """Do the whole job: convert, align, distill, eval, report.
+
+    What is interrupted goes on from where it was when the same command is given again.
+    """
     from linearize import report as reports
     from linearize.run import run as run_recipe
 
@@ -59,8 +63,9 @@ def run(
         "mixer.window": window,
         "layers": layers,
         "softmax_every": softmax_every,
+        "baselines": _baselines(baseline, no_baseline),
     }
-    report = run_recipe(_recipe(recipe, given, set_, baseline, no_baseline), out)
+    report = run_recipe(_recipe(recipe, given, set_), out)
     print(reports.table(report))
     print(f"\n{reports.verdict(report)}\n\n{out / 'report.html'}")
 
@@ -91,7 +96,10 @@ def convert(
 
 @app.command()
 def align(checkpoint: Checkpoint, out: Out, recipe: RecipeName = "default", set_: Set = []) -> None:  # noqa: B006
-    """Align each converted layer's output with the teacher's; LoRA stays beside the weights for distill."""
+    """Train converted layers, each to give the teacher's output.
+
+    LoRA stays beside the weights, so that distill goes on with it.
+    """
     from linearize.run import stage_only
 
     stage_only("align", checkpoint, _recipe(recipe, {}, set_), out)
@@ -100,7 +108,10 @@ def align(checkpoint: Checkpoint, out: Out, recipe: RecipeName = "default", set_
 
 @app.command()
 def distill(checkpoint: Checkpoint, out: Out, recipe: RecipeName = "default", set_: Set = []) -> None:  # noqa: B006
-    """Distill the teacher's next-token distribution into a converted or aligned checkpoint."""
+    """Train a converted or aligned checkpoint as a whole.
+
+    It learns to give the teacher's distribution of the next token.
+    """
     from linearize.run import stage_only
 
     stage_only("distill", checkpoint, _recipe(recipe, {}, set_), out)
@@ -114,11 +125,16 @@ def evaluate(
     no_baseline: NoBaseline = False,
     set_: Set = [],  # noqa: B006
 ) -> None:
-    """Evaluate a checkpoint against its teacher and its matched baselines; write its report."""
+    """Measure a checkpoint and write its report.
+
+    It is compared with its teacher and with matched baselines, which are trained here if need be.
+    """
     from linearize import report as reports
+    from linearize.checkpoint import read_recipe
     from linearize.run import evaluate_only
 
-    report = evaluate_only(checkpoint, _recipe(str(checkpoint / "recipe.yaml"), {}, set_, baseline, no_baseline))
+    chosen = _baselines(baseline, no_baseline)
+    report = evaluate_only(checkpoint, read_recipe(checkpoint, set_, {} if chosen is None else {"baselines": chosen}))
     print(reports.table(report))
     print(f"\n{reports.verdict(report)}\n\n{checkpoint / 'report.html'}")
 
@@ -127,9 +143,12 @@ def evaluate(
 def report(checkpoint: Checkpoint) -> None:
     """Draw report.html again from report.json."""
     from linearize import report as reports
+    from linearize.errors import LinearizeError
     from linearize.results import read
 
-    reports.write(read(checkpoint / "report.json"), checkpoint)
+    if not checkpoint.is_dir():
+        raise LinearizeError(f"there is no checkpoint folder {str(checkpoint)!r}; give one that linearize wrote")
+    reports.write(read(checkpoint), checkpoint)
     print(checkpoint / "report.html")
 
 
@@ -151,7 +170,7 @@ def generate(
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Generate text, word by word, in constant memory."""
     from linearize.generate import generate as stream
@@ -162,56 +181,88 @@ def generate(
 @app.command("inspect")
 def inspect_(
     model: Annotated[str, typer.Argument(help="A checkpoint, an embedded model's name, a folder, or a hub name.")],
-    context: Annotated[list[int], typer.Option(help="Context lengths to price.")] = [1024, 16384, 131072],  # noqa: B006
+    context: Annotated[list[int], typer.Option(min=1, help="Context lengths to price.")] = [1024, 16384, 131072],  # noqa: B006
 ) -> None:
-    """Layers, parameters, and what the cache weighs against the original's."""
+    """Show layers, parameters and memory.
+
+    The cache's bytes, by context, against the original model's.
+    """
     from linearize.inspect import show
 
     show(model, context)
 
 
-def _recipe(
-    source: str, given: dict[str, Any], set_: list[str], baseline: list[str] | None = None, no_baseline: bool = False
-) -> Any:
+def _recipe(source: str, given: dict[str, Any], set_: list[str]) -> Any:
     from linearize import recipe as recipes
 
-    overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
-    if no_baseline:
-        overrides.append("baselines=[]")
-    elif baseline:
-        names = [
-            "window_only",
-            *(f"window_{name}".replace("-", "_").replace("window_window", "window") for name in baseline),
-        ]
-        overrides.append(f"baselines=[{', '.join(dict.fromkeys(names))}]")
-    return recipes.read(source, [*overrides, *set_])
+    return recipes.read(source, set_, {key: value for key, value in given.items() if value is not None})
 
 
-def main() -> None:
-    """The entry point; `--debug`, anywhere in the arguments, shows tracebacks."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    sys.exit(guarded(lambda: app(arguments, standalone_mode=False), debug="--debug" in sys.argv))
+def _baselines(names: list[str], none: bool) -> list[str] | None:
+    """The recipe's `baselines` by the flags; None leaves it as it is. A second baseline comes after the first."""
+    from linearize.errors import LinearizeError, unknown
+
+    if none and names:
+        raise LinearizeError(f"--no-baseline contradicts --baseline {names[0]}; give one of them")
+    known = {"window-only": "window_only", "equal-memory": "window_equal_memory"}
+    for name in names:
+        if name not in known:
+            raise unknown("baseline", name, known)
+    return list(dict.fromkeys(["window_only", *map(known.__getitem__, names)])) if names else [] if none else None
+
+
+def main(given: list[str] | None = None) -> int:
+    """The entry point, which returns the exit code; `--debug`, anywhere in the arguments, shows tracebacks."""
+    given = sys.argv[1:] if given is None else given
+    arguments = [argument for argument in given if argument != "--debug"] or ["--help"]
+    with warnings.catch_warnings():
+        if "--debug" not in given:
+            _hush()
+        return guarded(lambda: app(arguments, prog_name="linearize", standalone_mode=False), debug="--debug" in given)
+
+
+def _hush() -> None:
+    """Only our own words: no remarks of the libraries, no bars of transformers over files that load in a moment."""
+    import huggingface_hub
+    import transformers
+
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.enable_progress_bars()  # downloads do take long
 
 
 def guarded(command: Callable[[], Any], debug: bool = False) -> int:
     """Run `command`; its exit code. What a person or a disk got wrong is one line on stderr, and 2."""
-    from linearize.errors import LinearizeError
-
     try:
-        return int(command() or 0)
+        code = int(command() or 0)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        code = 130
     except Exception as error:
-        if isinstance(error, LinearizeError):
-            message = str(error)
-        elif hasattr(error, "format_message"):  # a usage error, whichever click typer runs on
-            message = error.format_message()
-        elif isinstance(error, OSError):
-            message = f"{error.filename or 'disk or network'}: {error.strerror or error}"
-        else:
-            raise
-        if debug:
+        message = _message(error)
+        if debug or message is None:
             raise
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         return 2
+    if code == 130:  # typer's code for Ctrl-C
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+    return code
+
+
+def _message(error: Any) -> str | None:
+    """What a person should read of an error that is theirs or their disk's; None for one of this program."""
+    from linearize.errors import LinearizeError
+
+    if isinstance(error, LinearizeError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'disk or network'}: {error.strerror or error}"
+    if not hasattr(error, "format_message"):
+        return None
+    message = error.format_message()  # a usage error, whichever click typer runs on
+    context = getattr(error, "ctx", None)
+    if context is None or not message.startswith("No such"):
+        return message
+    options = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
+    return f"{message.rstrip('.')}; valid: {', '.join([*getattr(context.command, 'commands', {}), *options])}"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from linearize.errors import LinearizeError, unknown
 from linearize.structures import STRUCTURES
@@ -14,7 +14,7 @@ T = TypeVar("T", bound=BaseModel)
 class MixerConfig(BaseModel):
     """The settings of Liger Attention; their names are those of the recipe and of the flags."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     structure: str = Field("gla", description="the recurrence; none leaves the window and the sinks alone")
     window: int = Field(64, ge=1, description="tokens that softmax attention sees, the current one included")
@@ -31,9 +31,12 @@ class MixerConfig(BaseModel):
         description="its (initial) value; by default 0.5 for fixed, the paper's, and 0.02 for per_head",
     )
 
-    def model_post_init(self, _: Any) -> None:
-        if self.structure not in STRUCTURES and self.structure != "none":
-            raise unknown("structure", self.structure, [*STRUCTURES, "none"])
+    @field_validator("structure")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in STRUCTURES and name != "none":
+            raise unknown("structure", name, [*STRUCTURES, "none"])
+        return name
 
     @property
     def initial_mixing_weight(self) -> float:
@@ -48,7 +51,8 @@ def validated(model: type[T], given: Mapping[str, Any], what: str) -> T:
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        raise LinearizeError("; ".join(_explain(model, what, item) for item in error.errors())) from error
+        wrong = [item for item in error.errors() if item["type"] != "too_short" or not item["input"]]  # told by items
+        raise LinearizeError("; ".join(_explain(model, what, item) for item in wrong)) from error
 
 
 def _explain(model: type[BaseModel], what: str, item: Any) -> str:
@@ -61,4 +65,6 @@ def _explain(model: type[BaseModel], what: str, item: Any) -> str:
         return f"unknown {what} key {name!r}; valid: {', '.join(owner.model_fields)}"
     if item["type"] == "missing":
         return f"{what} key {name!r} is missing"
+    if item["type"] == "value_error":  # raised by a validator here, in words of its own
+        return str(item["ctx"]["error"])
     return f"{what} key {name!r} is {item['input']!r}: {item['msg']}"

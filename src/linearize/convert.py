@@ -40,22 +40,28 @@ def convert(
     changes; the only new ones are the mixing weights of `mixing="per_head"`.
     Raises LinearizeError for an unknown family, setting or layer, and for a model that is converted already.
     """
+    config = validated(MixerConfig, {"structure": structure, **settings}, "mixer")
+    chosen = check_convertible(model, config, layers, softmax_every)
+    config_class, model_class = linearized_classes(model.config.model_type)
+    model.config.__class__, model.__class__ = config_class, model_class
+    model.config.linearize = {"layers": chosen, "mixer": config.model_dump()}
+    _swap(model)
+    return model
+
+
+def check_convertible(model: PreTrainedModel, config: MixerConfig, layers: Layers, every: int | None) -> list[int]:
+    """The layers that `convert` would convert; LinearizeError where it would refuse."""
     if is_linearized(model):
         raise LinearizeError("the model is linearized already; linearize.revert(model) undoes it")
     family_of(model.config)
-    config = validated(MixerConfig, {"structure": structure, **settings}, "mixer")
-    chosen = choose_layers(layers, softmax_every, model.config.num_hidden_layers)
+    chosen = choose_layers(layers, every, model.config.num_hidden_layers)
     for index in chosen:
         native = getattr(attention_of(model, index), "sliding_window", None) or _model_window(model.config)
         if native is not None and native < config.window:
             raise LinearizeError(
                 f"layer {index} has a sliding window of {native} tokens of its own, less than window {config.window}"
             )
-    config_class, model_class = linearized_classes(model.config.model_type)
-    model.config.__class__, model.__class__ = config_class, model_class
-    model.config.linearize = {"layers": chosen, "mixer": config.model_dump()}
-    _swap(model)
-    return model
+    return chosen
 
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:
@@ -98,7 +104,7 @@ def choose_layers(layers: Layers, softmax_every: int | None, count: int) -> list
     """The indices that `layers` ("all", "0-7,16", or numbers) means for a model of `count` layers."""
     try:
         if isinstance(layers, str):
-            chosen = set(range(count)) if layers == "all" else set(_ranges(layers))
+            chosen = set(range(count)) if layers == "all" else set(_ranges(layers, count))
         else:
             chosen = {int(index) for index in layers}
     except ValueError as error:
@@ -110,18 +116,20 @@ def choose_layers(layers: Layers, softmax_every: int | None, count: int) -> list
             raise LinearizeError(f"softmax_every is {softmax_every}; valid: 1 and up")
         chosen -= set(range(softmax_every - 1, count, softmax_every))
     if outside := sorted(index for index in chosen if not 0 <= index < count):
-        raise LinearizeError(f"layers {layers!r} names {outside}; this model's layers are 0-{count - 1}")
+        raise LinearizeError(f"layers {layers!r} names layer {outside[-1]}; this model's layers are 0-{count - 1}")
     if not chosen:
         raise LinearizeError(f"layers {layers!r} with softmax_every {softmax_every} leaves no layer to convert")
     return sorted(chosen)
 
 
-def _ranges(text: str) -> Iterable[int]:
+def _ranges(text: str, count: int) -> Iterable[int]:
+    """What `text` lists; of what is past `count` layers only the first and the last of a range."""
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
-        if last and int(last) < int(first):
+        start, end = int(first), int(last or first)
+        if end < start:
             raise ValueError(part)
-        yield from range(int(first), int(last or first) + 1)
+        yield from (start, *range(start, min(end, count)), end)
 
 
 def _model_window(config: PreTrainedConfig) -> int | None:
@@ -145,11 +153,11 @@ def linearized_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[Pr
             super().__init__(config, *args, **kwargs)
             _swap(self)
 
-        def _init_weights(self, module: nn.Module) -> None:
-            if isinstance(module, PerHeadMixing):
-                initialization.constant_(module.weight, module.initial)
-            else:
-                super()._init_weights(module)
+        def initialize_weights(self) -> None:
+            super().initialize_weights()  # the decoder, a model with rules of its own, leaves mixing weights alone
+            for mixer in mixers(self):
+                if isinstance(mixer.mixing, PerHeadMixing):  # keeps what was loaded
+                    initialization.constant_(mixer.mixing.weight, mixer.mixing.initial)
 
     for new, base in ((Config, base_config), (Model, base_model)):
         new.__name__ = new.__qualname__ = f"Linearized{base.__name__}"
@@ -169,8 +177,8 @@ def register() -> None:
 def _swap(model: PreTrainedModel) -> None:
     """Put mixers into the layers that the config lists, and the hook that describes tokens to them."""
     plan = model.config.linearize
-    if plan is None:
-        raise LinearizeError(f"a {model.config.model_type!r} config lacks its 'linearize' entry")
+    if not isinstance(plan, dict) or plan.keys() != {"layers", "mixer"}:
+        raise LinearizeError(f"a {model.config.model_type!r} config lacks its 'linearize' entry of layers and mixer")
     config, family = validated(MixerConfig, plan["mixer"], "mixer"), family_of(model.config)
     for index in choose_layers(plan["layers"], None, model.config.num_hidden_layers):
         attention = attention_of(model, index)
@@ -190,7 +198,8 @@ def _prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     plan, config = module.config.linearize, module.config
     inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
     past, positions = kwargs.get("past_key_values"), kwargs.get("position_ids")
-    if past is None and not module.training and kwargs.get("use_cache", config.use_cache):
+    use_cache = kwargs.get("use_cache")
+    if past is None and not module.training and (config.use_cache if use_cache is None else use_cache):
         past = DynamicCache(config=config)
     layer = None
     if past is not None:

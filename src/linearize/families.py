@@ -51,7 +51,12 @@ def family_of(config: PreTrainedConfig) -> Family:
     """The row for a model's config; a `LinearizeError` names the type and says what is missing."""
     model_type = base_model_type(config.model_type)
     if getattr(config, "is_encoder_decoder", False):
-        raise LinearizeError(f"{model_type!r} is an encoder-decoder; decoders of these families: {', '.join(FAMILIES)}")
+        raise LinearizeError(f"{model_type!r} is an encoder-decoder; valid: decoders of {', '.join(FAMILIES)}")
+    made = getattr(config, "architectures", None) or []
+    if model_type not in FAMILIES and made and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in made):
+        raise LinearizeError(
+            f"{model_type!r} ({made[0]}) is no language model that decodes; valid: decoders of {', '.join(FAMILIES)}"
+        )
     if model_type not in FAMILIES:
         raise LinearizeError(
             f"no row for model type {model_type!r} in families.py (docs/families.md says what a row needs); "

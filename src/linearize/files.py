@@ -3,26 +3,41 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from linearize.errors import LinearizeError
 
 MARKER = "linearize.json"  # every folder this package writes carries one, so that it knows what it may replace
-HASHED = (".safetensors", ".gguf", ".pt")
+REWRITTEN = ("README.md", "report.json", "report.html")  # in place, by eval and report; all else is hashed
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise unless `folder` is absent, empty, or was written by this package."""
-    if not folder.exists() and not folder.is_symlink():
-        return
-    if not folder.is_dir():
-        raise LinearizeError(f"{folder} is a file; give one that is new, empty or written by linearize")
-    if any(folder.iterdir()) and not (folder / MARKER).is_file():
-        raise LinearizeError(f"{folder} holds something else; give one that is new, empty or written by linearize")
+    """Raise unless `folder` is absent, empty, or was written by this package, and its place can be written to."""
+    try:
+        if folder.is_dir():
+            if any(folder.iterdir()) and not (folder / MARKER).is_file():
+                raise LinearizeError(f"{folder} holds something else; give a folder that is new, empty or linearize's")
+        elif folder.exists() or folder.is_symlink():
+            raise LinearizeError(f"{folder} is a file; give a folder that is new, empty or linearize's")
+        check_writable(folder)
+    except OSError as error:  # a name too long, a folder that cannot be looked into
+        raise disk_error(folder, error) from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise unless something can be made beside `path`, or where its first missing parent folder would be."""
+    path = path.absolute()
+    try:
+        parent = next(parent for parent in path.parents if parent.exists())
+        os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", dir=parent))
+    except OSError as error:
+        raise disk_error(path, error) from error
 
 
 @contextmanager
@@ -30,27 +45,32 @@ def new_folder(folder: str | Path, kind: str) -> Iterator[Path]:
     """Yield a temporary sibling of `folder`; when the block ends without an error it takes the folder's place.
 
     `kind` says what the folder holds and is written to its marker. On an error or a kill the old folder, if any,
-    is as it was. Disk errors (full, read-only) become a `LinearizeError` that names the folder.
+    is as it was, and nothing new is left. A full or read-only disk is a `LinearizeError` that names it.
     """
     target = Path(folder).absolute()
     check_replaceable(target)
+    missing = [parent for parent in target.parents if not parent.exists()]
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         temporary.chmod(0o755)  # mkdtemp makes it private
         yield temporary
-        digests = {path.name: sha256(path) for path in sorted(temporary.glob("*")) if path.suffix in HASHED}
-        (temporary / MARKER).write_text(json.dumps({"kind": kind, "sha256": digests}, indent=2) + "\n")
+        (temporary / MARKER).write_text(json.dumps({"kind": kind, "sha256": _digests(temporary)}, indent=2) + "\n")
         for path in temporary.rglob("*"):
             if path.is_file():
                 _fsync(path)
         replace_folder(temporary, target)
-    except OSError as error:
-        raise disk_error(target, error) from error
+    except Exception as error:
+        if reason := _disk_reason(error):
+            raise disk_error(target, reason) from error
+        raise
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):  # only what is empty goes
+                parent.rmdir()
 
 
 def replace_folder(source: Path, target: Path) -> None:
@@ -78,11 +98,31 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def disk_error(path: Path, error: OSError) -> LinearizeError:
+def remove_empty(folder: Path) -> None:
+    """Remove `folder`, and the folders in it, as far as they hold no file."""
+    for path in sorted([folder, *folder.rglob("*")], reverse=True):
+        with suppress(OSError):
+            path.rmdir()
+
+
+def disk_error(path: Path, error: OSError | str) -> LinearizeError:
     """`error`, met while writing `path`, in words."""
-    return LinearizeError(
-        f"cannot write {path}: {error.strerror or error}; give a folder on a writable disk with space"
-    )
+    reason = error if isinstance(error, str) else error.strerror or error
+    return LinearizeError(f"cannot write {path}: {reason}; give a folder on a writable disk with space")
+
+
+def _disk_reason(error: Exception) -> str | None:
+    """What a disk did, if it was one: safetensors, tokenizers and torch have no common class for it."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # Rust's
+        return os.strerror(int(found[1]))
+    return "torch.save met a full or broken disk" if "inline_container.cc" in str(error) else None
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in REWRITTEN)
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
 
 
 def _fsync(path: Path) -> None:
@@ -95,18 +135,43 @@ def verify_folder(folder: Path) -> None:
 
     Names that lead out of the folder (in the marker or a shard index) are refused before they are opened.
     """
-    for index in folder.glob("*.safetensors.index.json"):
-        names = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
-        if outside := [name for name in names if Path(name).name != name]:
-            raise LinearizeError(f"{index} names files outside its folder: {outside[0]!r}")
+    for index in folder.rglob("*.safetensors.index.json"):
+        _check_inside(index, _entries(index, "weight_map").values())
     if not (folder / MARKER).is_file():
         return
-    for name, digest in json.loads((folder / MARKER).read_text(encoding="utf-8")).get("sha256", {}).items():
-        path = folder / Path(name).name
+    digests = _entries(folder / MARKER, "sha256")
+    _check_inside(folder / MARKER, digests)
+    for name, digest in digests.items():
+        path = folder / name
         if not path.is_file():
-            raise LinearizeError(f"{folder} lacks {path.name}; give a whole checkpoint")
+            raise LinearizeError(f"{folder} lacks {name}; give a whole checkpoint")
         if sha256(path) != digest:
             raise LinearizeError(f"{path} is not the file that was written (truncated or changed); write it again")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint; LinearizeError where it is damaged."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LinearizeError(f"{path} is damaged (no JSON); give a whole checkpoint") from error
+    if not isinstance(data, dict):
+        raise LinearizeError(f"{path} is damaged (holds {type(data).__name__}, no object); give a whole checkpoint")
+    return data
+
+
+def _entries(path: Path, key: str) -> dict[str, str]:
+    """The names in one object of a JSON file."""
+    entries = read_json(path).get(key)
+    if not isinstance(entries, dict) or not all(isinstance(value, str) for value in entries.values()):
+        raise LinearizeError(f"{path} is damaged (no {key!r}); give a whole checkpoint")
+    return entries
+
+
+def _check_inside(source: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise LinearizeError(f"{source} names files outside its folder: {name!r}")
 
 
 def sha256(path: Path) -> str:

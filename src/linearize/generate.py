@@ -1,5 +1,6 @@
 """Text from a checkpoint, printed as it comes."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -14,8 +15,10 @@ def generate(checkpoint: Path, prompt: str, chat: bool, max_new_tokens: int, tem
 
     Raises LinearizeError for an empty prompt, and for `chat` where the tokenizer has no chat template.
     """
-    if not prompt:
-        raise LinearizeError("the prompt is empty; give some text")
+    if not prompt.strip():
+        raise LinearizeError(f"the prompt {prompt!r} is empty; give some text")
+    if not 0 <= temperature < math.inf:
+        raise LinearizeError(f"temperature is {temperature}; valid: 0, which is greedy, and up")
     model, tokenizer = load(checkpoint)
     if chat and tokenizer.chat_template is None:
         raise LinearizeError(f"the tokenizer of {checkpoint} has no chat template; leave --chat out")

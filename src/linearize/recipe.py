@@ -1,6 +1,6 @@
 """The recipe: everything a run depends on, in one validated object. Unknown keys are refused."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,19 +16,21 @@ SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
 
 def parse_tokens(given: Any) -> Any:
     """A count, also as '30k', '2.5M' or '1B'."""
-    if isinstance(given, str) and given[-1:].lower() in SUFFIXES:
-        try:
-            return round(float(given[:-1]) * SUFFIXES[given[-1].lower()])
-        except ValueError:
-            return given
-    return given
+    if not isinstance(given, str):
+        return given
+    factor = SUFFIXES.get(given[-1:].lower(), 1)
+    try:
+        return round(float(given[:-1] if factor > 1 else given) * factor)
+    except (ValueError, OverflowError) as error:
+        raise LinearizeError(f"{given!r} is no number of tokens; valid: 500000, 30K, 2.5M, 1B") from error
 
 
 Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=1)]
+Layers = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) is int else given)]  # YAML reads 7 so
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataSettings(Settings):
@@ -45,7 +47,7 @@ class LoraSettings(Settings):
     r: int = Field(32, ge=1)
     alpha: float = Field(64, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    targets: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
 
 
 class StageSettings(Settings):
@@ -63,9 +65,16 @@ class StageSettings(Settings):
     save_every: int = Field(0, ge=0, description="steps between checkpoints to resume from; 0: none")
 
 
+class AlignSettings(StageSettings):
+    """Its loss is the distance of each converted layer's output to the teacher's."""
+
+    tokens: Tokens = 500_000
+
+
 class DistillSettings(StageSettings):
     """Its loss is kl_weight · KL(teacher ‖ student) + (1 - kl_weight) · next token."""
 
+    tokens: Tokens = 1_500_000
     kl_weight: float = Field(1.0, ge=0, le=1)
 
 
@@ -74,7 +83,7 @@ class EvaluationSettings(Settings):
 
     sequence_length: int = Field(1024, ge=16)
     sequences: int = Field(8, ge=1)
-    contexts: tuple[int, ...] = (256, 1024, 4096)
+    contexts: tuple[Annotated[int, Field(ge=1)], ...] = Field((256, 1024, 4096), min_length=1)
     decode_tokens: int = Field(16, ge=1)
 
 
@@ -85,25 +94,29 @@ class Recipe(Settings):
     """A run of the main job."""
 
     model: str = "smollm2-135m"
-    layers: str = "all"
+    layers: Layers = "all"
     softmax_every: int | None = Field(None, ge=1)
     mixer: MixerConfig = MixerConfig()
     data: DataSettings = DataSettings()
     lora: LoraSettings | None = LoraSettings()
-    align: StageSettings | None = StageSettings(tokens=500_000)
-    distill: DistillSettings | None = DistillSettings(tokens=1_500_000)
+    align: AlignSettings | None = AlignSettings()
+    distill: DistillSettings | None = DistillSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     baselines: tuple[Baseline, ...] = ("window_only",)
     adapter: Literal["merged", "separate"] = "merged"
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
 
 
-def read(source: str | Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
-    """A recipe from a YAML file or the name of a shipped one, with `key.sub=value` overrides.
+def read(
+    source: str | Path | None = None, overrides: Iterable[str] = (), given: Mapping[str, Any] | None = None
+) -> Recipe:
+    """A recipe from a YAML file or the name of a shipped one, with `given` keys (`key.sub`), then `key.sub=value`.
 
     Raises LinearizeError for a missing file, bad YAML, an unknown key or a bad value; all that is wrong at once.
     """
     data = {} if source is None else _load(str(source))
+    for key, value in (given or {}).items():
+        _set(data, key.split("."), value)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:

@@ -5,14 +5,16 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize import checkpoint
@@ -20,16 +22,16 @@ from linearize import report as reports
 from linearize.assets import resolve_model
 from linearize.checkpoint import Student, load_pretrained, unwrapped
 from linearize.config import MixerConfig
-from linearize.convert import attention_of, convert
+from linearize.convert import attention_of, check_convertible, convert
 from linearize.errors import LinearizeError
 from linearize.evaluate import evaluate
-from linearize.files import check_replaceable, new_folder, verify_folder, write_text
+from linearize.files import check_replaceable, check_writable, new_folder, remove_empty, verify_folder, write_text
 from linearize.inspect import equal_memory_window
 from linearize.recipe import Recipe, StageSettings
 from linearize.results import Curve, Report
 from linearize.results import read as read_report
 from linearize.train.align import align_loss
-from linearize.train.data import load_documents, pack, tokenize
+from linearize.train.data import heldout_sequences, load_documents, pack, tokenize
 from linearize.train.distill import distill_loss
 from linearize.train.trainer import Loss, shared_copy, train, with_lora
 
@@ -39,6 +41,8 @@ class Base(NamedTuple):
 
     teacher: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    documents: Sequence[np.ndarray] = ()  # tokens to train on, where they are read already
+    heldout: Tensor | None = None  # [N, T], where it is to be measured
 
 
 class Trained(NamedTuple):
@@ -66,11 +70,11 @@ def run(recipe: Recipe, out: str | Path) -> Report:
         print(f"{out} holds this recipe's result already; remove it to run again", file=sys.stderr)
         return done
     seconds: dict[str, float] = {}
+    names = ("converted", *recipe.baselines)
     with _timed(seconds, "load"):
-        base = load_base(recipe)
-    variants = {}
-    for name in ("converted", *recipe.baselines):
-        variants[name] = train_variant(recipe, name, base, _work(recipe, out), seconds)
+        base = load_base(recipe, names, train=True, heldout=True)
+    with _work(recipe, out) as work:
+        variants = {name: train_variant(recipe, name, base, work, seconds) for name in names}
     report = _measure(recipe, base, variants, seconds)
     with new_folder(out, kind="checkpoint") as folder:
         # last, since merging writes into parameters that the teacher and the other variants share
@@ -96,24 +100,26 @@ def stage_only(name: str, source: Path, recipe: Recipe, out: Path) -> None:
     `align` leaves LoRA beside the weights, so that `distill` goes on with it as `run` would.
     """
     check_replaceable(out)
-    if source.absolute() == out.absolute():
+    if source.resolve() == out.resolve():
         raise LinearizeError(f"{source} cannot be both source and out; give another --out")
-    student, tokenizer = checkpoint.load(source)
     before = checkpoint.read_recipe(source)
+    curves = checkpoint.read_curves(source)
+    student, tokenizer = checkpoint.load(source)
     recipe = recipe.model_copy(
         update={key: getattr(before, key) for key in ("model", "layers", "softmax_every", "mixer")}
     )
     later = {"distill": None} if name == "align" else {"align": before.align}
     recipe = recipe.model_copy(update=later)
-    base = load_base(recipe)
+    base = load_base(recipe, train=True)
     student.to(base.teacher.device)
     if student is unwrapped(student):
         student = _trainable(recipe, student)
     settings, loss = _stages(recipe)[name]
-    curve = train_stage(recipe, name, "converted", settings, loss, student, base, _work(recipe, out))
+    with _work(recipe, out) as work:
+        curve = train_stage(recipe, name, "converted", settings, loss, student, base, work)
     with new_folder(out, kind="checkpoint") as folder:
         kept = recipe.model_copy(update={"adapter": "separate"}) if name == "align" else recipe
-        checkpoint.write(student, tokenizer, kept, [*checkpoint.read_curves(source), curve], folder, out)
+        checkpoint.write(student, tokenizer, kept, [*curves, curve], folder, out)
 
 
 def merge_only(source: Path, out: Path) -> None:
@@ -129,22 +135,50 @@ def merge_only(source: Path, out: Path) -> None:
 
 def evaluate_only(source: Path, recipe: Recipe) -> Report:
     """Evaluate the checkpoint in `source` against its teacher and, trained here by its recipe, its baselines."""
+    check_writable(source / "report.json")
     student, _ = checkpoint.load(source)
+    curves = checkpoint.read_curves(source)
     seconds: dict[str, float] = {}
-    base = load_base(recipe)
-    variants = {"converted": Trained(student.to(base.teacher.device), recipe.mixer, checkpoint.read_curves(source))}
-    for name in recipe.baselines:
-        variants[name] = train_variant(recipe, name, base, _work(recipe, source), seconds)
+    base = load_base(recipe, recipe.baselines, train=bool(recipe.baselines), heldout=True)
+    variants = {"converted": Trained(student.to(base.teacher.device), recipe.mixer, curves)}
+    with _work(recipe, source) as work:
+        for name in recipe.baselines:
+            variants[name] = train_variant(recipe, name, base, work, seconds)
     report = _measure(recipe, base, variants, seconds)
     _write_report(report, recipe, source)
     return report
 
 
-def load_base(recipe: Recipe) -> Base:
-    """The teacher on the best device there is, and its tokenizer."""
+def load_base(recipe: Recipe, variants: Iterable[str] = (), train: bool = False, heldout: bool = False) -> Base:
+    """The teacher on the best device there is, its tokenizer, and the tokens to train on and to measure with.
+
+    All that can be wrong with them, and with converting the teacher to `variants`, shows here, the quickest first.
+    """
+    train = train and bool(_stages(recipe))
+    texts = load_documents(recipe.data.train, "train") if train else []
+    heldout_texts = load_documents(recipe.data.heldout, "heldout") if heldout else []
     teacher, tokenizer = load_pretrained(resolve_model(recipe.model))
+    for name in variants:
+        check_convertible(teacher, mixer_of(recipe, name, teacher), recipe.layers, recipe.softmax_every)
+    sequences = _sequences(recipe, tokenizer, heldout_texts) if heldout else None
+    documents = _tokens(recipe, tokenizer, texts) if train else []
     teacher.to("cuda" if torch.cuda.is_available() else "cpu")
-    return Base(teacher, tokenizer)
+    return Base(teacher, tokenizer, documents, sequences)
+
+
+def _sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
+    settings = recipe.evaluation
+    return heldout_sequences(
+        tokenize(texts, tokenizer), settings.sequence_length, settings.sequences, recipe.data.heldout
+    )
+
+
+def _tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+    """The training text's tokens, of as many documents as the longest stage needs; at least one sequence."""
+    most, length = max(settings.tokens for settings, _ in _stages(recipe).values()), recipe.data.sequence_length
+    documents = tokenize(texts, tokenizer, limit=most + length)
+    pack(documents, length, 1, recipe.data.train)
+    return documents
 
 
 def mixer_of(recipe: Recipe, name: str, teacher: PreTrainedModel) -> MixerConfig:
@@ -194,9 +228,8 @@ def train_stage(
     recipe: Recipe, stage: str, name: str, settings: StageSettings, loss: Loss, student: Student, base: Base, work: Path
 ) -> Curve:
     """One stage of one variant; all of them read the same text from its beginning."""
-    length = recipe.data.sequence_length
-    documents = tokenize(load_documents(recipe.data.train, "train"), base.tokenizer, limit=settings.tokens + length)
-    sequences = pack(documents, length, settings.tokens)
+    documents = base.documents or _tokens(recipe, base.tokenizer, load_documents(recipe.data.train, "train"))
+    sequences = pack(documents, recipe.data.sequence_length, settings.tokens)
     return train(stage, name, student, base.teacher, loss, sequences, settings, work / f"{name}-{stage}", recipe.seed)
 
 
@@ -216,11 +249,12 @@ def _stages(recipe: Recipe) -> dict[str, tuple[StageSettings, Loss]]:
 
 
 def _measure(recipe: Recipe, base: Base, variants: dict[str, Trained], seconds: dict[str, float]) -> Report:
+    assert base.heldout is not None
     untrained = build(recipe, recipe.mixer, base.teacher).eval()
     with _timed(seconds, "evaluate"):
         models = {name: (unwrapped(v.student).eval(), v.tokens, v.mixer.window) for name, v in variants.items()}
         curves: Iterable[Curve] = (curve for v in variants.values() for curve in v.curves)
-        return evaluate(recipe, base.teacher, base.tokenizer, untrained, models, list(curves), seconds)
+        return evaluate(recipe, base.teacher, base.heldout, untrained, models, list(curves), seconds)
 
 
 def _write_report(report: Report, recipe: Recipe, folder: Path) -> None:
@@ -240,12 +274,16 @@ def _finished(recipe: Recipe, out: Path) -> Report | None:
     return report if report.recipe == recipe.model_dump(mode="json") else None
 
 
-def _work(recipe: Recipe, out: Path) -> Path:
-    """Where unfinished work is kept, by all that decides what the trained weights are."""
+@contextmanager
+def _work(recipe: Recipe, out: Path) -> Iterator[Path]:
+    """Where unfinished work is kept, by all that decides what the trained weights are; nothing empty stays of it."""
     parts = recipe.model_dump(mode="json", exclude={"evaluation", "baselines", "adapter"})
-    return (
-        out.with_name(f"{out.name}.work") / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-    )
+    name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+    folder = out.absolute().with_name(f"{out.absolute().name}.work")
+    try:
+        yield folder / name
+    finally:
+        remove_empty(folder)
 
 
 @contextmanager

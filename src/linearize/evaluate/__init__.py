@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from importlib.metadata import version
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from linearize.convert import mixers
 from linearize.evaluate.decoding import decode_parity, decode_speed
@@ -14,7 +16,6 @@ from linearize.evaluate.layers import layer_statistics
 from linearize.evaluate.perplexity import score, summarize
 from linearize.recipe import Recipe
 from linearize.results import Curve, Models, Report
-from linearize.train.data import heldout_sequences, load_documents, tokenize
 
 BUCKETS = 32  # points of a loss-by-position curve
 Variant = tuple[PreTrainedModel, int, int]  # the model, its training tokens, its window
@@ -23,16 +24,14 @@ Variant = tuple[PreTrainedModel, int, int]  # the model, its training tokens, it
 def evaluate(
     recipe: Recipe,
     teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    heldout: Int[Tensor, "N T"],
     untrained: PreTrainedModel,
     variants: dict[str, Variant],
     curves: list[Curve],
     seconds: dict[str, float],
 ) -> Report:
-    """Everything that the report says, for the teacher, the untrained conversion and all variants."""
+    """Everything that the report says of `heldout`, for the teacher, the untrained conversion and all variants."""
     settings = recipe.evaluation
-    documents = tokenize(load_documents(recipe.data.heldout, "heldout"), tokenizer)
-    heldout = heldout_sequences(documents, settings.sequence_length, settings.sequences)
     bucket = max(1, settings.sequence_length // BUCKETS)
     expected = score(teacher, heldout, "teacher")
     results = {"teacher": summarize(expected, None, bucket)}

@@ -14,7 +14,8 @@ from linearize.cache import cache_bytes
 @torch.no_grad()
 def decode_parity(model: PreTrainedModel, ids: Int[Tensor, "T"], steps: int = 32) -> float:
     """‖decoded - full‖ / ‖full‖ over the logits of the last `steps` tokens: all before them in one call, then one by
-    one, against a single full forward."""
+    one, against a single full forward; of a short text, over its second half."""
+    steps = min(steps, len(ids) // 2)
     ids = ids.to(model.device)[None]
     full = model(ids, use_cache=False, logits_to_keep=steps).logits.double()
     cache = DynamicCache(config=model.config)

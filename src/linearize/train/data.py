@@ -14,7 +14,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from tqdm import tqdm
 
-from linearize.assets import HUB_NAME, TEXTS, asset_file
+from linearize.assets import HUB_NAME, TEXTS, asset_file, quick_hub
 from linearize.errors import LinearizeError, unknown
 
 SPLITS = ("train", "heldout")
@@ -51,7 +51,7 @@ def load_documents(source: str, split: Literal["train", "heldout"] = "train") ->
         raise LinearizeError(f"no data at {source!r}; valid: wiki, a file or folder of {_suffixes()}, or owner/name")
     found = [document for document in documents if document.strip()]
     if not found:
-        raise LinearizeError(f"{source} holds no text")
+        raise LinearizeError(f"{source} holds no text; give some longer than one sequence")
     return found
 
 
@@ -65,7 +65,7 @@ def _read_folder(folder: Path) -> Iterator[str]:
 
 def _read_file(path: Path) -> Iterator[str]:
     if not path.exists():
-        raise LinearizeError(f"no file {path}")
+        raise LinearizeError(f"there is no file {path}; give wiki, a file or folder of {_suffixes()}, or owner/name")
     suffix = _suffix(path)
     if suffix is None:
         raise LinearizeError(f"{path} does not end with one of {_suffixes()}")
@@ -120,7 +120,8 @@ def _read_hub(name: str, split: str) -> Iterator[str]:
     import datasets  # slow to import, and only hub names need it
 
     try:
-        rows = datasets.load_dataset(name, split=split)
+        with quick_hub():
+            rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # a dozen unrelated classes; each of them says that this text is not to be had
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise LinearizeError(
@@ -145,7 +146,7 @@ def _decode(raw: bytes, path: Path, offset: int) -> str:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise LinearizeError(f"{path} is not UTF-8 at byte {offset + error.start}") from error
+        raise LinearizeError(f"{path} is not UTF-8 at byte {offset + error.start}; give text in UTF-8") from error
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
@@ -240,7 +241,9 @@ def _ended(ids: list[int], eos: int | None) -> np.ndarray:
 # --- sequences -------------------------------------------------------------------------------------------------------
 
 
-def pack(documents: Sequence[np.ndarray], sequence_length: int, tokens: int) -> list[dict[str, Int64[Tensor, "T"]]]:
+def pack(
+    documents: Sequence[np.ndarray], sequence_length: int, tokens: int, source: str = "the text"
+) -> list[dict[str, Int64[Tensor, "T"]]]:
     """Cut the documents, one after the other, into sequences of `sequence_length` tokens, at least `tokens` in all.
 
     Text shorter than that starts over. Each sequence has `input_ids`; `position_ids`, which start from 0 at every
@@ -252,7 +255,7 @@ def pack(documents: Sequence[np.ndarray], sequence_length: int, tokens: int) -> 
         raise LinearizeError(f"sequence_length must be 2 or more and tokens 1 or more, not {sequence_length}, {tokens}")
     total = sum(map(len, documents))
     if total < sequence_length:
-        raise LinearizeError(f"the text has {total} tokens, fewer than one sequence of {sequence_length}")
+        raise LinearizeError(f"{source} has {total} tokens, fewer than one sequence of {sequence_length}")
     ids = np.concatenate([np.asarray(document, dtype=np.int64) for document in documents])
     begins = np.concatenate([np.arange(len(document)) == 0 for document in documents])
     sequences = -(-tokens // sequence_length)
@@ -276,7 +279,9 @@ def _cut(ids: np.ndarray, begins: np.ndarray, start: int, length: int) -> dict[s
     }
 
 
-def heldout_sequences(documents: Sequence[np.ndarray], sequence_length: int, count: int) -> Int64[Tensor, "N T"]:
+def heldout_sequences(
+    documents: Sequence[np.ndarray], sequence_length: int, count: int, source: str = "the text"
+) -> Int64[Tensor, "N T"]:
     """Up to `count` windows of `sequence_length` tokens: every document's first, then their second ones, and so on.
 
     Windows do not overlap and shorter tails are dropped. Raises `LinearizeError` if no document is as long as that,
@@ -286,7 +291,9 @@ def heldout_sequences(documents: Sequence[np.ndarray], sequence_length: int, cou
         raise LinearizeError(f"sequence_length and count must be 1 or more, not {sequence_length}, {count}")
     longest = max(map(len, documents), default=0)
     if longest < sequence_length:
-        raise LinearizeError(f"the longest held-out document has {longest} tokens, fewer than {sequence_length}")
+        raise LinearizeError(
+            f"{source}: the longest held-out document has {longest} tokens, fewer than {sequence_length}"
+        )
     windows = [
         document[start : start + sequence_length].astype(np.int64)
         for start in range(0, longest - sequence_length + 1, sequence_length)

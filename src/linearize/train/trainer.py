@@ -209,7 +209,7 @@ def train(
         save_strategy="steps" if settings.save_every else "no",
         save_steps=settings.save_every or 500,
         save_total_limit=2,
-        logging_steps=1 if not gpu else 10,
+        logging_steps=1,
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
         report_to="none",

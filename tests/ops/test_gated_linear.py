@@ -1,0 +1,144 @@
+"""Chunked and step against the equation: forward, state and all gradients."""
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+from tiny import assert_close
+from torch import Tensor
+
+from linearize.ops import gated_linear as module
+from linearize.ops.gated_linear import chunked, gated_linear, reference, step
+
+
+def inputs(T: int, B: int = 2, KV: int = 2, groups: int = 3, K: int = 12, V: int = 8, decay: float | None = None):
+    """q, k, v, log_g and a state; decays random, or `decay` at every token."""
+    q, k, v = torch.randn(B, T, KV * groups, K), torch.randn(B, T, KV, K), torch.randn(B, T, KV, V)
+    log_g = -torch.rand(B, T, KV, K) if decay is None else torch.full((B, T, KV, K), decay)
+    return [q, k, v, log_g, torch.randn(B, KV, K, V)]
+
+
+def documents(T: int, starts: list[int]) -> Tensor:
+    document = torch.zeros(T, dtype=torch.long)
+    document[starts] = 1
+    return document.cumsum(0)[None]
+
+
+def compare(given: list[Tensor], document: Tensor | None = None, **kwargs) -> None:
+    """Outputs, final states and gradients of all five inputs."""
+    ours = [x.clone().requires_grad_() for x in given]
+    truth = [x.double().requires_grad_() for x in given]
+    results, expected = chunked(*ours, document, **kwargs), reference(*truth, document)
+    weights = [torch.randn_like(x) for x in expected]
+    for result, other in zip(results, expected, strict=True):
+        assert_close(result, other)
+    sum((w * x.double()).sum() for w, x in zip(weights, results, strict=True)).backward()
+    sum((w * x).sum() for w, x in zip(weights, expected, strict=True)).backward()
+    for x, other in zip(ours, truth, strict=True):
+        assert_close(x.grad, other.grad)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 8])
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 200])
+def test_chunked_is_the_equation(T, groups):
+    compare(inputs(T, groups=groups))
+
+
+@pytest.mark.parametrize("sizes", [(16, 4), (4, 16), (5, 5)])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_key_and_value_sizes(sizes, groups):
+    compare(inputs(70, K=sizes[0], V=sizes[1], groups=groups))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 16, 32, 128])
+def test_any_chunk_size(chunk):
+    compare(inputs(100), documents(100, [16, 40, 64]).expand(2, -1), chunk=chunk)
+
+
+def test_without_a_state():
+    *given, state = inputs(70)
+    for result, other in zip(gated_linear(*given), reference(*given, torch.zeros_like(state)), strict=True):
+        assert_close(result, other)
+
+
+@pytest.mark.parametrize(
+    "starts",
+    [[64], [63], [65], [64, 128, 192], [1], [10, 11, 12, 13], [63, 64, 65], [199], [5, 130]],
+    ids=str,
+)
+def test_documents_do_not_see_each_other(starts):
+    rows = [documents(200, starts), documents(200, [100])]
+    compare(inputs(200), torch.cat(rows))
+
+
+def test_first_document_continues_the_state():
+    given = inputs(200)
+    assert not torch.equal(chunked(*given)[0][:, :64], chunked(*given[:4], 2 * given[4])[0][:, :64])
+    document = documents(200, [64]).expand(2, -1)
+    one, other = chunked(*given, document)[0], chunked(*given[:4], 2 * given[4], document)[0]
+    assert torch.equal(one[:, 64:], other[:, 64:])
+
+
+@pytest.mark.parametrize("decay", [0.0, -8.0, -20.0, -1e4])
+@pytest.mark.parametrize("starts", [[], [64, 100]], ids=str)
+def test_any_decay(decay, starts):
+    compare(inputs(130, decay=decay), documents(130, starts).expand(2, -1))
+
+
+def test_decays_from_nothing_to_all_in_one_sequence():
+    given = inputs(130)
+    choices = torch.tensor([0.0, -1e-3, -1.0, -8.0, -20.0, -1e4])
+    given[3] = choices[torch.randint(len(choices), given[3].shape)]
+    compare(given)
+
+
+@pytest.mark.parametrize("splits", [[1], [64], [63, 64, 65], [7, 100], [129]], ids=str)
+def test_any_split_gives_the_same(splits):
+    *given, state = inputs(130)
+    expected, last = chunked(*given, state)
+    parts = []
+    for part in zip(*(x.tensor_split(splits, dim=1) for x in given), strict=True):
+        output, state = gated_linear(*part, state)
+        parts.append(output)
+    assert_close(torch.cat(parts, 1), expected)
+    assert_close(state, last)
+
+
+def test_steps_are_the_equation():
+    *given, state = inputs(40)
+    expected, last = reference(*given, state)
+    parts = []
+    for part in zip(*(x.split(1, dim=1) for x in given), strict=True):
+        output, state = step(*part, state)
+        parts.append(output)
+    assert_close(torch.cat(parts, 1), expected)
+    assert_close(state, last)
+
+
+@pytest.mark.parametrize("T", [1, 70])
+def test_bfloat16_in_bfloat16_out_and_an_fp32_state(T):
+    given = inputs(T)
+    rounded = [x.bfloat16() for x in given[:4]] + given[4:]
+    output, state = gated_linear(*rounded)
+    assert output.dtype == torch.bfloat16
+    assert state.dtype == torch.float32
+    expected, last = reference(*rounded)
+    assert_close(output, expected, 4e-3)
+    assert_close(state, last)
+
+
+@pytest.mark.parametrize(("T", "name"), [(1, "step"), (2, "chunked"), (65, "chunked")])
+def test_dispatch(monkeypatch, T, name):
+    called = []
+    for choice in ("step", "chunked"):
+        original = getattr(module, choice)
+        monkeypatch.setattr(
+            module, choice, lambda *args, c=choice, f=original: (called.append(c), f(*args))[1]
+        )
+    gated_linear(*inputs(T)[:4])
+    assert called == [name]
+
+
+def test_shapes_are_checked_here():
+    q, k, v, log_g, _ = inputs(4)
+    with pytest.raises(TypeCheckError):
+        gated_linear(q, k, v, log_g[:, :3])

@@ -1,0 +1,137 @@
+"""Windows and sinks in blocks against the whole score matrix."""
+
+import pytest
+import torch
+from tiny import assert_close
+from torch import Tensor
+
+from linearize.ops.local import NEVER, Past, Sinks, local_attention, reference
+
+B, KV, GROUPS, D, V = 2, 2, 3, 8, 6
+SCALE = 0.7
+
+
+def inputs(T: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(B, T, KV * GROUPS, D), torch.randn(B, T, KV, D), torch.randn(B, T, KV, V)
+
+
+def sinks_of(time, document=None, q: Tensor | None = None) -> Sinks:
+    """Sinks at the given times, the same in every row if there is one list of them."""
+    time = torch.as_tensor(time, dtype=torch.long).expand(B, -1)
+    document = None if document is None else torch.as_tensor(document).expand(B, -1)
+    M = time.shape[1]
+    return Sinks(torch.randn(B, M, KV, D), torch.randn(B, M, KV, V), time, document, q)
+
+
+def past_of(window: int, valid: Tensor | None = None) -> Past:
+    valid = torch.ones(B, window, dtype=torch.bool) if valid is None else valid
+    return Past(torch.randn(B, window, KV, D), torch.randn(B, window, KV, V), valid)
+
+
+def padded_left(*amounts: int, length: int) -> Tensor:
+    return torch.arange(length) >= torch.tensor(amounts)[:, None]
+
+
+def compare(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: Sinks, past: Past | None = None, **kwargs) -> None:
+    """Output and the gradient of every tensor; a padded query's output means nothing, and is only finite."""
+    tensors = [q, k, v, sinks.k, sinks.v]
+    tensors += [] if sinks.q is None else [sinks.q]
+    tensors += [] if past is None else [past.k, past.v]
+    valid = kwargs.get("valid")
+    weight, gradients = torch.randn(B, q.shape[1], KV * GROUPS, V), []
+    if valid is not None:
+        weight = weight * valid[:, :, None, None]
+    outputs = []
+    for function, dtype in ((local_attention, torch.float32), (reference, torch.float64)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
+        rest = iter(leaves[5:])
+        own = sinks._replace(k=leaves[3], v=leaves[4], q=None if sinks.q is None else next(rest))
+        before = None if past is None else past._replace(k=next(rest), v=next(rest))
+        output = function(*leaves[:3], window, SCALE, own, before, **kwargs)
+        assert torch.isfinite(output).all()
+        (output * weight).sum().backward()
+        outputs.append(output.detach() * (weight != 0))
+        gradients.append([torch.zeros_like(x) if x.grad is None else x.grad for x in leaves])
+    assert_close(*outputs)
+    for gradient, expected in zip(*gradients, strict=True):
+        assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("T", [1, 5, 8, 16, 29])
+@pytest.mark.parametrize("window", [1, 3, 8])
+def test_blocks_are_the_whole_matrix(window, T, sinks):
+    compare(*inputs(T), window, sinks_of(range(sinks)))
+
+
+@pytest.mark.parametrize("T", [1, 5, 8, 29])
+@pytest.mark.parametrize("window", [1, 3, 8])
+def test_after_a_past(window, T):
+    valid = torch.ones(B, window, dtype=torch.bool)
+    valid[0, : window // 2] = False
+    compare(*inputs(T), window, sinks_of([[-9, -2, 1, NEVER], [-50, -49, -8, -1]]), past_of(window, valid))
+
+
+def test_clamped_sink_queries():
+    q, k, v = inputs(29)
+    compare(q, k, v, 8, sinks_of(range(4), q=torch.randn_like(q)))
+    compare(q, k, v, 8, sinks_of(range(-20, -16), q=torch.randn_like(q)), past_of(8))
+
+
+@pytest.mark.parametrize("window", [1, 3, 8, 40])
+def test_padding_is_not_seen(window):
+    valid = padded_left(0, 11, length=29)
+    compare(*inputs(29), window, sinks_of([[0, 1, 2, 3], [11, 12, 13, 14]]), valid=valid)
+
+
+def test_padding_after_a_past():
+    compare(*inputs(9), 4, sinks_of([[-6], [NEVER]]), past_of(4), valid=padded_left(0, 3, length=9))
+
+
+@pytest.mark.parametrize("window", [1, 3, 8])
+def test_documents_do_not_see_each_other(window):
+    document = torch.zeros(B, 29, dtype=torch.long)
+    document[0, 1:], document[0, 16:], document[1, 8:] = 1, 2, 1
+    time = [[0, NEVER, 1, 2, 16, 17], [0, 1, 8, 9, NEVER, NEVER]]
+    sinks = sinks_of(time, document=[[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2]])
+    compare(*inputs(29), window, sinks, document=document)
+
+
+@pytest.mark.parametrize("T", [6, 20])
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_exactly_the_window_is_seen(window, T):
+    """The last query sees the key at distance window - 1 and not the one at distance window."""
+    q, k, v = inputs(T)
+    empty = sinks_of([])
+    before = local_attention(q, k, v, window, SCALE, empty)
+
+    def moved(distance: int) -> bool:
+        other_k, other_v = k.clone(), v.clone()
+        other_k[:, -1 - distance] += 1
+        other_v[:, -1 - distance] += 1
+        return not torch.equal(local_attention(q, other_k, other_v, window, SCALE, empty)[:, -1], before[:, -1])
+
+    assert [moved(distance) for distance in range(T)] == [distance < window for distance in range(T)]
+
+
+def test_a_sink_is_seen_once_it_has_left_the_window():
+    q, k, v = inputs(6)
+    one = sinks_of([1])
+    other = one._replace(v=one.v + 1)
+    changed = local_attention(q, k, v, 3, SCALE, one) != local_attention(q, k, v, 3, SCALE, other)
+    assert changed.all(-1).all(-1).all(0).tolist() == [False, False, False, False, True, True]
+
+
+def test_a_sink_that_is_not_there_is_never_seen():
+    q, k, v = inputs(20)
+    expected = local_attention(q, k, v, 3, SCALE, sinks_of([]))
+    assert_close(local_attention(q, k, v, 3, SCALE, sinks_of([NEVER, NEVER])), expected)
+
+
+def test_bfloat16():
+    tensors = [x.bfloat16() for x in inputs(20)]
+    sinks = sinks_of(range(2))
+    sinks = sinks._replace(k=sinks.k.bfloat16(), v=sinks.v.bfloat16())
+    output = local_attention(*tensors, 8, SCALE, sinks)
+    assert output.dtype == torch.bfloat16
+    assert_close(output, reference(*tensors, 8, SCALE, sinks), 1e-2)

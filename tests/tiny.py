@@ -1,0 +1,84 @@
+"""Random models that take milliseconds, a tokenizer for them, and how results are compared."""
+
+import string
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+VOCAB = 97
+TOLERANCE = 1e-5
+
+
+def tiny(model_type: str = "llama", **overrides) -> PreTrainedModel:
+    """A random model in eval mode, in fp32, with weights large enough for attention to matter."""
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    if model_type == "qwen3":
+        settings["head_dim"] = 16
+    if model_type == "mistral":
+        settings["sliding_window"] = None
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(model_type, **settings | overrides)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():  # biases and norms start as constants
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter.data, mean=0.0 if name.endswith("bias") else 1.0, std=0.3)
+    return model
+
+
+def ids(*shape: int, seed: int = 0) -> Tensor:
+    """Random tokens, none of them padding."""
+    return torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, tokens: Tensor, **kwargs) -> Tensor:
+    return model(tokens, **kwargs).logits
+
+
+def relative(output: Tensor, expected: Tensor) -> float:
+    """‖output - expected‖ / ‖expected‖; not a number where one of the two is not."""
+    output, expected = output.double(), expected.double()
+    return ((output - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def assert_close(output: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    assert output.shape == expected.shape
+    assert relative(output, expected) <= tolerance
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, within the vocabulary of `tiny`."""
+    vocab = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {c: i for i, c in enumerate(string.ascii_lowercase + " .,\n", 3)}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def checkpoint(folder: Path, model_type: str = "llama", **overrides) -> Path:
+    """A folder with a tiny model and its tokenizer, as transformers writes it."""
+    tiny(model_type, eos_token_id=1, **overrides).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def text(characters: int, seed: int = 0) -> str:
+    """Words drawn from a small set, so that there is something to learn."""
+    words = ["the", "recurrent", "window", "sees", "every", "token", "of", "a", "long", "text", "and", "forgets", "it"]
+    chosen = torch.randint(len(words), (characters // 3,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(words[i] for i in chosen)[:characters]

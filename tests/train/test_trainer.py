@@ -1,0 +1,251 @@
+"""Training on a tiny model: what moves, what must not, and what happens when it is killed."""
+
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from tiny import VOCAB, tiny
+from transformers import TrainingArguments
+
+from linearize import LinearizeError, convert
+from linearize.checkpoint import unwrapped
+from linearize.convert import mixers
+from linearize.recipe import LoraSettings, StageSettings
+from linearize.train.align import align_loss
+from linearize.train.data import pack
+from linearize.train.distill import distill_loss
+from linearize.train.trainer import LinearizeTrainer, Pair, newest_checkpoint, shared_copy, train, with_lora
+
+STEPS = 12
+LORA = LoraSettings(r=4, alpha=8, dropout=0.1)  # dropout: a resumed run has to draw the same numbers
+STAGES = {"align": align_loss, "distill": distill_loss}
+
+
+def sequences(length: int = 32, count: int = 2 * STEPS) -> list:
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(1, VOCAB, size) for size in generator.integers(1, 60, 100)]
+    return pack(documents, length, count * length)
+
+
+class Job:
+    """A student on its teacher's parameters, or on its own, and a stage to train it in."""
+
+    def __init__(self, folder, lora=LORA, stage="distill", loss=None, seed=0, mixer=None, **settings) -> None:
+        self.teacher = tiny()
+        torch.manual_seed(seed)
+        student = shared_copy(self.teacher) if lora else copy.deepcopy(self.teacher)
+        convert(student, window=4, **{"mixing_weight": 0.1} | (mixer or {}))
+        self.student = with_lora(student, lora) if lora else student
+        self.folder, self.stage, self.loss = folder / "work", stage, loss or STAGES[stage]
+        settings = {"learning_rate": 3e-3, "mixing_learning_rate": 3e-2, "batch_size": 2} | settings
+        self.settings = StageSettings(tokens=1, **settings)
+
+    def train(self):
+        given = self.student, self.teacher, self.loss, sequences(), self.settings, self.folder, 0
+        return train(self.stage, "converted", *given)
+
+    def weights(self):
+        return {name: p.detach().clone() for name, p in self.student.named_parameters() if p.requires_grad}
+
+
+def killed_at(call: int, loss=distill_loss):
+    """`loss`, with the interrupt of an impatient person at the given call."""
+    calls = iter(range(call))
+
+    def interrupted(*args):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return loss(*args)
+
+    return interrupted
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.mark.parametrize("structure", ["gla", "none"])
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "all"])
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_a_stage_lowers_its_loss(tmp_path, stage, lora, structure):
+    job = Job(tmp_path, lora, stage, mixer={"structure": structure}, learning_rate=1e-2 if lora else 3e-3)
+    batch = {key: torch.stack([s[key] for s in sequences()]) for key in sequences()[0]}
+
+    def loss() -> float:
+        with torch.no_grad():
+            return job.loss(unwrapped(job.student.eval()), job.teacher, batch).item()
+
+    before = loss()
+    curve = job.train()
+    assert loss() < 0.97 * before
+    assert curve.tokens == [64 * step for step in range(1, STEPS + 1)]
+    assert not job.student.training
+    weights = [m.mixing_weights() for m in mixers(job.student)] if structure == "gla" else []
+    assert all((w - 0.1).abs().min() > 1e-4 for w in weights)
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "all"])
+def test_the_teacher_stays_as_it_is_to_the_bit(tmp_path, lora):
+    job = Job(tmp_path, lora)
+    before = {name: p.clone() for name, p in job.teacher.state_dict().items()}
+    job.train()
+    assert_same(dict(job.teacher.state_dict()), before)
+    assert all(p.grad is None for p in job.teacher.parameters())
+
+
+def test_lora_shares_the_teacher_s_parameters_and_trains_few():
+    teacher = tiny()
+    student = with_lora(convert(shared_copy(teacher), window=4), LORA)
+    shared = {p.data_ptr() for p in teacher.parameters()}
+    assert all(p.data_ptr() in shared for p in student.parameters() if not p.requires_grad and p.numel() > 6)
+    trained = {name.split(".self_attn.")[1] for name, p in student.named_parameters() if p.requires_grad}
+    adapters = {f"{p}.lora_{x}.default.weight" for p in LORA.targets for x in "AB"}
+    assert trained == adapters | {"mixing.modules_to_save.default.weight"}
+
+
+def test_converting_a_shared_copy_leaves_the_model_alone():
+    teacher = tiny()
+    convert(shared_copy(teacher))
+    assert mixers(teacher) == []
+    assert type(teacher).__name__ == "LlamaForCausalLM"
+    assert not hasattr(teacher.config, "linearize")
+
+
+def test_lora_targets_that_are_not_there_are_refused():
+    with pytest.raises(LinearizeError, match=r"lora targets \['wq'\].*valid: .*k_proj, .*q_proj"):
+        with_lora(convert(tiny()), LoraSettings(targets=("q_proj", "wq")))
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "all"])
+def test_mixing_weights_have_a_learning_rate_of_their_own(tmp_path, lora):
+    """At a rate of nearly nothing for everything else, they alone move."""
+    job = Job(tmp_path, lora, learning_rate=1e-12, mixing_learning_rate=1e-2, warmup=0)
+    before = job.weights()
+    job.train()
+    moved = {name: (p - before[name]).abs().max().item() for name, p in job.weights().items()}
+    assert all(change > 5e-3 for name, change in moved.items() if ".mixing." in name)
+    assert all(change < 1e-8 for name, change in moved.items() if ".mixing." not in name)
+
+
+def test_weight_decay_spares_the_mixing_weights(tmp_path):
+    job = Job(tmp_path)
+    arguments = TrainingArguments(str(tmp_path), weight_decay=0.1, use_cpu=True, report_to="none")
+    trainer = LinearizeTrainer(Pair(job.student, job.teacher, job.loss), arguments, 0.5)
+    others, mixing = trainer.create_optimizer().param_groups
+    assert (others["weight_decay"], mixing["weight_decay"], mixing["lr"]) == (0.1, 0.0, 0.5)
+    assert len(mixing["params"]) == 3
+
+
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "all"])
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, stage, lora):
+    whole = Job(tmp_path / "whole", lora, stage)
+    expected = whole.train()
+    for seed, call in ((0, 7), (5, 3)):  # twice: the second time from what the first resumed run had saved
+        with pytest.raises(KeyboardInterrupt):
+            Job(tmp_path, lora, stage, killed_at(call, STAGES[stage]), seed, save_every=2).train()
+    assert newest_checkpoint(tmp_path / "work").name == "checkpoint-8"
+    calls = []
+    counted = lambda *args: (calls.append(1), STAGES[stage](*args))[1]  # noqa: E731
+    resumed = Job(tmp_path, lora, stage, counted, seed=9, save_every=2)
+    curve = resumed.train()
+    assert len(calls) == STEPS - 8
+    assert curve == expected
+    assert_same(resumed.weights(), whole.weights())
+
+
+def test_gradients_accumulate_across_a_kill(tmp_path):
+    settings = {"batch_size": 1, "accumulate": 3}
+    whole = Job(tmp_path / "whole", **settings)
+    expected = whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        Job(tmp_path, loss=killed_at(11), save_every=2, **settings).train()
+    resumed = Job(tmp_path, save_every=2, **settings)
+    assert resumed.train() == expected
+    assert_same(resumed.weights(), whole.weights())
+
+
+@pytest.mark.parametrize("damage", ["trainable.safetensors", "optimizer.pt", "linearize.json"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
+    whole = Job(tmp_path / "whole")
+    expected = whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        Job(tmp_path, loss=killed_at(9), save_every=2).train()
+    newest = tmp_path / "work" / "checkpoint-8"
+    assert newest_checkpoint(tmp_path / "work") == newest
+    (newest / damage).write_bytes((newest / damage).read_bytes()[:-5])
+    assert newest_checkpoint(tmp_path / "work").name == "checkpoint-6"
+    resumed = Job(tmp_path, save_every=2)
+    assert resumed.train() == expected
+    assert_same(resumed.weights(), whole.weights())
+
+
+def test_a_checkpoint_whose_writing_was_killed_does_not_count(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("linearize.train.trainer.save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Job(tmp_path, save_every=2).train()
+    assert newest_checkpoint(tmp_path / "work") is None
+    assert list((tmp_path / "work").glob("checkpoint-*")) == []
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    Job(tmp_path, save_every=6).train()
+    with pytest.raises(LinearizeError, match="is of another recipe"):
+        Job(tmp_path, LoraSettings(r=4, targets=("q_proj",)), save_every=6).train()
+
+
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, stage):
+    calls = iter(range(100))
+
+    def loss(student, teacher, batch):
+        if next(calls) == 4:
+            weight = next(p for name, p in student.named_parameters() if "layers.1" in name and "lora_B" in name)
+            weight.data[0] = torch.nan
+        return STAGES[stage](student, teacher, batch)
+
+    with pytest.raises(LinearizeError, match="step 5 of 12") as error:
+        Job(tmp_path, stage=stage, loss=loss).train()
+    if stage == "align":
+        assert "layer 1" in str(error.value)
+
+
+def test_a_gradient_that_is_not_a_number_stops_before_it_reaches_the_weights(tmp_path):
+    calls = iter(range(100))
+
+    def poisoned(student, teacher, batch):
+        value = distill_loss(student, teacher, batch)
+        if next(calls) == 4:
+            value.register_hook(lambda gradient: gradient * torch.nan)
+        return value
+
+    job = Job(tmp_path, loss=poisoned)
+    with pytest.raises(LinearizeError, match=r"the gradient of .*(lora|mixing).* is not a number at step 5"):
+        job.train()
+    assert all(torch.isfinite(p).all() for p in job.weights().values())
+
+
+def test_two_runs_are_the_same(tmp_path):
+    one, other = Job(tmp_path / "a"), Job(tmp_path / "b")
+    assert one.train() == other.train()
+    assert_same(one.weights(), other.weights())
+
+
+def test_gradient_checkpointing_changes_nothing_and_is_off_afterwards(tmp_path):
+    no_dropout = LoraSettings(r=4, alpha=8)
+    plain, saving = Job(tmp_path / "a", no_dropout), Job(tmp_path / "b", no_dropout, gradient_checkpointing=True)
+    assert saving.train().loss == pytest.approx(plain.train().loss, rel=1e-5)
+    assert isinstance(saving.student, PeftModel)
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in saving.student.modules())
+
+
+def test_kl_weight_reaches_the_loss(tmp_path):
+    losses = [Job(tmp_path / str(w), loss=partial(distill_loss, kl_weight=w)).train().loss[0] for w in (0.0, 0.5, 1.0)]
+    assert losses[1] == pytest.approx((losses[0] + losses[2]) / 2, rel=1e-4)
