@@ -39,7 +39,7 @@ def main() -> None:
     results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {**provenance(), "rows": {}}
     base = expected = None
     rows = yaml.safe_load(arguments.rows.read_text())
-    common = rows.pop("common", [])
+    results["common"] = common = rows.pop("common", [])
     for name, own in rows.items():
         overrides = [*common, *own]
         if name in results["rows"] or time.perf_counter() - started > arguments.seconds:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-CHECKED = ("ops", "structures", "tokens", "cache", "mixer", "train.losses", "train.data", "evaluate")
+CHECKED = ("ops", "structures", "tokens", "cache", "mixer", "train.losses", "evaluate")
 install_import_hook([f"linearize.{name}" for name in CHECKED], "beartype.beartype")  # before linearize is imported
 torch.set_num_threads(1)  # tiny models, and other tests may run beside these
 

@@ -34,7 +34,7 @@ def test_per_head_mixing_adds_one_number_a_head(family):
     model = tiny(family)
     before = {name: p.data_ptr() for name, p in model.named_parameters()}
     convert(model, layers="0,2")
-    after = {name: p for name, p in model.named_parameters()}
+    after = dict(model.named_parameters())
     new = {name: after[name].numel() for name in after.keys() - before.keys()}
     assert new == {f"model.layers.{i}.self_attn.mixing.weight": 6 for i in (0, 2)}
     assert all(after[name].data_ptr() == pointer for name, pointer in before.items())
@@ -193,9 +193,7 @@ def t5():
     return T5ForConditionalGeneration(T5Config(d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1, vocab_size=7))
 
 
-@pytest.mark.parametrize(
-    ("make", "message"), [(gpt2, "'gpt2'"), (bert, "'bert'"), (t5, "'t5' is an encoder-decoder")]
-)
+@pytest.mark.parametrize(("make", "message"), [(gpt2, "'gpt2'"), (bert, "'bert'"), (t5, "'t5' is an encoder-decoder")])
 def test_other_families_are_refused(make, message):
     with pytest.raises(LinearizeError, match=rf"{message}.*llama, mistral, qwen2, qwen3"):
         convert(make())

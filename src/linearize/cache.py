@@ -70,10 +70,9 @@ class MixerCacheLayer(CacheLayerMixin):
         if self.is_initialized:
             k, v = torch.cat([self.keys, k], dim=1), torch.cat([self.values, v], dim=1)
             valid = torch.cat([self.valid, valid], dim=1)
-        missing = window - k.shape[1]
-        if missing > 0:
-            k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, missing, 0)) for x in (k, v))
-            valid = torch.nn.functional.pad(valid, (missing, 0))
+        elif T < window:
+            k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, window - T, 0)) for x in (k, v))
+            valid = torch.nn.functional.pad(valid, (window - T, 0))
         # clones: a view would keep the whole prompt alive
         self.keys, self.values, self.valid = (x[:, -window:].clone() for x in (k, v, valid))
         self.sink_keys, self.sink_values, self.sink_time = sinks

@@ -47,7 +47,9 @@ def write(
         student.merge_and_unload().save_pretrained(folder)
     else:
         student.peft_config["default"].base_model_name_or_path = str(out.absolute() / BASE)
-        student.save_pretrained(folder)
+        student.save_pretrained(
+            folder, save_embedding_layers=False
+        )  # they are in base/, which PEFT looks for on the hub
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's template
         _without_adapter(student, folder / BASE)
     tokenizer.save_pretrained(folder)

@@ -62,7 +62,7 @@ class StageSettings(Settings):
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0)
     gradient_checkpointing: bool = False
-    save_every: int = Field(0, ge=0, description="steps between checkpoints to resume from; 0: none")
+    save_every: int = Field(50, ge=0, description="steps between checkpoints to resume from; 0: none")
 
 
 class AlignSettings(StageSettings):

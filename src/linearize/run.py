@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -221,6 +222,8 @@ def train_variant(recipe: Recipe, name: str, base: Base, work: Path, seconds: di
             tensors = {key: p.detach().cpu().contiguous() for key, p in trainable.items()}
             save_file(tensors, folder / "trainable.safetensors")
             checkpoint.write_curves(curves, folder)
+        for stage in _stages(recipe):
+            shutil.rmtree(work / f"{name}-{stage}", ignore_errors=True)  # what an interrupted stage would resume from
     return Trained(student.eval(), mixer, checkpoint.read_curves(done))
 
 

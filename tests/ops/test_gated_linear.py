@@ -131,9 +131,7 @@ def test_dispatch(monkeypatch, T, name):
     called = []
     for choice in ("step", "chunked"):
         original = getattr(module, choice)
-        monkeypatch.setattr(
-            module, choice, lambda *args, c=choice, f=original: (called.append(c), f(*args))[1]
-        )
+        monkeypatch.setattr(module, choice, lambda *args, c=choice, f=original: (called.append(c), f(*args))[1])
     gated_linear(*inputs(T)[:4])
     assert called == [name]
 

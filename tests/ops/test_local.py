@@ -72,8 +72,9 @@ def test_after_a_past(window, T):
     compare(*inputs(T), window, sinks_of([[-9, -2, 1, NEVER], [-50, -49, -8, -1]]), past_of(window, valid))
 
 
-def test_clamped_sink_queries():
-    q, k, v = inputs(29)
+@pytest.mark.parametrize("T", [1, 29])
+def test_clamped_sink_queries(T):
+    q, k, v = inputs(T)
     compare(q, k, v, 8, sinks_of(range(4), q=torch.randn_like(q)))
     compare(q, k, v, 8, sinks_of(range(-20, -16), q=torch.randn_like(q)), past_of(8))
 

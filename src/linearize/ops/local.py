@@ -84,33 +84,60 @@ def local_attention(
     valid: Bool[Tensor, "B T"] | None = None,
     document: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T H V"]:
-    """In blocks of W queries, each against its own and the W keys before it: time and memory grow with T·W.
+    """By the fastest code there is for these inputs; time and memory grow with T·W.
 
     `valid` is False at padding, which nothing sees (a padded query sees itself, so that no row is empty);
     `document` `[B, T]` separates packed documents, and goes with no past.
     """
+    if sinks.q is not None:  # one product scores both: sinks live in dimensions of their own
+        q, k = torch.cat([q, sinks.q], dim=-1), F.pad(k, (0, k.shape[-1]))
+        sinks = sinks._replace(k=F.pad(sinks.k, (sinks.k.shape[-1], 0)))
+        past = past and past._replace(k=F.pad(past.k, (0, past.k.shape[-1])))
+    if q.shape[1] == 1 and past is not None:
+        return step(q, k, v, window, scale, sinks, past)
+    return blocked(q, k, v, window, scale, sinks, past, valid, document)
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, sinks: Sinks, past: Past) -> Tensor:
+    """One token, for decoding."""
+    keys = torch.cat([sinks.k, past.k[:, 1:], k], dim=1)
+    values = torch.cat([sinks.v, past.v[:, 1:], v], dim=1)
+    here = past.valid.new_ones(q.shape[0], 1)
+    mask = torch.cat([(sinks.time <= -window).expand(q.shape[0], -1), past.valid[:, 1:], here], dim=1)
+    output = F.scaled_dot_product_attention(
+        q[:, 0].unflatten(1, (k.shape[2], -1)),  # a group's queries as the rows of one attention
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=mask[:, None, None],
+        scale=scale,
+    )
+    return output.flatten(1, 2)[:, None]
+
+
+def blocked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    scale: float,
+    sinks: Sinks,
+    past: Past | None,
+    valid: Tensor | None,
+    document: Tensor | None,
+) -> Tensor:
+    """In blocks of W queries, each against its own and the W keys before it."""
     B, T, H, _ = q.shape
     KV = k.shape[2]
     block = min(window, T)
     pad = -T % block
     blocks = (T + pad) // block
-
-    if sinks.q is not None:  # one product scores both: sinks live in dimensions of their own
-        q, k = torch.cat([q, sinks.q], dim=-1), F.pad(k, (0, k.shape[-1]))
-        sinks = sinks._replace(k=F.pad(sinks.k, (sinks.k.shape[-1], 0)))
-        past = past and past._replace(k=F.pad(past.k, (0, past.k.shape[-1])))
-
     queries = F.pad(q, (0, 0, 0, 0, 0, pad)).unflatten(1, (blocks, block)).unflatten(3, (KV, -1))
     queries = queries.permute(0, 3, 1, 2, 4, 5).flatten(3, 4)  # [B, KV, blocks, block*G, D]
     keys = _banded(k, past and past.k, sinks.k, window, block, pad)
     values = _banded(v, past and past.v, sinks.v, window, block, pad)
     mask = _mask(B, T, window, block, sinks, past, valid, document, q.device)
-    mask = mask[:, None, :, :, None].expand(-1, KV, -1, -1, H // KV, -1).flatten(3, 4)
-    if mask.shape[0] == 1:
-        mask = mask.expand(B, -1, -1, -1, -1)
-
-    # one attention call for each block: [B*KV*blocks, 1, queries, keys]
-    output = F.scaled_dot_product_attention(
+    mask = mask[:, None, :, :, None].expand(B, KV, -1, -1, H // KV, -1).flatten(3, 4)
+    output = F.scaled_dot_product_attention(  # one attention for each block: [B*KV*blocks, 1, queries, keys]
         queries.flatten(0, 2)[:, None],
         keys.flatten(0, 2)[:, None],
         values.flatten(0, 2)[:, None],

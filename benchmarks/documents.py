@@ -1,0 +1,199 @@
+"""The parts of README and docs that are made from code and raw results: `make docs` writes them, a test holds them.
+
+A part stands between `<!-- part: NAME -->` and `<!-- end -->`.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from benchmarks.operators import median
+from linearize.config import MixerConfig
+from linearize.recipe import Recipe
+from linearize.report import figures, table, verdict
+from linearize.results import Report
+from linearize.results import read as read_report
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "results"
+PAGES = ("README.md", "docs/performance.md", "docs/recipe.md", "docs/report.md", "docs/recovery.md")
+PART = re.compile(r"(<!-- part: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SKIPPED = {"__pycache__", "linearize.egg-info", "results", "images"}
+
+
+def main() -> None:
+    """Write every part, and the README's picture."""
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")
+    picture = ROOT / "docs" / "images" / "loss_by_position.svg"
+    picture.parent.mkdir(exist_ok=True)
+    picture.write_text(figures(read_report(RESULTS / "demo.json"))["loss_by_position"], encoding="utf-8")
+
+
+def rendered(page: str) -> str:
+    """A page with all its parts made anew."""
+    return PART.sub(lambda match: f"{match[1]}{PARTS[match[2]]()}\n{match[3]}", page)
+
+
+def tree() -> str:
+    """Every source file with the first sentence of what it says of itself."""
+    lines = ["```"]
+    for folder in ("src/linearize", "benchmarks", "docs", "tests"):
+        lines.append(f"{folder}/")
+        lines.extend(_entries(ROOT / folder, "  ", deep=folder == "src/linearize"))
+    return "\n".join([*lines, "```"])
+
+
+def _entries(folder: Path, indent: str, deep: bool) -> Iterator[str]:
+    paths = sorted(path for path in folder.iterdir() if path.name not in SKIPPED and not path.name.startswith("."))
+    for path in (*(p for p in paths if p.is_file()), *(p for p in paths if p.is_dir())):
+        if path.is_file() and path.name != "__init__.py" and (deep or folder.name != "tests"):
+            yield f"{indent}{path.name}".ljust(28) + _says(path)
+        elif path.is_dir() and deep:
+            init = path / "__init__.py"
+            yield f"{indent}{path.name}/".ljust(28) + (_says(init) if init.exists() else "")
+            yield from _entries(path, indent + "  ", deep)
+
+
+def _says(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        first = text.split('"""')[1]
+    else:
+        first = next(line.lstrip("# ") for line in text.splitlines() if line.strip("# "))
+    return re.split(r"[.:;](\s|$)|\n", first)[0].strip()
+
+
+def demo_table() -> str:
+    """The demo's table and verdict."""
+    report = read_report(RESULTS / "demo.json")
+    return f"{table(report)}\n\n{verdict(report)}\n\n{_made_on(report)}"
+
+
+def default_table() -> str:
+    """The default recipe's table and verdict."""
+    report = read_report(RESULTS / "default.json")
+    return f"{table(report)}\n\n{verdict(report)}\n\n{_made_on(report)}"
+
+
+def screening() -> str:
+    """The rows of the screening on the articles to choose on."""
+    data = json.loads((RESULTS / "screening.json").read_text(encoding="utf-8"))
+    base = data["rows"]["window"]["late_by_sequence"]
+    lines = ["| row | set | perplexity | late loss | recurrence off | gain over `window`, nats | seconds |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, row in data["rows"].items():
+        gains = [b - x for b, x in zip(base, row["late_by_sequence"], strict=True)]
+        mean = sum(gains) / len(gains)
+        error = (sum((g - mean) ** 2 for g in gains) / (len(gains) - 1) / len(gains)) ** 0.5
+        off = row.get("late_loss_recurrence_off")
+        own = ", ".join(f"`{setting}`" for setting in row["set"] if setting not in data["common"]) or "–"
+        lines.append(
+            f"| {name} | {own} | {row['perplexity']:.2f} | {row['late_loss']:.4f} | {f'{off:.4f}' if off else '–'} | "
+            f"{mean:+.4f} ± {error:.4f} | {sum(row['seconds'].values()):.0f} |"
+        )
+    teacher = data["teacher"]
+    lines.append(f"| teacher | – | {teacher['perplexity']:.2f} | {teacher['late_loss']:.4f} | – | – | – |")
+    common = ", ".join(f"`{setting}`" for setting in data["common"])
+    return "\n".join([*lines, "", f"All rows: {common}. {data['hardware']}, {_versions(data['versions'])}."])
+
+
+def operators() -> str:
+    """Milliseconds of each operator on the CPU."""
+    data = json.loads((RESULTS / "operators_cpu.json").read_text(encoding="utf-8"))
+    times = {(r["operator"], r["length"], r["backward"]): 1000 * median(r["seconds"]) for r in data["rows"]}
+    lengths = sorted({r["length"] for r in data["rows"]})
+    lines = ["| operator | pass | " + " | ".join(f"T = {length:,}" for length in lengths) + " |"]
+    lines.append("| --- | --- |" + " ---: |" * len(lengths))
+    floors = {r["length"]: 1000 * r["floor"] for r in data["rows"]}
+    lines.append(
+        "| floor: q, k, v and output once | forward | " + " | ".join(f"{floors[n]:.2f}" for n in lengths) + " |"
+    )
+    for backward in (False, True):
+        for name in dict.fromkeys(r["operator"] for r in data["rows"]):
+            cells = []
+            for length in lengths:
+                ours, theirs = times[name, length, backward], times["causal softmax", length, backward]
+                cells.append(f"{ours:.1f}" + (f" ({theirs / ours:.1f}×)" if name != "causal softmax" else ""))
+            lines.append(f"| {name} | {'forward + backward' if backward else 'forward'} | {' | '.join(cells)} |")
+    made = f"{data['hardware']}, {_versions(data['versions'])}, commit {data['commit']}"
+    return "\n".join([*lines, "", f"Milliseconds, median of {len(data['rows'][0]['seconds'])}; {made}."])
+
+
+def recipe_keys() -> str:
+    """Every key of a recipe."""
+    return _keys(Recipe)
+
+
+def mixer_keys() -> str:
+    """Every setting of a converted layer."""
+    return _keys(MixerConfig)
+
+
+def report_keys() -> str:
+    """Every key of report.json."""
+    return _keys(Report)
+
+
+def _keys(model: type[BaseModel]) -> str:
+    schema = model.model_json_schema()
+    lines = ["| key | type | default | |", "| --- | --- | --- | --- |"]
+    lines.extend(_rows(schema, schema, ""))
+    return "\n".join(lines)
+
+
+def _rows(node: dict[str, Any], schema: dict[str, Any], prefix: str) -> Iterator[str]:
+    for name, field in node.get("properties", {}).items():
+        options = field.get("anyOf", [field])
+        inner = next((o["$ref"].rpartition("/")[2] for o in options if "$ref" in o), None)
+        inner = inner or field.get("items", {}).get("$ref", "").rpartition("/")[2]
+        kind = " or ".join(_kind(option) for option in options)
+        default = f"`{json.dumps(field['default'])}`" if "default" in field and inner is None else ""
+        said = field.get("description", "").split("\n")[0]
+        yield f"| `{prefix}{name}` | {kind} | {default} | {said} |"
+        if inner:
+            mark = "[]." if "items" in field else "."
+            yield from _rows(schema["$defs"][inner], schema, f"{prefix}{name}{mark}")
+
+
+def _kind(option: dict[str, Any]) -> str:
+    if "enum" in option:
+        return ", ".join(f"`{value}`" for value in option["enum"])
+    if "$ref" in option:
+        return "section"
+    if option.get("type") == "array":
+        return "list"
+    if option.get("type") == "object" and isinstance(option.get("additionalProperties"), dict):
+        return "mapping"
+    return str(option.get("type", "any"))
+
+
+def _made_on(report: Report) -> str:
+    return f"{report.hardware}, {_versions(report.versions)}; {report.eval_tokens:,} held-out tokens."
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(
+        f"{name} {number}" for name, number in versions.items() if name in ("torch", "transformers", "triton")
+    )
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "tree": tree,
+    "demo": demo_table,
+    "default": default_table,
+    "screening": screening,
+    "operators": operators,
+    "recipe-keys": recipe_keys,
+    "mixer-keys": mixer_keys,
+    "report-keys": report_keys,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What `inspect` says of memory is what a cache really holds."""
+
+import pytest
+import torch
+from tiny import FAMILIES, ids, tiny
+from transformers import DynamicCache
+
+from linearize import MixerConfig, convert
+from linearize.cache import MixerCacheLayer, cache_bytes
+from linearize.inspect import equal_memory_window, inspect, recurrent_bytes
+
+BOOKKEEPING = ("valid", "sink_time", "real")  # a few bytes of masks and counts, not spoken of
+
+
+def bytes_of(model, context: int) -> int:
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids(1, context), past_key_values=cache)
+    layers = [layer for layer in cache.layers if isinstance(layer, MixerCacheLayer)]
+    return cache_bytes(cache) - sum(getattr(layer, name).nbytes for layer in layers for name in BOOKKEEPING)
+
+
+@pytest.mark.parametrize("structure", ["gla", "none"])
+@pytest.mark.parametrize("layers", ["all", "1"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_are_those_of_a_real_cache(family, layers, structure):
+    model = convert(tiny(family).bfloat16(), structure=structure, layers=layers, window=5, sinks=3)
+    for context in (16, 50):
+        assert inspect(model).cache_bytes(context) == bytes_of(model, context)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_original_s_bytes(family):
+    model = tiny(family).bfloat16()
+    expected = bytes_of(model, 33)
+    assert inspect(model).cache_bytes(33) == expected
+    assert inspect(convert(model)).cache_bytes(33, original=True) == expected
+
+
+def test_what_a_model_is_made_of():
+    model = tiny()
+    before = inspect(model)
+    assert (before.family, before.converted, before.new_parameters) == ("llama", [], 0)
+    after = inspect(convert(model, layers="0,2", window=5, sinks=3))
+    assert (after.family, after.converted, after.new_parameters) == ("llama", [0, 2], 12)
+    assert after.parameters == before.parameters + 12
+    assert [memory.per_token for memory in after.layers] == [0, 64, 0]
+    assert inspect(convert(tiny(), mixing="fixed")).new_parameters == 0
+
+
+@pytest.mark.parametrize(("heads", "head_dim", "extra"), [(2, 8, 8), (1, 64, 64), (3, 16, 16), (8, 128, 128)])
+def test_a_window_of_equal_memory(heads, head_dim, extra):
+    """A state in fp32 weighs as much as head_dim tokens in bf16."""
+    assert equal_memory_window(MixerConfig(window=5), heads, head_dim) == 5 + extra
+    assert equal_memory_window(MixerConfig(window=5, structure="none"), heads, head_dim) == 5
+
+
+def test_a_model_of_the_equal_window_weighs_the_same():
+    config = MixerConfig(window=5, sinks=3)
+    window = equal_memory_window(config, 2, 8)
+    ours = convert(tiny().bfloat16(), window=5, sinks=3)
+    baseline = convert(tiny().bfloat16(), structure="none", window=window, sinks=3)
+    assert bytes_of(ours, 50) == bytes_of(baseline, 50)
+    assert recurrent_bytes(config, 2, 8) == 512

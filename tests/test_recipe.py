@@ -1,0 +1,96 @@
+"""A recipe is read, overridden, checked as a whole, and written so that it reads back the same."""
+
+import pytest
+import yaml
+
+from linearize.errors import LinearizeError
+from linearize.recipe import Recipe, dump, parse_tokens, read, shipped
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_shipped_recipes_read_and_read_back(name, tmp_path):
+    recipe = read(name)
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    assert read(tmp_path / "recipe.yaml") == recipe
+
+
+def test_defaults_are_the_default_recipe():
+    assert read() == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("given", "tokens"),
+    [("30k", 30_000), ("2.5M", 2_500_000), ("1B", 10**9), ("1e6", 10**6), ("512", 512), (7, 7)],
+)
+def test_token_counts(given, tokens):
+    assert parse_tokens(given) == tokens
+
+
+@pytest.mark.parametrize("given", ["", "k", "many", "infM", "nan", "1T"])
+def test_bad_token_counts(given):
+    with pytest.raises(LinearizeError, match=f"'{given}' is no number of tokens; valid: 500000, 30K"):
+        parse_tokens(given)
+
+
+def test_overrides_come_last_and_keep_the_rest():
+    recipe = read(
+        "default", ["distill.learning_rate=1e-4", "mixer.window=32", "lora=null"], {"mixer.window": 8, "layers": "5"}
+    )
+    assert recipe.distill is not None
+    assert (recipe.distill.learning_rate, recipe.distill.tokens) == (1e-4, 1_500_000)
+    assert (recipe.mixer.window, recipe.mixer.sinks, recipe.layers, recipe.lora) == (32, 4, "5", None)
+
+
+def test_numbers_are_layers_too():
+    assert read(None, ["layers=5"]).layers == "5"
+    assert read(None, ["layers=0-1,5"]).layers == "0-1,5"
+
+
+def test_flags_are_not_yaml():
+    assert read(None, [], {"model": "1e5", "data.train": "[x"}).model == "1e5"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["foo=1"], ["unknown recipe key 'foo'", "valid: model, layers"]),
+        (["lora.foo=1", "mixer.bar=2"], ["'lora.foo'; valid: r, alpha", "'mixer.bar'; valid: structure, window"]),
+        (["seed=-1", "foo=1", "mixer.window=0"], ["'seed' is -1", "'foo'", "'mixer.window' is 0"]),
+        (["mixer.structure=foo"], ["unknown structure 'foo'; valid: gla, none"]),
+        (["mixer=3"], ["'mixer' is 3"]),
+        (["align.tokens.x=3"], ["'align.tokens' is {'x': 3}"]),
+        (["distill.learning_rate=.inf"], ["'distill.learning_rate' is inf", "finite"]),
+        (["distill.kl_weight=2"], ["'distill.kl_weight' is 2", "less than or equal to 1"]),
+        (["baselines=[foo]"], ["'baselines.0' is 'foo'", "window_only", "window_equal_memory"]),
+        (["adapter=foo"], ["'adapter' is 'foo'", "merged", "separate"]),
+        (["evaluation.contexts=[4, 0]"], ["'evaluation.contexts.1' is 0"]),
+        (["lora.targets=[]"], ["'lora.targets' is []"]),
+        (["seed"], ["--set 'seed'", "key=value"]),
+        (["=1"], ["--set '=1'", "key=value"]),
+        (["seed=[1"], ["--set 'seed=[1'"]),
+    ],
+)
+def test_all_that_is_wrong_is_said_at_once(overrides, words):
+    with pytest.raises(LinearizeError) as error:
+        read("default", overrides)
+    assert [word for word in words if word not in str(error.value)] == []
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"mixer: [", b"- 1", b"", b"caf\xe9: 1"])
+def test_damaged_files(content, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(LinearizeError, match=r"mine.yaml is not a YAML recipe"):
+        read(path)
+
+
+def test_missing_files():
+    with pytest.raises(LinearizeError, match=r"'nosuch.yaml'; shipped: default, demo"):
+        read("nosuch.yaml")
+    with pytest.raises(LinearizeError, match=r"unknown recipe 'nosuch'; valid: default, demo, .*a .yaml file"):
+        read("nosuch")
+
+
+def test_every_key_is_written(tmp_path):
+    assert yaml.safe_load(dump(Recipe())).keys() == Recipe.model_fields.keys()

@@ -1,0 +1,290 @@
+"""The main job on a tiny model and tiny text: in one go, stage by stage, killed and gone on with."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from tiny import assert_close, ids, logits
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from linearize import LinearizeError, Recipe, convert, load
+from linearize.checkpoint import read_curves, read_recipe
+from linearize.convert import mixers
+from linearize.evaluate import recurrence_off
+from linearize.results import read as read_report
+
+job = importlib.import_module("linearize.run")  # as an attribute of the package, `run` is the function
+
+TOKENS = ids(1, 60)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Recipe:
+    folder = tmp_path_factory.mktemp("given")
+    tiny.checkpoint(folder / "model")
+    for name, seed in (("train", 1), ("heldout", 2)):
+        (folder / f"{name}.txt").write_text(tiny.text(2000, seed), encoding="utf-8")
+    return Recipe.model_validate(
+        {
+            "model": str(folder / "model"),
+            "mixer": {"window": 4, "sinks": 2, "mixing_weight": 0.1},
+            "data": {
+                "train": str(folder / "train.txt"),
+                "heldout": str(folder / "heldout.txt"),
+                "sequence_length": 32,
+            },
+            "lora": {"r": 4, "alpha": 8},
+            "align": {"tokens": 192, "batch_size": 2, "learning_rate": 1e-2, "save_every": 1},
+            "distill": {"tokens": 192, "batch_size": 2, "learning_rate": 1e-2},
+            "evaluation": {"sequence_length": 64, "sequences": 3, "contexts": [16, 40], "decode_tokens": 2},
+            "baselines": ["window_only", "window_equal_memory"],
+        }
+    )
+
+
+def changed(recipe: Recipe, **changes) -> Recipe:
+    return Recipe.model_validate(recipe.model_dump() | changes)
+
+
+@pytest.fixture(scope="module")
+def done(recipe, tmp_path_factory) -> Path:
+    """The folder of a whole run."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    job.run(recipe, out)
+    return out
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[tuple[str, str]]:
+    """The stages that are trained during a test, (stage, model)."""
+    calls = []
+
+    def watched(stage, name, *rest):
+        calls.append((stage, name))
+        return original(stage, name, *rest)
+
+    original = job.train
+    monkeypatch.setattr(job, "train", watched)
+    return calls
+
+
+def kill_at(monkeypatch, stage: str, name: str) -> None:
+    def killed(*args):
+        if args[:2] == (stage, name):
+            raise KeyboardInterrupt
+        return original(*args)
+
+    original = job.train
+    monkeypatch.setattr(job, "train", killed)
+
+
+def test_the_folder_holds_all_that_belongs_to_it(done, recipe):
+    names = {path.name for path in done.iterdir()}
+    assert names >= {
+        *("config.json", "model.safetensors", "tokenizer.json", "recipe.yaml", "curves.json", "linearize.json"),
+        *("report.json", "report.html", "README.md"),
+    }
+    assert not any(name.startswith((".", "adapter", "base")) for name in names)
+    assert read_recipe(done) == recipe
+    assert [path.name for path in done.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_transformers_loads_it(done):
+    model, info = AutoModelForCausalLM.from_pretrained(done, output_loading_info=True)
+    assert not any(info.values())
+    ours, tokenizer = load(done)
+    assert torch.equal(logits(model.eval(), TOKENS), logits(ours, TOKENS))
+    assert type(ours).__name__ == "LinearizedLlamaForCausalLM"
+    assert tokenizer("a text")["input_ids"] == AutoTokenizer.from_pretrained(done)("a text")["input_ids"]
+
+
+def test_the_report(done, recipe):
+    report = read_report(done)
+    models = report.models
+    assert models.window_only.window == models.converted.window == 4
+    assert models.window_equal_memory.window == 4 + 8  # 512 bytes of states, 64 of keys and values a token
+    for result in (models.converted, models.window_only, models.window_equal_memory):
+        assert result.trained_tokens == 384
+    assert models.converted.perplexity < models.untrained.perplexity
+    assert models.teacher.agreement is None
+    assert 0 < models.converted.agreement <= 1
+    gap = models.window_only.late_loss - models.teacher.late_loss
+    if gap > 0:
+        share = (models.window_only.late_loss - models.converted.late_loss) / gap
+        assert report.late_gap_closed.window_only == pytest.approx(share)
+    assert report.decode_parity < 1e-5
+    assert [(c.stage, c.model) for c in report.curves] == [
+        (stage, name) for name in ("converted", "window_only", "window_equal_memory") for stage in ("align", "distill")
+    ]
+    assert all(curve.tokens == [64, 128, 192] for curve in report.curves)
+    assert [layer.layer for layer in report.layers] == [0, 1, 2]
+    assert any(abs(weight - 0.1) > 1e-4 for layer in report.layers for weight in layer.mixing)
+    assert report.cache_bytes["converted"][16] == report.cache_bytes["converted"][40]
+    assert report.cache_bytes["teacher"][40] == 40 * 3 * 2 * 2 * 8 * 4
+    assert report.recipe == recipe.model_dump(mode="json")
+
+
+def test_the_report_s_losses_are_those_of_the_checkpoint(done, recipe):
+    """Worked out again, without the cutting, packing and chunking of the evaluation."""
+    model, tokenizer = load(done)
+    text = Path(recipe.data.heldout).read_text(encoding="utf-8")
+    tokens = torch.tensor(tokenizer(text)["input_ids"])[: 3 * 64].view(3, 64)
+    losses = [model(row[None], labels=row[None]).loss.item() for row in tokens]
+    measured = read_report(done).models.converted
+    assert torch.tensor(losses).mean().exp().item() == pytest.approx(measured.perplexity, rel=1e-4)
+    with recurrence_off(model):
+        off = [model(row[None], labels=row[None]).loss.item() for row in tokens]
+    ablation = read_report(done).models.recurrence_off
+    assert torch.tensor(off).mean().exp().item() == pytest.approx(ablation.perplexity, rel=1e-4)
+    assert off != losses
+
+
+def test_a_second_run_reuses_the_first(done, recipe, trained):
+    before = {path.name: path.read_bytes() for path in done.iterdir()}
+    assert job.run(recipe, done) == read_report(done)
+    assert trained == []
+    assert {path.name: path.read_bytes() for path in done.iterdir()} == before
+
+
+def test_another_recipe_replaces_the_result_with_what_work_it_can(done, recipe, trained):
+    other = changed(recipe, baselines=["window_only"], evaluation=recipe.evaluation.model_dump() | {"sequences": 2})
+    report = job.run(other, done)
+    assert trained == []
+    assert report.models.window_equal_memory is None
+    assert read_recipe(done) == other
+    job.run(recipe, done)
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "left"),
+    [
+        ("distill", "converted", ["align converted", "distill converted", "align window_only", "distill window_only"]),
+        ("align", "window_only", ["align window_only", "distill window_only"]),
+    ],
+)
+def test_a_killed_run_goes_on(recipe, done, tmp_path, monkeypatch, trained, stage, name, left):
+    recipe = changed(recipe, baselines=["window_only"])
+    with monkeypatch.context() as patch:
+        kill_at(patch, stage, name)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    trained.clear()
+    report = job.run(recipe, tmp_path / "out")
+    assert [" ".join(pair) for pair in trained] == left
+    expected = read_report(done)
+    assert report.curves == expected.curves[:4]
+    assert report.models.converted == expected.models.converted
+    assert torch.equal(logits(load(tmp_path / "out")[0], TOKENS), logits(load(done)[0], TOKENS))
+
+
+def test_a_failure_while_writing_leaves_nothing(recipe, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(job, "_write_report", full)
+    with pytest.raises(LinearizeError, match="No space left on device"):
+        job.run(changed(recipe, align=None, distill=None, baselines=[]), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stage_by_stage_is_the_same_as_in_one_go(recipe, done, tmp_path):
+    job.convert_only(recipe, tmp_path / "converted")
+    untrained = convert(tiny.tiny(eos_token_id=1), **recipe.mixer.model_dump())
+    assert torch.equal(logits(load(tmp_path / "converted")[0], TOKENS), logits(untrained, TOKENS))
+    assert read_curves(tmp_path / "converted") == []
+    job.stage_only("align", tmp_path / "converted", recipe, tmp_path / "aligned")
+    job.stage_only("distill", tmp_path / "aligned", recipe, tmp_path / "distilled")
+    assert read_curves(tmp_path / "distilled") == read_report(done).curves[:2]
+    assert_close(logits(load(tmp_path / "distilled")[0], TOKENS), logits(load(done)[0], TOKENS))
+    report = job.evaluate_only(tmp_path / "distilled", changed(recipe, baselines=[]))
+    expected = read_report(done).models.converted.loss_by_position
+    assert report.models.converted.loss_by_position == pytest.approx(expected, rel=1e-5)
+    assert read_report(tmp_path / "distilled") == report
+
+
+def test_a_separate_adapter_is_the_merged_model(recipe, done, tmp_path):
+    separate = changed(recipe, adapter="separate", baselines=[])
+    job.run(separate, tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    model, _ = load(tmp_path / "out")
+    expected = logits(load(done)[0], TOKENS)
+    assert_close(logits(model, TOKENS), expected)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
+    untrained = convert(tiny.tiny(eos_token_id=1), **recipe.mixer.model_dump())
+    assert torch.equal(logits(base, TOKENS), logits(untrained, TOKENS))
+    job.merge_only(tmp_path / "out", tmp_path / "merged")
+    assert_close(logits(load(tmp_path / "merged")[0], TOKENS), expected)
+    assert read_curves(tmp_path / "merged") == read_curves(done)
+
+
+def test_all_parameters_without_lora(recipe, tmp_path):
+    report = job.run(changed(recipe, lora=None, baselines=[]), tmp_path / "out")
+    assert report.models.converted.perplexity < report.models.untrained.perplexity
+    model, _ = load(tmp_path / "out")
+    before = dict(tiny.tiny(eos_token_id=1).named_parameters())
+    assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+def test_no_training_at_all(recipe, tmp_path):
+    report = job.run(changed(recipe, align=None, distill=None, baselines=["window_only"]), tmp_path / "out")
+    assert report.curves == []
+    assert report.models.converted.loss_by_position == report.models.untrained.loss_by_position
+
+
+def test_recurrence_off_is_the_window_alone_and_comes_back(recipe):
+    model = convert(tiny.tiny(), window=4, sinks=2, mixing_weight=0.3)
+    expected, alone = logits(model, TOKENS), convert(tiny.tiny(), structure="none", window=4, sinks=2)
+    with recurrence_off(model):
+        assert_close(logits(model, TOKENS), logits(alone, TOKENS))
+    assert torch.equal(logits(model, TOKENS), expected)
+    with pytest.raises(KeyboardInterrupt), recurrence_off(model):
+        raise KeyboardInterrupt
+    assert all(mixer.structure is not None for mixer in mixers(model))
+
+
+def test_something_else_is_left_alone(recipe, tmp_path, trained):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for start in (
+        lambda: job.run(recipe, tmp_path),
+        lambda: job.convert_only(recipe, tmp_path),
+        lambda: job.stage_only("align", tmp_path / "from", recipe, tmp_path),
+        lambda: job.merge_only(tmp_path / "from", tmp_path),
+    ):
+        with pytest.raises(LinearizeError, match="holds something else"):
+            start()
+    assert trained == []
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "no/such/folder"}, "valid: smollm2-135m, a local folder"),
+        ({"data": {"train": "nothing.txt"}}, "no file nothing.txt"),
+        ({"layers": "0-9"}, "this model's layers are 0-2"),
+    ],
+)
+def test_what_is_wrong_shows_before_anything_is_written(recipe, tmp_path, changes, message):
+    if "data" in changes:
+        changes = {"data": recipe.data.model_dump() | changes["data"]}
+    with pytest.raises(LinearizeError, match=message):
+        job.run(changed(recipe, **changes), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_folder_cannot_be_source_and_result(recipe, done):
+    with pytest.raises(LinearizeError, match="cannot be both source and out"):
+        job.stage_only("distill", done, recipe, done)
+
+
+def test_merging_what_is_merged_is_refused(done, tmp_path):
+    with pytest.raises(LinearizeError, match="has no adapter to merge"):
+        job.merge_only(done, tmp_path / "out")
+
+
+def test_the_marker_covers_every_weight(done):
+    assert "model.safetensors" in json.loads((done / "linearize.json").read_text())["sha256"]
