@@ -2,8 +2,9 @@
 
     python -m benchmarks.recovery ROWS.yaml --data TEXT --heldout TEXT --out docs/results/recovery.json
 
-ROWS.yaml maps a row's name to `--set` overrides of the default recipe; those under `common` come first in each. Finished rows are kept, so that an interrupted
-run goes on where it was; results are printed and written as they come.
+ROWS.yaml (`benchmarks/screening.yaml` is one) maps a row's name to `--set` overrides of the default recipe; those under
+`common` come first in each. Finished rows are kept, so that an interrupted run goes on where it was; results are
+printed and written as they come.
 """
 
 import argparse

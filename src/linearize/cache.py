@@ -70,7 +70,7 @@ class MixerCacheLayer(CacheLayerMixin):
         if self.is_initialized:
             k, v = torch.cat([self.keys, k], dim=1), torch.cat([self.values, v], dim=1)
             valid = torch.cat([self.valid, valid], dim=1)
-        elif T < window:
+        elif window > T:
             k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, window - T, 0)) for x in (k, v))
             valid = torch.nn.functional.pad(valid, (window - T, 0))
         # clones: a view would keep the whole prompt alive

@@ -150,6 +150,7 @@ def linearized_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[Pr
         config_class = Config
 
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            _plan(config)  # before anything large is made
             super().__init__(config, *args, **kwargs)
             _swap(self)
 
@@ -176,17 +177,24 @@ def register() -> None:
 
 def _swap(model: PreTrainedModel) -> None:
     """Put mixers into the layers that the config lists, and the hook that describes tokens to them."""
-    plan = model.config.linearize
-    if not isinstance(plan, dict) or plan.keys() != {"layers", "mixer"}:
-        raise LinearizeError(f"a {model.config.model_type!r} config lacks its 'linearize' entry of layers and mixer")
-    config, family = validated(MixerConfig, plan["mixer"], "mixer"), family_of(model.config)
-    for index in choose_layers(plan["layers"], None, model.config.num_hidden_layers):
+    layers, config = _plan(model.config)
+    family = family_of(model.config)
+    for index in layers:
         attention = attention_of(model, index)
         mixer = LinearizedAttention(attention, family, config)
         weight = attention.q_proj.weight
         mixer.mixing.to(device=weight.device, dtype=weight.dtype)
         decoder(model).layers[index].self_attn = mixer
     decoder(model).register_forward_pre_hook(_prepare, with_kwargs=True)
+
+
+def _plan(config: PreTrainedConfig) -> tuple[list[int], MixerConfig]:
+    """The converted layers and their settings, out of a converted model's config."""
+    plan = config.linearize
+    if not isinstance(plan, dict) or plan.keys() != {"layers", "mixer"}:
+        raise LinearizeError(f"a {config.model_type!r} config lacks its 'linearize' entry of layers and mixer")
+    layers = choose_layers(plan["layers"], None, config.num_hidden_layers)
+    return layers, validated(MixerConfig, plan["mixer"], "mixer")
 
 
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")

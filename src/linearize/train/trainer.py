@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -127,15 +128,18 @@ class LinearizeTrainer(Trainer):
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint in `folder`; damaged ones are passed over with a word."""
+    """The last whole checkpoint in `folder`; damaged ones after it are removed, since they block its step."""
     steps = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*") if path.is_dir()}
     for step in sorted(steps, reverse=True):
         try:
+            verify_folder(steps[step])
             if (steps[step] / MARKER).is_file():
-                verify_folder(steps[step])
                 return steps[step]
+            reason = f"{steps[step]} has no {MARKER}"
         except LinearizeError as error:
-            print(f"passing over a damaged checkpoint: {error}", file=sys.stderr)
+            reason = str(error)
+        print(f"removing a damaged training checkpoint: {reason}", file=sys.stderr)
+        shutil.rmtree(steps[step])
     return None
 
 
@@ -191,8 +195,35 @@ def train(
     base = unwrapped(student)
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    arguments = _arguments(settings, folder, seed)
+    tokens_per_step = settings.batch_size * settings.accumulate * len(sequences[0]["input_ids"]) * arguments.world_size
+    trainer = LinearizeTrainer(
+        Pair(student, teacher, loss),
+        arguments,
+        settings.mixing_learning_rate,
+        train_dataset=sequences,
+        callbacks=[_Progress(f"{stage} {name}", tokens_per_step), _FiniteGradients()],
+    )
+    last = newest_checkpoint(folder)
+    logging.getLogger("transformers.trainer").setLevel(logging.ERROR)  # its remark on the differing class is expected
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except torch.OutOfMemoryError as error:
+        raise LinearizeError(
+            f"out of GPU memory in {stage} with batch_size {settings.batch_size}; lower it and raise accumulate, "
+            "or set gradient_checkpointing"
+        ) from error
+    if settings.gradient_checkpointing:
+        base.gradient_checkpointing_disable()
+    student.eval()
+    points = [(log["step"] * tokens_per_step, float(log["loss"])) for log in trainer.state.log_history if "loss" in log]
+    return Curve(stage=stage, model=name, tokens=[t for t, _ in points], loss=[x for _, x in points])
+
+
+def _arguments(settings: StageSettings, folder: Path, seed: int) -> TrainingArguments:
+    """`settings` in Trainer's words."""
     gpu = torch.cuda.is_available()
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=1,
         per_device_train_batch_size=settings.batch_size,
@@ -216,19 +247,3 @@ def train(
         disable_tqdm=True,
         dataloader_pin_memory=gpu,
     )
-    tokens_per_step = settings.batch_size * settings.accumulate * len(sequences[0]["input_ids"]) * arguments.world_size
-    trainer = LinearizeTrainer(
-        Pair(student, teacher, loss),
-        arguments,
-        settings.mixing_learning_rate,
-        train_dataset=sequences,
-        callbacks=[_Progress(f"{stage} {name}", tokens_per_step), _FiniteGradients()],
-    )
-    last = newest_checkpoint(folder)
-    logging.getLogger("transformers.trainer").setLevel(logging.ERROR)  # its remark on the differing class is expected
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if settings.gradient_checkpointing:
-        base.gradient_checkpointing_disable()
-    student.eval()
-    points = [(log["step"] * tokens_per_step, float(log["loss"])) for log in trainer.state.log_history if "loss" in log]
-    return Curve(stage=stage, model=name, tokens=[t for t, _ in points], loss=[x for _, x in points])

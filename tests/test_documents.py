@@ -1,0 +1,34 @@
+"""README and docs say what the code and the raw results say."""
+
+import re
+
+import pytest
+
+from benchmarks import documents
+
+
+@pytest.mark.parametrize("page", documents.PAGES)
+def test_parts_are_as_made(page):
+    text = (documents.ROOT / page).read_text(encoding="utf-8")
+    assert documents.PART.search(text), "a page without parts needs no place in PAGES"
+    assert text == documents.rendered(text), "make docs writes it anew"
+
+
+def test_tree_names_every_file():
+    tree = documents.tree()
+    for path in (documents.ROOT / "src" / "linearize").rglob("*.py"):
+        assert path.name == "__init__.py" or re.search(rf" {path.name} ", tree), path
+
+
+def test_links_lead_somewhere():
+    for page in (documents.ROOT / "README.md", *(documents.ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_commands_of_the_readme_exist():
+    from linearize.cli import app
+
+    names = {command.name or command.callback.__name__ for command in app.registered_commands}
+    readme = (documents.ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `linearize (\w+)", readme, re.MULTILINE)) == names
