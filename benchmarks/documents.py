@@ -66,7 +66,7 @@ def _says(path: Path) -> str:
         first = text.split('"""')[1]
     else:
         first = next(line.lstrip("# ") for line in text.splitlines() if line.strip("# "))
-    return re.split(r"[.:;](\s|$)|\n", first)[0].strip()
+    return re.split(r"\.(\s|$)|\n", first)[0].strip()
 
 
 def demo_table() -> str:

@@ -16,12 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.results import provenance, write
+from linearize.config import MixerConfig
 from linearize.mixer import softmax_features
 from linearize.ops.gated_linear import gated_linear
 from linearize.ops.local import Sinks, local_attention
-from linearize.structures.gla import gate
+from linearize.structures import STRUCTURES
+from linearize.structures.base import Layer
 
 HEADS, KV_HEADS, SIZE, WINDOW, SINKS = 9, 3, 64, 64, 4
+LAYER = Layer(MixerConfig(), softmax_features, 0, 30, KV_HEADS)
 
 
 def main() -> None:
@@ -65,7 +68,7 @@ def window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def recurrence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The gated recurrence alone, gate and feature maps included."""
-    return gated_linear(softmax_features(q), softmax_features(k), v, gate(k, 16.0))[0]
+    return gated_linear(*STRUCTURES["gla"].inputs(q, k, v, LAYER))[0]
 
 
 def liger(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -31,6 +31,10 @@ Model = Annotated[str | None, typer.Option(help="An embedded model's name, a fol
 Data = Annotated[str | None, typer.Option(help="Training text: wiki, a file, a folder, or a hub data set.")]
 Structure = Annotated[str | None, typer.Option(help="The recurrence; none leaves the window alone.")]
 Window = Annotated[int | None, typer.Option(help="Tokens that softmax attention sees.")]
+Sinks = Annotated[int | None, typer.Option(help="First tokens that softmax attention always sees.")]
+GateTemperature = Annotated[float | None, typer.Option(help="The log decay is divided by it.")]
+Mixing = Annotated[str | None, typer.Option(help="The recurrence's weight: fixed, or per_head, learned.")]
+MixingWeight = Annotated[float | None, typer.Option(help="Its value, or where it starts.")]
 Layers = Annotated[str | None, typer.Option(help="Layers to convert: all, or numbers and ranges like 0-7,16.")]
 SoftmaxEvery = Annotated[int | None, typer.Option(help="Leave every N-th layer as softmax attention.")]
 
@@ -43,6 +47,10 @@ def run(
     data: Data = None,
     structure: Structure = None,
     window: Window = None,
+    sinks: Sinks = None,
+    gate_temperature: GateTemperature = None,
+    mixing: Mixing = None,
+    mixing_weight: MixingWeight = None,
     layers: Layers = None,
     softmax_every: SoftmaxEvery = None,
     baseline: Baselines = [],  # noqa: B006 - typer's way of a repeated option
@@ -61,6 +69,10 @@ def run(
         "data.train": data,
         "mixer.structure": structure,
         "mixer.window": window,
+        "mixer.sinks": sinks,
+        "mixer.gate_temperature": gate_temperature,
+        "mixer.mixing": mixing,
+        "mixer.mixing_weight": mixing_weight,
         "layers": layers,
         "softmax_every": softmax_every,
         "baselines": _baselines(baseline, no_baseline),
@@ -76,17 +88,28 @@ def convert(
     out: Out,
     structure: Structure = None,
     window: Window = None,
+    sinks: Sinks = None,
+    gate_temperature: GateTemperature = None,
+    mixing: Mixing = None,
+    mixing_weight: MixingWeight = None,
     layers: Layers = None,
     softmax_every: SoftmaxEvery = None,
     set_: Set = [],  # noqa: B006
 ) -> None:
-    """Swap softmax attention for Liger Attention, without training."""
+    """Swap softmax attention for Liger Attention, without training.
+
+    What is not given is as in the default recipe.
+    """
     from linearize.run import convert_only
 
     given = {
         "model": model,
         "mixer.structure": structure,
         "mixer.window": window,
+        "mixer.sinks": sinks,
+        "mixer.gate_temperature": gate_temperature,
+        "mixer.mixing": mixing,
+        "mixer.mixing_weight": mixing_weight,
         "layers": layers,
         "softmax_every": softmax_every,
     }

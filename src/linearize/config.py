@@ -21,6 +21,9 @@ class MixerConfig(BaseModel):
     sinks: int = Field(4, ge=0, description="first tokens of each document that softmax attention always sees")
     feature_map: Literal["softmax"] = Field("softmax", description="of q and k in the recurrence, over the head size")
     gate_temperature: float = Field(16.0, gt=0, description="the log decay is divided by it")
+    decay_schedule: Literal["paper", "alibi"] = Field(
+        "paper", description="of lightning's fixed decays, by head and layer"
+    )
     mixing: Literal["fixed", "per_head"] = Field(
         "per_head", description="the recurrence's weight: a constant, or learned"
     )

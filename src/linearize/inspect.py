@@ -15,7 +15,6 @@ from linearize.families import base_model_type
 from linearize.files import MARKER
 from linearize.results import byte_size
 from linearize.structures import STRUCTURES
-from linearize.structures.base import state_bytes
 
 CACHE_DTYPE_BYTES = 2  # keys and values are kept in bf16 where memory matters; states always in fp32
 
@@ -24,7 +23,8 @@ class Memory(NamedTuple):
     """Bytes of cache in one layer, keys and values in bf16 and states in fp32."""
 
     per_token: int  # what each further token adds
-    per_sequence: int  # what a sequence keeps however long it is
+    window: int  # keys and values of window and sinks, which a sequence keeps however long it is
+    states: int  # what the recurrence keeps
 
 
 class Inspection(NamedTuple):
@@ -39,7 +39,7 @@ class Inspection(NamedTuple):
 
     def cache_bytes(self, context: int, original: bool = False) -> int:
         """Bytes of one sequence of `context` tokens."""
-        return sum(m.per_token * context + m.per_sequence for m in (self.original if original else self.layers))
+        return sum(m.per_token * context + m.window + m.states for m in (self.original if original else self.layers))
 
 
 def inspect(model: PreTrainedModel) -> Inspection:
@@ -48,12 +48,12 @@ def inspect(model: PreTrainedModel) -> Inspection:
     count = config.num_hidden_layers
     head = attention_of(model, 0).head_dim
     token = 2 * config.num_key_value_heads * head * CACHE_DTYPE_BYTES
-    original = [Memory(token, 0)] * count
+    original = [Memory(token, 0, 0)] * count
     layers = list(original)
     added = 0
     for mixer in mixers(model):
         kept = (mixer.config.window + mixer.config.sinks) * token
-        layers[mixer.layer_idx] = Memory(0, kept + recurrent_bytes(mixer.config, config.num_key_value_heads, head))
+        layers[mixer.layer_idx] = Memory(0, kept, recurrent_bytes(mixer.config, config.num_key_value_heads, head))
         added += sum(p.numel() for name, p in mixer.named_parameters() if name.startswith("mixing."))
     return Inspection(
         family=base_model_type(config.model_type),
@@ -67,7 +67,7 @@ def inspect(model: PreTrainedModel) -> Inspection:
 
 def recurrent_bytes(config: MixerConfig, heads: int, head_dim: int) -> int:
     """Bytes of one layer's states."""
-    return 0 if config.structure == "none" else state_bytes(STRUCTURES[config.structure], head_dim, head_dim, heads)
+    return 0 if config.structure == "none" else STRUCTURES[config.structure].state_bytes(head_dim, head_dim, heads)
 
 
 def equal_memory_window(config: MixerConfig, heads: int, head_dim: int) -> int:
@@ -90,12 +90,12 @@ def show(name: str, contexts: list[int]) -> None:
     )
     if found.converted:
         console.print(str(mixers(model)[0].config))
-    table = Table("layers", "attention", "bytes/token", "bytes/sequence", "original bytes/token")
+    table = Table("layers", "attention", "bytes/token", "original", "window bytes/sequence", "state bytes/sequence")
     for first, last, converted in _runs(found):
         new, old = found.layers[first], found.original[first]
         name = "liger" if converted else "softmax"
         span = str(first) if first == last else f"{first}-{last}"
-        table.add_row(span, name, f"{new.per_token:,}", f"{new.per_sequence:,}", f"{old.per_token:,}")
+        table.add_row(span, name, f"{new.per_token:,}", f"{old.per_token:,}", f"{new.window:,}", f"{new.states:,}")
     console.print(table)
     table = Table(
         "context", "cache", "original", "ratio", title="one sequence; keys and values in bf16, states in fp32"

@@ -10,7 +10,8 @@ from linearize.config import MixerConfig
 from linearize.errors import LinearizeError
 from linearize.families import Family, base_model_type, modeling
 from linearize.ops.local import Sinks, local_attention
-from linearize.structures import STRUCTURES, Structure
+from linearize.structures import STRUCTURES
+from linearize.structures.base import Inputs, Layer, Structure
 from linearize.tokens import Tokens
 
 
@@ -81,7 +82,8 @@ class LinearizedAttention(nn.Module):
         self.num_heads = base.config.num_attention_heads
         self.num_key_value_heads = base.config.num_key_value_heads
         self.rotate = modeling(base_model_type(base.config.model_type)).apply_rotary_pos_emb
-        self.feature_map = FEATURE_MAPS[config.feature_map]
+        place = base.layer_idx, base.config.num_hidden_layers, self.num_key_value_heads
+        self.layer = Layer(config, FEATURE_MAPS[config.feature_map], *place)
         self.structure: Structure | None = STRUCTURES.get(config.structure)
         self.mixing: nn.Module = nn.Identity()  # what a window alone needs
         if self.structure is not None:
@@ -126,12 +128,16 @@ class LinearizedAttention(nn.Module):
     def recurrent(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """The gated recurrence over unrotated q, k, v: `[B, T, H, D]`, and the state after the last token."""
         assert self.structure is not None
-        log_g = self.structure.gate(k, self.config.gate_temperature)
-        q, k = self.feature_map(q), self.feature_map(k)
+        inputs = self.inputs(q, k, v)
         if tokens.valid is not None:  # padding neither decays nor writes
             real = tokens.valid[:, :, None, None]
-            k, log_g = k * real, log_g * real
-        return self.structure.operator(q, k, v, log_g, state, tokens.document)
+            inputs = inputs._replace(k=inputs.k * real, log_g=inputs.log_g * real)
+        return self.structure.operator(*inputs, state, tokens.document)
+
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
+        """What the structure makes of the projections before RoPE."""
+        assert self.structure is not None
+        return self.structure.inputs(q, k, v, self.layer)
 
     def sinks(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, cache: MixerCacheLayer | None) -> Sinks:
         """The sinks of every document, from this call and the cache; q before, k after RoPE."""

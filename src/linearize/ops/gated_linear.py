@@ -2,9 +2,10 @@
 
     S_t = diag(exp(log_g_t)) S_{t-1} + k_tᵀ v_t,    o_t = q_t S_t
 
-Shapes, everywhere: q `[B, T, H, K]`; k and log_g `[B, T, KV, K]`; v `[B, T, KV, V]`; state `[B, KV, K, V]` in fp32;
-document `[B, T]`, which rises by one where a packed document begins: state never crosses that line. H is a multiple
-of KV: the query heads of a group share one state, and nothing is repeated for them. log_g is at most 0.
+Shapes, everywhere: q `[B, T, H, K]`; k `[B, T, KV, K]`; v `[B, T, KV, V]`; log_g as k, or `[B, T, KV, 1]` for one decay
+a head (Mamba2, RetNet), at most 0; state `[B, KV, K, V]` in fp32; document `[B, T]`, which rises by one where a packed
+document begins: state never crosses that line. H is a multiple of KV: the query heads of a group share one state, and
+nothing is repeated for them.
 """
 
 import torch
@@ -18,7 +19,7 @@ def gated_linear(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T KV K"],
     v: Float[Tensor, "B T KV V"],
-    log_g: Float[Tensor, "B T KV K"],
+    log_g: Float[Tensor, "B T KV #K"],
     state: Float[Tensor, "B KV K V"] | None = None,
     document: Int[Tensor, "B T"] | None = None,
 ) -> Output:
@@ -35,7 +36,7 @@ def reference(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T KV K"],
     v: Float[Tensor, "B T KV V"],
-    log_g: Float[Tensor, "B T KV K"],
+    log_g: Float[Tensor, "B T KV #K"],
     state: Float[Tensor, "B KV K V"],
     document: Int[Tensor, "B T"] | None = None,
 ) -> Output:
@@ -55,7 +56,7 @@ def step(
     q: Float[Tensor, "B 1 H K"],
     k: Float[Tensor, "B 1 KV K"],
     v: Float[Tensor, "B 1 KV V"],
-    log_g: Float[Tensor, "B 1 KV K"],
+    log_g: Float[Tensor, "B 1 KV #K"],
     state: Float[Tensor, "B KV K V"],
 ) -> Output:
     """One token, for decoding."""
@@ -68,7 +69,7 @@ def chunked(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T KV K"],
     v: Float[Tensor, "B T KV V"],
-    log_g: Float[Tensor, "B T KV K"],
+    log_g: Float[Tensor, "B T KV #K"],
     state: Float[Tensor, "B KV K V"],
     document: Int[Tensor, "B T"] | None = None,
     chunk: int = 64,

@@ -4,12 +4,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.ops.gated_linear import gated_linear
-from linearize.structures.base import Structure
+from linearize.structures.base import Inputs, Layer, Structure
 
 
-def gate(k: Tensor, temperature: float) -> Tensor:
-    """The log decay of each key channel, `[B, T, KV, K]` in fp32; pooling is the identity (Liger, section 3.2)."""
-    return F.logsigmoid(k.float()) / temperature
+def inputs(q: Tensor, k: Tensor, v: Tensor, layer: Layer) -> Inputs:
+    """The paper's pooling is the identity here: a channel of the key gives the decay of that channel."""
+    log_g = F.logsigmoid(k.float()) / layer.config.gate_temperature
+    return Inputs(layer.feature_map(q), layer.feature_map(k), v, log_g)
 
 
-GLA = Structure(gate=gate, operator=gated_linear, state_shape=lambda key_size, value_size: (key_size, value_size))
+GLA = Structure(inputs, gated_linear, state_shape=lambda key_size, value_size: (key_size, value_size))

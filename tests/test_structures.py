@@ -1,0 +1,116 @@
+"""Every structure, in a model: cached decoding, padding, packing, gradients; and what each one is."""
+
+import pytest
+import torch
+from tiny import assert_close, tiny
+from transformers import DynamicCache
+
+from linearize import MixerConfig, convert
+from linearize.mixer import softmax_features
+from linearize.ops.gated_linear import reference
+from linearize.structures import STRUCTURES
+from linearize.structures.base import Layer
+from linearize.structures.lightning import rates
+
+NAMES = sorted(STRUCTURES)
+
+
+def layer(name: str, layer_idx: int = 1, heads: int = 2, **settings) -> Layer:
+    return Layer(MixerConfig(structure=name, **settings), softmax_features, layer_idx, 4, heads)
+
+
+def projections(T: int = 9, scale: float = 1.0):
+    return [scale * torch.randn(2, T, heads, 8) for heads in (6, 2, 2)]
+
+
+def model_with(name: str):
+    """A converted model in which the recurrence counts as much as the window."""
+    return convert(tiny(), structure=name, window=4, sinks=2, mixing_weight=0.5, gate_temperature=2).eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_cached_decoding_is_the_full_forward(name):
+    model, ids = model_with(name), torch.randint(3, 90, (2, 21))
+    full = model(ids, use_cache=False).logits
+    for split in ([1] * 21, [5, 1, 15], [13] + [1] * 8):
+        cache, parts = DynamicCache(config=model.config), ids.split(split, dim=1)
+        assert_close(torch.cat([model(part, past_key_values=cache).logits for part in parts], 1), full)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_padding_and_packing_change_nothing(name):
+    model, ids = model_with(name), torch.randint(3, 90, (1, 15))
+    alone = model(ids, use_cache=False).logits
+    padded = torch.cat([torch.randint(3, 90, (1, 6)), ids], dim=1)
+    mask = torch.cat([torch.zeros(1, 6), torch.ones(1, 15)], dim=1).long()
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    assert_close(model(padded, attention_mask=mask, position_ids=position_ids).logits[:, 6:], alone)
+    packed = torch.cat([torch.randint(3, 90, (1, 7)), ids], dim=1)
+    position_ids = torch.cat([torch.arange(7), torch.arange(15)])[None]
+    assert_close(model(packed, position_ids=position_ids).logits[:, 7:], alone)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gates_only_forget(name):
+    for scale in (1.0, 30.0, 300.0):
+        q, k, v = (x.requires_grad_() for x in projections(scale=scale))
+        made = STRUCTURES[name].inputs(q, k, v, layer(name))
+        assert (made.log_g <= 0).all()
+        output, _ = STRUCTURES[name].operator(*made)
+        output.square().sum().backward()
+        assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
+
+
+def test_they_are_different_structures():
+    q, k, v = projections()
+    seen = {}
+    for name in NAMES:
+        output, _ = STRUCTURES[name].operator(*STRUCTURES[name].inputs(q, k, v, layer(name, gate_temperature=2)))
+        same = [other for other, before in seen.items() if torch.allclose(before, output)]
+        assert same == (["gated_retention"] if name == "mlstm" else [])
+        seen[name] = output
+
+
+def test_temperature_lengthens_memory():
+    for name in set(NAMES) - {"lightning"}:
+        short, long = (
+            STRUCTURES[name].inputs(*projections(), layer(name, gate_temperature=t)).log_g.mean() for t in (1, 100)
+        )
+        assert short < long < 0
+
+
+def test_hgrn2_forgets_what_it_does_not_write_and_less_in_deeper_layers():
+    q, k, v = projections()
+    for layer_idx in range(4):
+        made = STRUCTURES["hgrn2"].inputs(q, k, v, layer("hgrn2", layer_idx))
+        assert_close(made.k, 1 - made.log_g.exp())
+        assert (made.log_g.exp() >= layer_idx / 4).all()
+
+
+def test_rwkv6_and_mamba2_are_their_equations():
+    q, k, v = projections()
+    made = STRUCTURES["rwkv6"].inputs(q, k, v, layer("rwkv6", gate_temperature=1))
+    assert_close(made.log_g.exp(), torch.exp(-torch.exp(k)))
+    made = STRUCTURES["mamba2"].inputs(q, k, v, layer("mamba2", gate_temperature=1))
+    step = torch.log1p(k.mean(-1, keepdim=True).exp())
+    assert_close(made.log_g, -step)
+    assert_close(made.k, step * k.softmax(-1))
+
+
+@pytest.mark.parametrize("schedule", ["paper", "alibi"])
+def test_lightning_is_a_constant_scalar_decay(schedule):
+    q, k, v = projections()
+    place = layer("lightning", decay_schedule=schedule)
+    output, state = STRUCTURES["lightning"].operator(*STRUCTURES["lightning"].inputs(q, k, v, place))
+    log_g = -torch.tensor(rates(place)).view(1, 1, 2, 1).expand(2, 9, 2, 8)
+    features = softmax_features(q), softmax_features(k), v
+    for ours, truth in zip((output, state), reference(*features, log_g, torch.zeros(2, 2, 8, 8)), strict=True):
+        assert_close(ours, truth)
+
+
+def test_lightning_schedules():
+    assert rates(layer("lightning", 1, heads=4)) == [2 * h * 0.75 for h in (1, 2, 3, 4)]
+    alibi = rates(layer("lightning", 3, heads=2, decay_schedule="alibi"))
+    assert alibi == pytest.approx([2**-4 * 1e-5, 2**-8 * 1e-5])
