@@ -48,7 +48,7 @@ REFUSED = [  # what is added to SMALL (the last of a repeated flag counts), and 
     ("--model gpt2", f"'gpt2' valid: {FAMILIES}"),
     ("--model bert", f"'bert' BertForMaskedLM valid: decoders {FAMILIES}"),
     ("--model t5", f"'t5' encoder-decoder valid: decoders {FAMILIES}"),
-    ("--structure foo", "structure 'foo' valid: gla, none"),
+    ("--structure foo", "structure 'foo' valid: deltanet, gated_deltanet"),
     ("--window 0", "mixer.window 0 greater than or equal to 1"),
     ("--window x", "--window valid integer"),
     ("--layers 0-9", "'0-9' layer 9; this model's layers are 0-2"),
@@ -100,7 +100,7 @@ REFUSED_ALONE = [
     ("convert llama --out llama", "llama something else new, empty"),
     ("convert llama --out c --layers 7", "'7' layers are 0-2"),
     ("convert converted --out c", "linearized already"),
-    ("convert llama --out c --structure foo", "'foo' valid: gla, none"),
+    ("convert llama --out c --structure foo", "'foo' valid: deltanet, gated_deltanet"),
     ("align converted --out converted", "converted source another --out"),
     ("align llama --out c", "llama recipe.yaml checkpoint that linearize wrote"),
     ("distill nosuch --out c", "'nosuch' one that linearize wrote"),
@@ -317,7 +317,7 @@ def test_nan_leaves_no_empty_folders(here, monkeypatch, capsys):
 
 
 def test_library_raises_the_same(here):
-    with pytest.raises(LinearizeError, match="unknown structure 'foo'; valid: gla, none"):
+    with pytest.raises(LinearizeError, match="unknown structure 'foo'; valid: deltanet, gated_deltanet"):
         linearize.convert(tiny(), structure="foo")
     with pytest.raises(LinearizeError, match="no checkpoint folder 'nosuch'"):
         linearize.load("nosuch")

@@ -25,7 +25,7 @@ def test_initial_mixing_weight():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"structure": "foo"}, "^unknown structure 'foo'; valid: gla, none$"),
+        ({"structure": "foo"}, "^unknown structure 'foo'; valid: deltanet, gated_deltanet, .*, none, rwkv6$"),
         ({"window": 0}, "mixer key 'window' is 0: .* greater than or equal to 1"),
         ({"window": 1.5}, "mixer key 'window' is 1.5"),
         ({"sinks": -1}, "mixer key 'sinks' is -1"),

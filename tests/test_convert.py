@@ -158,7 +158,7 @@ def test_other_layers_stay_as_they_are():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"structure": "mamba"}, "unknown structure 'mamba'; valid: gla, none"),
+        ({"structure": "mamba"}, "unknown structure 'mamba'; valid: deltanet, gated_deltanet"),
         ({"windows": 3}, "unknown mixer key 'windows'; valid: structure, window, sinks, .*mixing_weight"),
         ({"window": 0}, "'window' is 0: .*greater than or equal to 1"),
         ({"window": -5}, "'window' is -5"),

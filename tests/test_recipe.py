@@ -56,7 +56,7 @@ def test_flags_are_not_yaml():
         (["foo=1"], ["unknown recipe key 'foo'", "valid: model, layers"]),
         (["lora.foo=1", "mixer.bar=2"], ["'lora.foo'; valid: r, alpha", "'mixer.bar'; valid: structure, window"]),
         (["seed=-1", "foo=1", "mixer.window=0"], ["'seed' is -1", "'foo'", "'mixer.window' is 0"]),
-        (["mixer.structure=foo"], ["unknown structure 'foo'; valid: gla, none"]),
+        (["mixer.structure=foo"], ["unknown structure 'foo'; valid: deltanet, gated_deltanet"]),
         (["mixer=3"], ["'mixer' is 3"]),
         (["align.tokens.x=3"], ["'align.tokens' is {'x': 3}"]),
         (["distill.learning_rate=.inf"], ["'distill.learning_rate' is inf", "finite"]),

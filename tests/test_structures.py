@@ -5,7 +5,7 @@ import torch
 from tiny import assert_close, tiny
 from transformers import DynamicCache
 
-from linearize import MixerConfig, convert
+from linearize import LinearizeError, MixerConfig, convert
 from linearize.mixer import softmax_features
 from linearize.ops.gated_linear import reference
 from linearize.structures import STRUCTURES
@@ -74,7 +74,7 @@ def test_they_are_different_structures():
 
 
 def test_temperature_lengthens_memory():
-    for name in set(NAMES) - {"lightning"}:
+    for name in set(NAMES) - {"lightning", "deltanet"}:
         short, long = (
             STRUCTURES[name].inputs(*projections(), layer(name, gate_temperature=t)).log_g.mean() for t in (1, 100)
         )
@@ -114,3 +114,27 @@ def test_lightning_schedules():
     assert rates(layer("lightning", 1, heads=4)) == [2 * h * 0.75 for h in (1, 2, 3, 4)]
     alibi = rates(layer("lightning", 3, heads=2, decay_schedule="alibi"))
     assert alibi == pytest.approx([2**-4 * 1e-5, 2**-8 * 1e-5])
+
+
+def test_gated_deltanet_without_decay_is_deltanet():
+    q, k, v = projections(40)
+    plain = STRUCTURES["deltanet"].inputs(q, k, v, layer("deltanet"))
+    gated = STRUCTURES["gated_deltanet"].inputs(q, k, v, layer("gated_deltanet"))
+    assert (gated.log_g < 0).all()
+    gated = gated._replace(log_g=torch.zeros_like(gated.log_g))
+    assert_close(STRUCTURES["gated_deltanet"].operator(*gated)[0], STRUCTURES["deltanet"].operator(*plain)[0])
+
+
+def test_negative_eigenvalues_double_beta():
+    q, k, v = projections()
+    half, whole = (
+        STRUCTURES["deltanet"].inputs(q, k, v, layer("deltanet", negative_eigenvalues=n)).beta for n in (False, True)
+    )
+    assert_close(whole, 2 * half)
+    assert (whole < 2).all()
+
+
+@pytest.mark.parametrize("setting", [{"negative_eigenvalues": True}, {"decay_schedule": "alibi"}])
+def test_settings_of_other_structures_are_refused(setting):
+    with pytest.raises(LinearizeError, match=next(iter(setting))):
+        convert(tiny(), structure="gla", **setting)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from linearize.errors import LinearizeError, unknown
 from linearize.structures import STRUCTURES
@@ -24,6 +24,7 @@ class MixerConfig(BaseModel):
     decay_schedule: Literal["paper", "alibi"] = Field(
         "paper", description="of lightning's fixed decays, by head and layer"
     )
+    negative_eigenvalues: bool = Field(False, description="of the delta rule's transition: beta in [0, 2]")
     mixing: Literal["fixed", "per_head"] = Field(
         "per_head", description="the recurrence's weight: a constant, or learned"
     )
@@ -40,6 +41,16 @@ class MixerConfig(BaseModel):
         if name not in STRUCTURES and name != "none":
             raise unknown("structure", name, [*STRUCTURES, "none"])
         return name
+
+    @model_validator(mode="after")
+    def _means_something(self) -> "MixerConfig":
+        if self.structure == "none":  # a matched baseline keeps the settings of what it is matched with
+            return self
+        if self.negative_eigenvalues and not self.structure.endswith("deltanet"):
+            raise LinearizeError(f"negative_eigenvalues is of deltanet and gated_deltanet, not of {self.structure}")
+        if self.decay_schedule != "paper" and self.structure != "lightning":
+            raise LinearizeError(f"decay_schedule is of lightning, not of {self.structure}")
+        return self
 
     @property
     def initial_mixing_weight(self) -> float:

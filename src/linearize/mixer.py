@@ -11,7 +11,7 @@ from linearize.errors import LinearizeError
 from linearize.families import Family, base_model_type, modeling
 from linearize.ops.local import Sinks, local_attention
 from linearize.structures import STRUCTURES
-from linearize.structures.base import Inputs, Layer, Structure
+from linearize.structures.base import DeltaInputs, Inputs, Layer, Structure
 from linearize.tokens import Tokens
 
 
@@ -134,7 +134,7 @@ class LinearizedAttention(nn.Module):
             inputs = inputs._replace(k=inputs.k * real, log_g=inputs.log_g * real)
         return self.structure.operator(*inputs, state, tokens.document)
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> Inputs | DeltaInputs:
         """What the structure makes of the projections before RoPE."""
         assert self.structure is not None
         return self.structure.inputs(q, k, v, self.layer)

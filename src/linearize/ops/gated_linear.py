@@ -99,7 +99,7 @@ def chunked(
     carried, state = _between_chunks(k_ * to_end.exp(), v_, to_query, state.flatten(0, 1), document, chunk)
     q_ = (q_ * to_query.exp()[:, :, None]).unflatten(1, (-1, chunk))
     if document is not None:  # the carried state belongs to the document of the token before the chunk
-        q_ = q_ * _continues(document, chunk)[..., None, None]
+        q_ = q_ * continues(document, chunk)[..., None, None]
     output = output + (q_.flatten(2, 3) @ carried).view_as(output)
     output = output[:, :T].unflatten(0, (B, KV)).transpose(1, 2).reshape(B, T, H, V)
     return output.to(q.dtype), state.unflatten(0, (B, KV))
@@ -142,7 +142,7 @@ def _between_chunks(
     if document is not None:
         last = document.unflatten(1, (-1, chunk))
         k = k * (last == last[:, :, -1:])[..., None]
-        decay = decay * _continues(document, chunk)[:, :, -1:]
+        decay = decay * continues(document, chunk)[:, :, -1:]
     written = k.mT @ v
     states = []
     for n in range(k.shape[1]):
@@ -151,7 +151,7 @@ def _between_chunks(
     return torch.stack(states, dim=1), state
 
 
-def _continues(document: Tensor, chunk: int) -> Tensor:
+def continues(document: Tensor, chunk: int) -> Tensor:
     """Whether a token `[N, T/chunk, chunk]` belongs to the document of the last token before its chunk."""
     chunks = document.unflatten(1, (-1, chunk))
     before = torch.cat([document[:, :1], chunks[:, :-1, -1]], dim=1)

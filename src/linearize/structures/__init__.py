@@ -1,6 +1,7 @@
 """The gated recurrences, one file each: how the key projection becomes a gate, and which operator runs it."""
 
 from linearize.structures.base import Structure
+from linearize.structures.delta import DELTANET, GATED_DELTANET
 from linearize.structures.gla import GLA
 from linearize.structures.hgrn2 import HGRN2
 from linearize.structures.lightning import LIGHTNING
@@ -18,4 +19,6 @@ STRUCTURES: dict[str, Structure] = {
     "mlstm": MLSTM,
     "gated_retention": MLSTM,  # the same gate
     "lightning": LIGHTNING,
+    "deltanet": DELTANET,
+    "gated_deltanet": GATED_DELTANET,
 }

@@ -32,13 +32,23 @@ class Inputs(NamedTuple):
     log_g: Float[Tensor, "B T KV #K"]  # at most 0, in fp32; of size 1 where a head has one decay
 
 
+class DeltaInputs(NamedTuple):
+    """What the delta rule takes besides: how much of the old value under a key is erased, in [0, 2]."""
+
+    q: Float[Tensor, "B T H K"]
+    k: Float[Tensor, "B T KV K"]
+    v: Float[Tensor, "B T KV V"]
+    log_g: Float[Tensor, "B T KV 1"]
+    beta: Float[Tensor, "B T KV 1"]
+
+
 class Structure(NamedTuple):
     """A recurrence: `operator(*inputs(q, k, v, layer), state, document)` gives its output and final state.
 
     `inputs` takes the projections before RoPE, q `[B, T, H, D]`, k and v `[B, T, KV, D]`.
     """
 
-    inputs: Callable[[Tensor, Tensor, Tensor, Layer], Inputs]
+    inputs: Callable[[Tensor, Tensor, Tensor, Layer], Inputs | DeltaInputs]
     operator: Callable[..., tuple[Tensor, Tensor]]
     state_shape: Callable[[int, int], tuple[int, ...]]  # of one key/value head, from its key and value sizes
 
