@@ -3,6 +3,7 @@
 A part stands between `<!-- part: NAME -->` and `<!-- end -->`.
 """
 
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -17,10 +18,18 @@ from linearize.recipe import Recipe
 from linearize.report import figures, table, verdict
 from linearize.results import Report
 from linearize.results import read as read_report
+from linearize.structures import STRUCTURES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
-PAGES = ("README.md", "docs/performance.md", "docs/recipe.md", "docs/report.md", "docs/recovery.md")
+PAGES = (
+    "README.md",
+    "docs/performance.md",
+    "docs/recipe.md",
+    "docs/report.md",
+    "docs/recovery.md",
+    "docs/structures.md",
+)
 PART = re.compile(r"(<!-- part: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SKIPPED = {"__pycache__", "linearize.egg-info", "results", "images"}
 
@@ -140,6 +149,16 @@ def report_keys() -> str:
     return _keys(Report)
 
 
+def structures() -> str:
+    """Every structure: the paper's equation as its file gives it, and its operator."""
+    lines = ["| name | what it is | operator |", "| --- | --- | --- |"]
+    for name, structure in STRUCTURES.items():
+        module = inspect.getmodule(structure.inputs)
+        said = (inspect.getdoc(module) or "").split("\n")[0].rstrip(".")
+        lines.append(f"| `{name}` | {said} | `{structure.operator.__name__}` |")
+    return "\n".join(lines)
+
+
 def _keys(model: type[BaseModel]) -> str:
     schema = model.model_json_schema()
     lines = ["| key | type | default | |", "| --- | --- | --- | --- |"]
@@ -153,7 +172,7 @@ def _rows(node: dict[str, Any], schema: dict[str, Any], prefix: str) -> Iterator
         inner = next((o["$ref"].rpartition("/")[2] for o in options if "$ref" in o), None)
         inner = inner or field.get("items", {}).get("$ref", "").rpartition("/")[2]
         kind = " or ".join(_kind(option) for option in options)
-        default = f"`{json.dumps(field['default'])}`" if "default" in field and inner is None else ""
+        default = f"`{json.dumps(field['default'])}`" if "default" in field and not inner else ""
         said = field.get("description", "").split("\n")[0]
         yield f"| `{prefix}{name}` | {kind} | {default} | {said} |"
         if inner:
@@ -192,6 +211,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "recipe-keys": recipe_keys,
     "mixer-keys": mixer_keys,
     "report-keys": report_keys,
+    "structures": structures,
 }
 
 

@@ -64,12 +64,13 @@ def _heldout(recipe: recipes.Recipe, base: Base) -> torch.Tensor:
 
 
 def _row(recipe: recipes.Recipe, base: Base, heldout: torch.Tensor, expected: Scores, work: Path) -> dict[str, Any]:
-    seconds: dict[str, float] = {}
-    trained = train_variant(recipe, "converted", base, work, seconds)
+    trained = train_variant(recipe, "converted", base, work)
     model = unwrapped(trained.student).eval()
     scores = score(model, heldout)
     measured = summarize(scores, expected, 32, trained_tokens=trained.tokens)
-    row = measured.model_dump(exclude={"loss_by_position", "window"}) | {"seconds": seconds}
+    row = measured.model_dump(exclude={"loss_by_position", "window"}) | {
+        "seconds": {c.stage: c.seconds for c in trained.curves}
+    }
     row["late_by_sequence"] = score_late(scores)
     row["last_losses"] = {curve.stage: curve.loss[-1] for curve in trained.curves}
     if recipe.mixer.structure != "none":

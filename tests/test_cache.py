@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import FAMILIES, assert_close, ids, logits, tiny
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 
 from linearize import LinearizeError, convert
 from linearize.cache import MixerCacheLayer, cache_bytes
@@ -229,3 +229,12 @@ def test_the_cache_of_an_unconverted_model_is_refused():
 def test_other_code_cannot_write_into_it():
     with pytest.raises(TypeError, match=r"store\(\)"):
         MixerCacheLayer().update(torch.ones(1), torch.ones(1))
+
+
+def test_caches_that_do_not_fit_are_refused():
+    model = converted(layers="0,2")
+    with pytest.raises(LinearizeError, match="static cache"):
+        model(ids(1, 4), past_key_values=StaticCache(config=model.config, max_cache_len=9))
+    with pytest.raises(LinearizeError, match="packed documents do not fit a cache"):
+        positions = torch.tensor([[0, 1, 0, 1]])
+        model(ids(1, 4), position_ids=positions, past_key_values=DynamicCache(config=model.config))

@@ -25,7 +25,7 @@ from linearize.assets import quick_hub
 
 RUN = import_module("linearize.run")  # linearize.run is the function
 SMALL = (  # a run of seconds
-    "run --out out --model llama --data text.txt --window 8 --set data.heldout=text.txt --set data.sequence_length=32 "
+    "run --out out --model llama --data text.txt --window 8 --heldout heldout.txt --set data.sequence_length=32 "
     "--set align.tokens=64 --set distill.tokens=64 --set evaluation.sequence_length=48 --set evaluation.sequences=2 "
     "--set evaluation.contexts=[24] --set evaluation.decode_tokens=2 --set lora.r=2"
 )
@@ -77,7 +77,7 @@ REFUSED = [  # what is added to SMALL (the last of a repeated flag counts), and 
     ("--set lora.targets=[]", "lora.targets at least 1"),
     ("--set evaluation.contexts=[0]", "evaluation.contexts.0 0 greater than or equal to 1"),
     ("--set evaluation.contexts=[]", "evaluation.contexts at least 1"),
-    ("--set evaluation.sequence_length=100000", "text.txt longest tokens 100000"),
+    ("--set evaluation.sequence_length=100000", "heldout.txt longest tokens 100000"),
     ("--set data.heldout=short.txt", "short.txt longest 3 tokens 48"),
     ("--set data.heldout=missing.txt", "missing.txt file folder owner/name"),
     ("--data empty.txt", "empty.txt no text"),
@@ -156,7 +156,12 @@ def made(tmp_path_factory) -> Path:
     for name, build in OTHERS.items():
         build().save_pretrained(folder / name)
         tokenizer().save_pretrained(folder / name)
-    for name, content in {"text.txt": text(4000), "empty.txt": " \n", "short.txt": "hi"}.items():
+    for name, content in {
+        "text.txt": text(4000),
+        "heldout.txt": text(4000),
+        "empty.txt": " \n",
+        "short.txt": "hi",
+    }.items():
         (folder / name).write_text(content)
     for name in ("latin.txt", "latin.yaml"):
         (folder / name).write_bytes("caf\xe9 ".encode("latin-1") * 50)
@@ -290,7 +295,7 @@ def test_real_small_and_read_only_disks(made, tmp_path, capsys):
 
 
 def test_whole_run(made, tmp_path, capsys, monkeypatch):
-    for name in ("llama", "text.txt"):
+    for name in ("llama", "text.txt", "heldout.txt"):
         (tmp_path / name).symlink_to(made / name)
     monkeypatch.chdir(tmp_path)
     assert cli.main(SMALL.split()) == 0
@@ -304,7 +309,7 @@ def test_whole_run(made, tmp_path, capsys, monkeypatch):
     assert cli.main(["report", "out"]) == 0
     assert cli.main(["inspect", "out", "--context", "100"]) == 0
     assert cli.main(["generate", "out", "the window", "--max-new-tokens", "3"]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"llama", "text.txt", "out", "out.work"}
+    assert {path.name for path in tmp_path.iterdir()} == {"llama", "text.txt", "heldout.txt", "out", "out.work"}
 
 
 def test_nan_leaves_no_empty_folders(here, monkeypatch, capsys):

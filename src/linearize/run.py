@@ -5,7 +5,6 @@ import hashlib
 import json
 import shutil
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,11 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize import checkpoint
+from linearize import recipe as recipes
 from linearize import report as reports
 from linearize.assets import resolve_model
 from linearize.checkpoint import Student, load_pretrained, unwrapped
@@ -26,7 +27,16 @@ from linearize.config import MixerConfig
 from linearize.convert import attention_of, check_convertible, convert
 from linearize.errors import LinearizeError
 from linearize.evaluate import evaluate
-from linearize.files import check_replaceable, check_writable, new_folder, remove_empty, verify_folder, write_text
+from linearize.files import (
+    MARKER,
+    check_replaceable,
+    check_writable,
+    new_folder,
+    read_json,
+    remove_empty,
+    verify_folder,
+    write_text,
+)
 from linearize.inspect import equal_memory_window
 from linearize.recipe import Recipe, StageSettings
 from linearize.results import Curve, Report
@@ -70,14 +80,12 @@ def run(recipe: Recipe, out: str | Path) -> Report:
     if done := _finished(recipe, out):
         print(f"{out} holds this recipe's result already; remove it to run again", file=sys.stderr)
         return done
-    seconds: dict[str, float] = {}
     names = ("converted", *recipe.baselines)
-    with _timed(seconds, "load"):
-        base = load_base(recipe, names, train=True, heldout=True)
+    base = load_base(recipe, names, train=True, heldout=True)
     with _work(recipe, out) as work:
-        variants = {name: train_variant(recipe, name, base, work, seconds) for name in names}
-    report = _measure(recipe, base, variants, seconds)
-    with new_folder(out, kind="checkpoint") as folder:
+        variants = {name: train_variant(recipe, name, base, work) for name in names}
+    report = _measure(recipe, base, variants)
+    with new_folder(out, kind="checkpoint", sources=_sources(recipe)) as folder:
         # last, since merging writes into parameters that the teacher and the other variants share
         ours = variants["converted"]
         checkpoint.write(ours.student, base.tokenizer, recipe, ours.curves, folder, out)
@@ -103,31 +111,44 @@ def stage_only(name: str, source: Path, recipe: Recipe, out: Path) -> None:
     check_replaceable(out)
     if source.resolve() == out.resolve():
         raise LinearizeError(f"{source} cannot be both source and out; give another --out")
-    before = checkpoint.read_recipe(source)
-    curves = checkpoint.read_curves(source)
+    before, curves = checkpoint.read_recipe(source), checkpoint.read_curves(source)
     student, tokenizer = checkpoint.load(source)
-    recipe = recipe.model_copy(
-        update={key: getattr(before, key) for key in ("model", "layers", "softmax_every", "mixer")}
-    )
-    later = {"distill": None} if name == "align" else {"align": before.align}
-    recipe = recipe.model_copy(update=later)
+    recipe = _continued(recipe, before, source, trained=bool(curves))
+    recipe = recipe.model_copy(update={"distill": None} if name == "align" else {"align": before.align})
     base = load_base(recipe, train=True)
     student.to(base.teacher.device)
-    if student is unwrapped(student):
+    if not isinstance(student, PeftModel):
         student = _trainable(recipe, student)
     settings, loss = _stages(recipe)[name]
-    with _work(recipe, out) as work:
+    with _work(recipe, out, source) as work:
         curve = train_stage(recipe, name, "converted", settings, loss, student, base, work)
-    with new_folder(out, kind="checkpoint") as folder:
-        kept = recipe.model_copy(update={"adapter": "separate"}) if name == "align" else recipe
-        checkpoint.write(student, tokenizer, kept, [*curves, curve], folder, out)
+        with new_folder(out, kind="checkpoint") as folder:
+            kept = recipe.model_copy(update={"adapter": "separate"}) if name == "align" else recipe
+            checkpoint.write(student, tokenizer, kept, [*curves, curve], folder, out)
+        shutil.rmtree(work)
+
+
+def _continued(recipe: Recipe, before: Recipe, source: Path, trained: bool) -> Recipe:
+    """`recipe` on top of the one that made `source`: what both stages must share comes from there, or is refused.
+
+    Only so is a baseline, which goes through all stages of one recipe, matched.
+    """
+    shared = {"model", "layers", "softmax_every", "mixer"} | ({"lora", "seed", "data"} if trained else set())
+    default = recipes.read("default")
+    for key in sorted(shared):
+        given, kept = getattr(recipe, key), getattr(before, key)
+        if key == "data":
+            given = given.model_copy(update={"heldout": kept.heldout})
+        if given not in (kept, getattr(default, key)):
+            raise LinearizeError(f"{key} is {given}, but {source} was made with {kept}; both must be the same")
+    return recipe.model_copy(update={key: getattr(before, key) for key in shared})
 
 
 def merge_only(source: Path, out: Path) -> None:
     """The checkpoint in `source` with its LoRA adapter merged, to `out`."""
     check_replaceable(out)
     student, tokenizer = checkpoint.load(source)
-    if student is unwrapped(student):
+    if not isinstance(student, PeftModel):
         raise LinearizeError(f"{source} has no adapter to merge; its weights are whole")
     recipe = checkpoint.read_recipe(source).model_copy(update={"adapter": "merged"})
     with new_folder(out, kind="checkpoint") as folder:
@@ -137,15 +158,17 @@ def merge_only(source: Path, out: Path) -> None:
 def evaluate_only(source: Path, recipe: Recipe) -> Report:
     """Evaluate the checkpoint in `source` against its teacher and, trained here by its recipe, its baselines."""
     check_writable(source / "report.json")
+    before, free = checkpoint.read_recipe(source), {"evaluation", "baselines", "data"}
+    if recipe.model_dump(exclude=free) != before.model_dump(exclude=free) or recipe.data.train != before.data.train:
+        raise LinearizeError(f"{source} was made by its recipe.yaml; valid to set: evaluation, baselines, data.heldout")
     student, _ = checkpoint.load(source)
     curves = checkpoint.read_curves(source)
-    seconds: dict[str, float] = {}
     base = load_base(recipe, recipe.baselines, train=bool(recipe.baselines), heldout=True)
     variants = {"converted": Trained(student.to(base.teacher.device), recipe.mixer, curves)}
     with _work(recipe, source) as work:
         for name in recipe.baselines:
-            variants[name] = train_variant(recipe, name, base, work, seconds)
-    report = _measure(recipe, base, variants, seconds)
+            variants[name] = train_variant(recipe, name, base, work)
+    report = _measure(recipe, base, variants)
     _write_report(report, recipe, source)
     return report
 
@@ -156,6 +179,10 @@ def load_base(recipe: Recipe, variants: Iterable[str] = (), train: bool = False,
     All that can be wrong with them, and with converting the teacher to `variants`, shows here, the quickest first.
     """
     train = train and bool(_stages(recipe))
+    if train and heldout and recipe.data.train == recipe.data.heldout != "wiki":
+        raise LinearizeError(
+            f"data.train and data.heldout are both {recipe.data.train!r}; give a held-out text of its own"
+        )
     texts = load_documents(recipe.data.train, "train") if train else []
     heldout_texts = load_documents(recipe.data.heldout, "heldout") if heldout else []
     teacher, tokenizer = load_pretrained(resolve_model(recipe.model))
@@ -199,7 +226,7 @@ def build(recipe: Recipe, mixer: MixerConfig, teacher: PreTrainedModel) -> PreTr
     return convert(student, layers=recipe.layers, softmax_every=recipe.softmax_every, **mixer.model_dump())
 
 
-def train_variant(recipe: Recipe, name: str, base: Base, work: Path, seconds: dict[str, float]) -> Trained:
+def train_variant(recipe: Recipe, name: str, base: Base, work: Path) -> Trained:
     """The variant called `name` after all stages; from `work` where it is done already."""
     mixer = mixer_of(recipe, name, base.teacher)
     student: Student = build(recipe, mixer, base.teacher)
@@ -216,8 +243,7 @@ def train_variant(recipe: Recipe, name: str, base: Base, work: Path, seconds: di
     else:
         curves = []
         for stage, (settings, loss) in _stages(recipe).items():
-            with _timed(seconds, f"{stage} {name}"):
-                curves.append(train_stage(recipe, stage, name, settings, loss, student, base, work))
+            curves.append(train_stage(recipe, stage, name, settings, loss, student, base, work))
         with new_folder(done, kind="trained weights") as folder:
             tensors = {key: p.detach().cpu().contiguous() for key, p in trainable.items()}
             save_file(tensors, folder / "trainable.safetensors")
@@ -251,13 +277,12 @@ def _stages(recipe: Recipe) -> dict[str, tuple[StageSettings, Loss]]:
     return chosen
 
 
-def _measure(recipe: Recipe, base: Base, variants: dict[str, Trained], seconds: dict[str, float]) -> Report:
+def _measure(recipe: Recipe, base: Base, variants: dict[str, Trained]) -> Report:
     assert base.heldout is not None
     untrained = build(recipe, recipe.mixer, base.teacher).eval()
-    with _timed(seconds, "evaluate"):
-        models = {name: (unwrapped(v.student).eval(), v.tokens, v.mixer.window) for name, v in variants.items()}
-        curves: Iterable[Curve] = (curve for v in variants.values() for curve in v.curves)
-        return evaluate(recipe, base.teacher, base.heldout, untrained, models, list(curves), seconds)
+    models = {name: (unwrapped(v.student).eval(), v.tokens, v.mixer.window) for name, v in variants.items()}
+    curves = [curve for v in variants.values() for curve in v.curves]
+    return evaluate(recipe, base.teacher, base.heldout, untrained, models, curves)
 
 
 def _write_report(report: Report, recipe: Recipe, folder: Path) -> None:
@@ -274,23 +299,29 @@ def _finished(recipe: Recipe, out: Path) -> Report | None:
         report = read_report(out)
     except LinearizeError:
         return None
-    return report if report.recipe == recipe.model_dump(mode="json") else None
+    same = report.recipe == recipe.model_dump(mode="json") and read_json(out / MARKER).get("sources") == _sources(
+        recipe
+    )
+    return report if same else None
+
+
+def _sources(recipe: Recipe, checkpoint: Path | None = None) -> str:
+    """A digest of what lies behind the recipe's names: sizes and times of local files, and a stage's own source."""
+    places = [Path(recipe.model), Path(recipe.data.train), Path(recipe.data.heldout)]
+    found = [(checkpoint / MARKER).read_text(encoding="utf-8")] if checkpoint else []
+    for place in places:
+        files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+        found += [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()
 
 
 @contextmanager
-def _work(recipe: Recipe, out: Path) -> Iterator[Path]:
+def _work(recipe: Recipe, out: Path, source: Path | None = None) -> Iterator[Path]:
     """Where unfinished work is kept, by all that decides what the trained weights are; nothing empty stays of it."""
     parts = recipe.model_dump(mode="json", exclude={"evaluation", "baselines", "adapter"})
-    name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+    key = json.dumps(parts, sort_keys=True) + _sources(recipe, source)
     folder = out.absolute().with_name(f"{out.absolute().name}.work")
     try:
-        yield folder / name
+        yield folder / hashlib.sha256(key.encode()).hexdigest()[:12]
     finally:
         remove_empty(folder)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[name] = round(time.perf_counter() - start, 2)

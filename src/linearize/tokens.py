@@ -57,13 +57,18 @@ def describe(
             f"the attention mask has shape {tuple(attention_mask.shape)}; "
             "a linearized model takes a [batch, tokens] mask with 0 at padding, or none"
         )
+    if attention_mask is not None and attention_mask.shape[1] != start + T:
+        raise LinearizeError(
+            f"the attention mask has {attention_mask.shape[1]} columns; "
+            f"it must have one for each token so far, {start} before this call and {T} in it"
+        )
     valid = None if attention_mask is None else attention_mask[:, -T:].to(torch.bool)
     if valid is not None and bool(valid.all()):
         valid = None
     if start > 0:
         assert past is not None
         return _continue(T, past, valid)
-    if valid is None and position_ids is not None and T > 1:
+    if attention_mask is None and position_ids is not None and T > 1:
         document = (position_ids[:, 1:] != position_ids[:, :-1] + 1).cumsum(1)
         if bool(document.any()):
             return _packed(torch.nn.functional.pad(document, (1, 0)).expand(B, T).contiguous(), sinks)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from tiny import VOCAB, tiny
+from tiny import VOCAB, timeless, tiny
 from transformers import TrainingArguments
 
 from linearize import LinearizeError, convert
@@ -44,7 +44,7 @@ class Job:
 
     def train(self):
         given = self.student, self.teacher, self.loss, sequences(), self.settings, self.folder, 0
-        return train(self.stage, "converted", *given)
+        return timeless([train(self.stage, "converted", *given)])[0]
 
     def weights(self):
         return {name: p.detach().clone() for name, p in self.student.named_parameters() if p.requires_grad}

@@ -1,6 +1,7 @@
 """What is left of a model: loss by position, decoding parity, speed and memory, and what its layers learned."""
 
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -28,10 +29,9 @@ def evaluate(
     untrained: PreTrainedModel,
     variants: dict[str, Variant],
     curves: list[Curve],
-    seconds: dict[str, float],
 ) -> Report:
     """Everything that the report says of `heldout`, for the teacher, the untrained conversion and all variants."""
-    settings = recipe.evaluation
+    started, settings = time.perf_counter(), recipe.evaluation
     bucket = max(1, settings.sequence_length // BUCKETS)
     expected = score(teacher, heldout, "teacher")
     results = {"teacher": summarize(expected, None, bucket)}
@@ -62,9 +62,11 @@ def evaluate(
         decode_parity=decode_parity(ours, heldout[0]),
         cache_bytes=size,
         tokens_per_second=speed,
+        cache_dtype=str(ours.dtype).removeprefix("torch."),
         curves=curves,
         layers=layer_statistics(ours, heldout[0]),
-        seconds=seconds,
+        seconds={f"{c.stage} {c.model}": c.seconds for c in curves}
+        | {"evaluate": round(time.perf_counter() - started, 2)},
         trained_tokens={name: tokens for name, (_, tokens, _) in variants.items()},
         hardware=hardware(),
         versions={name: version(name) for name in ("linearize", "torch", "transformers", "peft", "accelerate")}

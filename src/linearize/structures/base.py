@@ -42,6 +42,11 @@ class DeltaInputs(NamedTuple):
     beta: Float[Tensor, "B T KV 1"]
 
 
+def matrix(key_size: int, value_size: int) -> tuple[int, ...]:
+    """The shape of a state that holds a value for each key channel."""
+    return key_size, value_size
+
+
 class Structure(NamedTuple):
     """A recurrence: `operator(*inputs(q, k, v, layer), state, document)` gives its output and final state.
 
@@ -50,7 +55,7 @@ class Structure(NamedTuple):
 
     inputs: Callable[[Tensor, Tensor, Tensor, Layer], Inputs | DeltaInputs]
     operator: Callable[..., tuple[Tensor, Tensor]]
-    state_shape: Callable[[int, int], tuple[int, ...]]  # of one key/value head, from its key and value sizes
+    state_shape: Callable[[int, int], tuple[int, ...]] = matrix  # of one key/value head, from its key and value sizes
 
     def state_bytes(self, key_size: int, value_size: int, heads: int) -> int:
         """Bytes of one sequence's states in one layer, in fp32."""

@@ -22,5 +22,5 @@ def gated_deltanet(q: Tensor, k: Tensor, v: Tensor, layer: Layer) -> DeltaInputs
     return deltanet(q, k, v, layer)._replace(log_g=log_g)
 
 
-DELTANET = Structure(deltanet, gated_delta, state_shape=lambda key_size, value_size: (key_size, value_size))
+DELTANET = Structure(deltanet, gated_delta)
 GATED_DELTANET = DELTANET._replace(inputs=gated_deltanet)

@@ -13,4 +13,4 @@ def inputs(q: Tensor, k: Tensor, v: Tensor, layer: Layer) -> Inputs:
     return Inputs(layer.feature_map(q), layer.feature_map(k), v, log_g)
 
 
-GLA = Structure(inputs, gated_linear, state_shape=lambda key_size, value_size: (key_size, value_size))
+GLA = Structure(inputs, gated_linear)

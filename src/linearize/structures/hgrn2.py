@@ -15,4 +15,4 @@ def inputs(q: Tensor, k: Tensor, v: Tensor, layer: Layer) -> Inputs:
     return Inputs(layer.feature_map(q), key, v, torch.log1p(-key))
 
 
-HGRN2 = Structure(inputs, gated_linear, state_shape=lambda key_size, value_size: (key_size, value_size))
+HGRN2 = Structure(inputs, gated_linear)

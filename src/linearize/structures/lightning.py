@@ -25,4 +25,4 @@ def inputs(q: Tensor, k: Tensor, v: Tensor, layer: Layer) -> Inputs:
     return Inputs(layer.feature_map(q), layer.feature_map(k), v, log_g[:, None].expand(*k.shape[:3], 1))
 
 
-LIGHTNING = Structure(inputs, gated_linear, state_shape=lambda key_size, value_size: (key_size, value_size))
+LIGHTNING = Structure(inputs, gated_linear)

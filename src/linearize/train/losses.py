@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-IGNORED = -100  # the target of a token whose next one is in another document
+from linearize.train.data import IGNORED
 
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:

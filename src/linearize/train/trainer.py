@@ -1,9 +1,9 @@
 """The one training loop: a `transformers.Trainer` that trains a student against a teacher by a plain loss function."""
 
 import copy
-import logging
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,15 +146,17 @@ def newest_checkpoint(folder: Path) -> Path | None:
 class _Progress(TrainerCallback):
     """A bar with speed and time left."""
 
-    def __init__(self, label: str, tokens_per_step: int) -> None:
-        self.label, self.tokens_per_step = label, tokens_per_step
+    def __init__(self, label: str, tokens_per_step: int, tokens: int) -> None:
+        self.label, self.tokens_per_step, self.tokens = label, tokens_per_step, tokens
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        total, done = (n * self.tokens_per_step for n in (state.max_steps, state.global_step))
-        self.bar = tqdm(desc=self.label, total=total, initial=done, unit="token", unit_scale=True)
+        self.bar = tqdm(desc=self.label, total=self.tokens, initial=self._seen(state), unit="token", unit_scale=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.update(self.tokens_per_step)
+        self.bar.update(self._seen(state) - self.bar.n)
+
+    def _seen(self, state: Any) -> int:
+        return min(state.global_step * self.tokens_per_step, self.tokens)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
@@ -196,16 +198,17 @@ def train(
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     arguments = _arguments(settings, folder, seed)
-    tokens_per_step = settings.batch_size * settings.accumulate * len(sequences[0]["input_ids"]) * arguments.world_size
+    length = len(sequences[0]["input_ids"])
+    tokens = len(sequences) * length
+    tokens_per_step = settings.batch_size * settings.accumulate * length * arguments.world_size
     trainer = LinearizeTrainer(
         Pair(student, teacher, loss),
         arguments,
         settings.mixing_learning_rate,
         train_dataset=sequences,
-        callbacks=[_Progress(f"{stage} {name}", tokens_per_step), _FiniteGradients()],
+        callbacks=[_Progress(f"{stage} {name}", tokens_per_step, tokens), _FiniteGradients()],
     )
-    last = newest_checkpoint(folder)
-    logging.getLogger("transformers.trainer").setLevel(logging.ERROR)  # its remark on the differing class is expected
+    last, started = newest_checkpoint(folder), time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except torch.OutOfMemoryError as error:
@@ -216,8 +219,14 @@ def train(
     if settings.gradient_checkpointing:
         base.gradient_checkpointing_disable()
     student.eval()
-    points = [(log["step"] * tokens_per_step, float(log["loss"])) for log in trainer.state.log_history if "loss" in log]
-    return Curve(stage=stage, model=name, tokens=[t for t, _ in points], loss=[x for _, x in points])
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    return Curve(
+        stage=stage,
+        model=name,
+        tokens=[min(log["step"] * tokens_per_step, tokens) for log in logs],  # the last step may be a short one
+        loss=[float(log["loss"]) for log in logs],
+        seconds=round(time.perf_counter() - started, 2),
+    )
 
 
 def _arguments(settings: StageSettings, folder: Path, seed: int) -> TrainingArguments:
