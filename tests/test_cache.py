@@ -235,6 +235,6 @@ def test_caches_that_do_not_fit_are_refused():
     model = converted(layers="0,2")
     with pytest.raises(LinearizeError, match="static cache"):
         model(ids(1, 4), past_key_values=StaticCache(config=model.config, max_cache_len=9))
+    positions = torch.tensor([[0, 1, 0, 1]])
     with pytest.raises(LinearizeError, match="packed documents do not fit a cache"):
-        positions = torch.tensor([[0, 1, 0, 1]])
         model(ids(1, 4), position_ids=positions, past_key_values=DynamicCache(config=model.config))
