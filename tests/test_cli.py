@@ -185,7 +185,7 @@ def tree(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
-def refused(arguments: list[str], words: str, capsys) -> None:
+def assert_refused(arguments: list[str], words: str, capsys) -> None:
     """One line on stderr that holds all the words, and exit code 2."""
     capsys.readouterr()
     assert cli.main(arguments) == 2
@@ -199,12 +199,12 @@ def refused(arguments: list[str], words: str, capsys) -> None:
 @pytest.mark.parametrize(("arguments", "words"), REFUSED, ids=[case[0] for case in REFUSED])
 def test_run_refuses_before_training(arguments, words, here, capsys, monkeypatch):
     monkeypatch.setattr(RUN, "train", lambda *_: pytest.fail("it trained"))
-    refused(f"{SMALL} {arguments}".split(), words, capsys)
+    assert_refused(f"{SMALL} {arguments}".split(), words, capsys)
 
 
 @pytest.mark.parametrize(("arguments", "words"), REFUSED_ALONE, ids=[case[0] for case in REFUSED_ALONE])
 def test_commands_refuse(arguments, words, here, capsys):
-    refused(["" if word == "''" else word for word in arguments.split()], words, capsys)
+    assert_refused(["" if word == "''" else word for word in arguments.split()], words, capsys)
 
 
 @pytest.mark.parametrize("case", TAMPERED)
@@ -213,7 +213,7 @@ def test_tampered_checkpoint(case, made, tmp_path, monkeypatch, capsys):
     broken(made, tmp_path, file, change)
     monkeypatch.chdir(tmp_path)
     for arguments in ("generate broken hi", "inspect broken", "merge broken --out c", "eval broken --no-baseline"):
-        refused(arguments.split(), words, capsys)
+        assert_refused(arguments.split(), words, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
@@ -223,7 +223,7 @@ def test_tampered_checkpoint_without_marker(case, made, tmp_path, monkeypatch, c
     broken(made, tmp_path, file, change)
     (tmp_path / "broken" / "linearize.json").unlink()
     monkeypatch.chdir(tmp_path)
-    refused(["generate", "broken", "hi"], words, capsys)
+    assert_refused(["generate", "broken", "hi"], words, capsys)
 
 
 def broken(made: Path, folder: Path, file: str, change) -> None:
@@ -238,14 +238,14 @@ def broken(made: Path, folder: Path, file: str, change) -> None:
 @pytest.mark.parametrize("recipe", ["mixer: [", "- 1", "seed: x\n", "nonsense: 1\n"])
 def test_tampered_recipe(recipe, made, tmp_path, capsys):
     broken(made, tmp_path, "recipe.yaml", lambda _: recipe.encode())
-    refused(["eval", str(tmp_path / "broken")], "recipe", capsys)
+    assert_refused(["eval", str(tmp_path / "broken")], "recipe", capsys)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"model": 1}'])
 def test_tampered_report(content, made, tmp_path, capsys):
     shutil.copytree(made / "converted", tmp_path / "broken")
     (tmp_path / "broken" / "report.json").write_text(content)
-    refused(["report", str(tmp_path / "broken")], "report.json not a whole report", capsys)
+    assert_refused(["report", str(tmp_path / "broken")], "report.json not a whole report", capsys)
     assert not (tmp_path / "broken" / "report.html").exists()
 
 
@@ -255,7 +255,7 @@ def test_missing_weights(tmp_path, capsys):
     state = {key: value for key, value in model.state_dict().items() if "layers.1.mlp" not in key}
     model.save_pretrained(tmp_path / "part", state_dict=state)
     tokenizer().save_pretrained(tmp_path / "part")
-    refused(["inspect", str(tmp_path / "part")], "part lacks weights layers.1.mlp", capsys)
+    assert_refused(["inspect", str(tmp_path / "part")], "part lacks weights layers.1.mlp", capsys)
 
 
 @pytest.mark.parametrize("fails_in", ["model", "tokenizer", "trained weights"])
@@ -288,7 +288,9 @@ def test_real_small_and_read_only_disks(made, tmp_path, capsys):
         if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(disk)], capture_output=True).returncode:
             pytest.skip("needs to be root")
         try:
-            refused(["convert", str(made / "llama"), "--out", str(disk / "a" / "out")], f"{disk}/a/out {words}", capsys)
+            assert_refused(
+                ["convert", str(made / "llama"), "--out", str(disk / "a" / "out")], f"{disk}/a/out {words}", capsys
+            )
             assert list(disk.iterdir()) == []
         finally:
             subprocess.run(["umount", str(disk)], check=True)
@@ -318,7 +320,7 @@ def test_nan_leaves_no_empty_folders(here, monkeypatch, capsys):
         raise LinearizeError("the loss is nan at step 1 of 2; try a lower learning_rate")
 
     monkeypatch.setattr(RUN, "train", train)
-    refused(SMALL.split(), "nan step 1 of 2 learning_rate", capsys)
+    assert_refused(SMALL.split(), "nan step 1 of 2 learning_rate", capsys)
 
 
 def test_library_raises_the_same(here):

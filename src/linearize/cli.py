@@ -2,8 +2,9 @@
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -63,24 +64,11 @@ def run(
 
     What is interrupted goes on from where it was when the same command is given again.
     """
+    flags = locals() | {"baselines": _baselines(baseline, no_baseline)}
     from linearize import report as reports
     from linearize.run import run as run_recipe
 
-    given = {
-        "model": model,
-        "data.train": data,
-        "data.heldout": heldout,
-        "mixer.structure": structure,
-        "mixer.window": window,
-        "mixer.sinks": sinks,
-        "mixer.gate_temperature": gate_temperature,
-        "mixer.mixing": mixing,
-        "mixer.mixing_weight": mixing_weight,
-        "layers": layers,
-        "softmax_every": softmax_every,
-        "baselines": _baselines(baseline, no_baseline),
-    }
-    report = run_recipe(_recipe(recipe, given, set_), out)
+    report = run_recipe(_recipe(recipe, set_, flags), out)
     print(reports.table(report))
     print(f"\n{reports.verdict(report)}\n\n{out / 'report.html'}")
 
@@ -103,20 +91,10 @@ def convert(
 
     What is not given is as in the default recipe.
     """
+    flags = locals()
     from linearize.run import convert_only
 
-    given = {
-        "model": model,
-        "mixer.structure": structure,
-        "mixer.window": window,
-        "mixer.sinks": sinks,
-        "mixer.gate_temperature": gate_temperature,
-        "mixer.mixing": mixing,
-        "mixer.mixing_weight": mixing_weight,
-        "layers": layers,
-        "softmax_every": softmax_every,
-    }
-    convert_only(_recipe("default", given, set_), out)
+    convert_only(_recipe("default", set_, flags), out)
     print(out)
 
 
@@ -128,7 +106,7 @@ def align(checkpoint: Checkpoint, out: Out, recipe: RecipeName = "default", set_
     """
     from linearize.run import stage_only
 
-    stage_only("align", checkpoint, _recipe(recipe, {}, set_), out)
+    stage_only("align", checkpoint, _recipe(recipe, set_), out)
     print(out)
 
 
@@ -140,7 +118,7 @@ def distill(checkpoint: Checkpoint, out: Out, recipe: RecipeName = "default", se
     """
     from linearize.run import stage_only
 
-    stage_only("distill", checkpoint, _recipe(recipe, {}, set_), out)
+    stage_only("distill", checkpoint, _recipe(recipe, set_), out)
     print(out)
 
 
@@ -218,10 +196,23 @@ def inspect_(
     show(model, context)
 
 
-def _recipe(source: str, given: dict[str, Any], set_: list[str]) -> Any:
+FLAGS = {  # of a recipe's keys: flag -> key
+    **{flag: flag for flag in ("model", "layers", "softmax_every", "baselines")},
+    **{
+        flag: f"mixer.{flag}"
+        for flag in ("structure", "window", "sinks", "gate_temperature", "mixing", "mixing_weight")
+    },
+    "data": "data.train",
+    "heldout": "data.heldout",
+}
+
+
+def _recipe(source: str, set_: list[str], flags: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """The recipe called `source` with `--set` and, of a command's arguments, the flags that were given."""
     from linearize import recipe as recipes
 
-    return recipes.read(source, set_, {key: value for key, value in given.items() if value is not None})
+    given = {key: flags[flag] for flag, key in FLAGS.items() if flags.get(flag) is not None}
+    return recipes.read(source, set_, given)
 
 
 def _baselines(names: list[str], none: bool) -> list[str] | None:

@@ -18,7 +18,7 @@ def inputs(T: int, correlation: float = 0.0, groups: int = 3, K: int = 12, V: in
     return [q, k, v, log_g, beta, torch.randn(2, 2, K, V)]
 
 
-def compare(given: list[Tensor], document: Tensor | None = None, **kwargs) -> None:
+def assert_is_the_equation(given: list[Tensor], document: Tensor | None = None, **kwargs) -> None:
     """Outputs, final states and gradients of all six inputs."""
     ours = [x.clone().requires_grad_() for x in given]
     truth = [x.double().requires_grad_() for x in given]
@@ -35,14 +35,14 @@ def compare(given: list[Tensor], document: Tensor | None = None, **kwargs) -> No
 @pytest.mark.parametrize("groups", [1, 3, 8])
 @pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 200])
 def test_chunked_is_the_equation(T, groups):
-    compare(inputs(T, groups=groups))
+    assert_is_the_equation(inputs(T, groups=groups))
 
 
 @pytest.mark.parametrize("correlation", [0.5, 0.9, 0.999])
 def test_correlated_keys_and_large_beta(correlation):
     given = inputs(200, correlation)
     given[4] = torch.full_like(given[4], 2.0)
-    compare(given)
+    assert_is_the_equation(given)
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 30])
@@ -50,14 +50,14 @@ def test_any_chunk_size_and_documents(chunk):
     document = torch.zeros(2, 90, dtype=torch.long)
     document[0, [1, 16, 30, 31, 64]] = 1
     document[1, 45] = 1
-    compare(inputs(90, K=8, V=12), document.cumsum(1), chunk=chunk)
+    assert_is_the_equation(inputs(90, K=8, V=12), document.cumsum(1), chunk=chunk)
 
 
 @pytest.mark.parametrize("log_decay", [0.0, -8.0, -20.0, -1e4])
 def test_strong_decay(log_decay):
     given = inputs(130)
     given[3][:, ::7] = log_decay
-    compare(given)
+    assert_is_the_equation(given)
 
 
 def test_steps_go_on_from_chunks():

@@ -23,7 +23,7 @@ def documents(T: int, starts: list[int]) -> Tensor:
     return document.cumsum(0)[None]
 
 
-def compare(given: list[Tensor], document: Tensor | None = None, **kwargs) -> None:
+def assert_is_the_equation(given: list[Tensor], document: Tensor | None = None, **kwargs) -> None:
     """Outputs, final states and gradients of all five inputs."""
     ours = [x.clone().requires_grad_() for x in given]
     truth = [x.double().requires_grad_() for x in given]
@@ -40,18 +40,18 @@ def compare(given: list[Tensor], document: Tensor | None = None, **kwargs) -> No
 @pytest.mark.parametrize("groups", [1, 3, 8])
 @pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 200])
 def test_chunked_is_the_equation(T, groups):
-    compare(inputs(T, groups=groups))
+    assert_is_the_equation(inputs(T, groups=groups))
 
 
 @pytest.mark.parametrize("sizes", [(16, 4), (4, 16), (5, 5)])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_key_and_value_sizes(sizes, groups):
-    compare(inputs(70, K=sizes[0], V=sizes[1], groups=groups))
+    assert_is_the_equation(inputs(70, K=sizes[0], V=sizes[1], groups=groups))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 16, 32, 128])
 def test_any_chunk_size(chunk):
-    compare(inputs(100), documents(100, [16, 40, 64]).expand(2, -1), chunk=chunk)
+    assert_is_the_equation(inputs(100), documents(100, [16, 40, 64]).expand(2, -1), chunk=chunk)
 
 
 def test_without_a_state():
@@ -67,7 +67,7 @@ def test_without_a_state():
 )
 def test_documents_do_not_see_each_other(starts):
     rows = [documents(200, starts), documents(200, [100])]
-    compare(inputs(200), torch.cat(rows))
+    assert_is_the_equation(inputs(200), torch.cat(rows))
 
 
 def test_first_document_continues_the_state():
@@ -81,14 +81,14 @@ def test_first_document_continues_the_state():
 @pytest.mark.parametrize("decay", [0.0, -8.0, -20.0, -1e4])
 @pytest.mark.parametrize("starts", [[], [64, 100]], ids=str)
 def test_any_decay(decay, starts):
-    compare(inputs(130, decay=decay), documents(130, starts).expand(2, -1))
+    assert_is_the_equation(inputs(130, decay=decay), documents(130, starts).expand(2, -1))
 
 
 def test_decays_from_nothing_to_all_in_one_sequence():
     given = inputs(130)
     choices = torch.tensor([0.0, -1e-3, -1.0, -8.0, -20.0, -1e4])
     given[3] = choices[torch.randint(len(choices), given[3].shape)]
-    compare(given)
+    assert_is_the_equation(given)
 
 
 @pytest.mark.parametrize("splits", [[1], [64], [63, 64, 65], [7, 100], [129]], ids=str)

@@ -32,7 +32,9 @@ def padded_left(*amounts: int, length: int) -> Tensor:
     return torch.arange(length) >= torch.tensor(amounts)[:, None]
 
 
-def compare(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: Sinks, past: Past | None = None, **kwargs) -> None:
+def assert_is_the_equation(
+    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: Sinks, past: Past | None = None, **kwargs
+) -> None:
     """Output and the gradient of every tensor; a padded query's output means nothing, and is only finite."""
     tensors = [q, k, v, sinks.k, sinks.v]
     tensors += [] if sinks.q is None else [sinks.q]
@@ -61,7 +63,7 @@ def compare(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: Sinks, past: Pa
 @pytest.mark.parametrize("T", [1, 5, 8, 16, 29])
 @pytest.mark.parametrize("window", [1, 3, 8])
 def test_blocks_are_the_whole_matrix(window, T, sinks):
-    compare(*inputs(T), window, sinks_of(range(sinks)))
+    assert_is_the_equation(*inputs(T), window, sinks_of(range(sinks)))
 
 
 @pytest.mark.parametrize("T", [1, 5, 8, 29])
@@ -69,24 +71,26 @@ def test_blocks_are_the_whole_matrix(window, T, sinks):
 def test_after_a_past(window, T):
     valid = torch.ones(B, window, dtype=torch.bool)
     valid[0, : window // 2] = False
-    compare(*inputs(T), window, sinks_of([[-9, -2, 1, NEVER], [-50, -49, -8, -1]]), past_of(window, valid))
+    assert_is_the_equation(
+        *inputs(T), window, sinks_of([[-9, -2, 1, NEVER], [-50, -49, -8, -1]]), past_of(window, valid)
+    )
 
 
 @pytest.mark.parametrize("T", [1, 29])
 def test_clamped_sink_queries(T):
     q, k, v = inputs(T)
-    compare(q, k, v, 8, sinks_of(range(4), q=torch.randn_like(q)))
-    compare(q, k, v, 8, sinks_of(range(-20, -16), q=torch.randn_like(q)), past_of(8))
+    assert_is_the_equation(q, k, v, 8, sinks_of(range(4), q=torch.randn_like(q)))
+    assert_is_the_equation(q, k, v, 8, sinks_of(range(-20, -16), q=torch.randn_like(q)), past_of(8))
 
 
 @pytest.mark.parametrize("window", [1, 3, 8, 40])
 def test_padding_is_not_seen(window):
     valid = padded_left(0, 11, length=29)
-    compare(*inputs(29), window, sinks_of([[0, 1, 2, 3], [11, 12, 13, 14]]), valid=valid)
+    assert_is_the_equation(*inputs(29), window, sinks_of([[0, 1, 2, 3], [11, 12, 13, 14]]), valid=valid)
 
 
 def test_padding_after_a_past():
-    compare(*inputs(9), 4, sinks_of([[-6], [NEVER]]), past_of(4), valid=padded_left(0, 3, length=9))
+    assert_is_the_equation(*inputs(9), 4, sinks_of([[-6], [NEVER]]), past_of(4), valid=padded_left(0, 3, length=9))
 
 
 @pytest.mark.parametrize("window", [1, 3, 8])
@@ -95,7 +99,7 @@ def test_documents_do_not_see_each_other(window):
     document[0, 1:], document[0, 16:], document[1, 8:] = 1, 2, 1
     time = [[0, NEVER, 1, 2, 16, 17], [0, 1, 8, 9, NEVER, NEVER]]
     sinks = sinks_of(time, document=[[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2]])
-    compare(*inputs(29), window, sinks, document=document)
+    assert_is_the_equation(*inputs(29), window, sinks, document=document)
 
 
 @pytest.mark.parametrize("T", [6, 20])
