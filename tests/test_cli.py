@@ -38,7 +38,7 @@ OTHERS = {
         T5Config(vocab_size=97, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
     ),
 }
-FAMILIES = "llama, mistral, qwen2, qwen3"
+FAMILIES = "llama, mistral, mixtral"
 
 REFUSED = [  # what is added to SMALL (the last of a repeated flag counts), and the words of the answer
     ("--model nosuch", "'nosuch' valid: smollm2-135m folder owner/name"),

@@ -8,10 +8,22 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from linearize.families import FAMILIES as ROWS
 from linearize.results import Curve
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = tuple(ROWS)
 VOCAB = 97
+OWN = {  # settings in which a family differs from the others
+    "gemma": {"head_dim": 16},
+    "glm4": {"head_dim": 8, "partial_rotary_factor": 0.5},
+    "mistral": {"sliding_window": None},
+    "mixtral": {"sliding_window": None, "num_local_experts": 3},
+    "olmo": {"clip_qkv": 0.7},
+    "phi3": {"sliding_window": None},
+    "qwen3": {"head_dim": 16},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "starcoder2": {"sliding_window": None, "use_bias": True},
+}
 TOLERANCE = 1e-5
 
 
@@ -30,10 +42,7 @@ def tiny(model_type: str = "llama", **overrides) -> PreTrainedModel:
         "eos_token_id": None,
         "pad_token_id": 0,
     }
-    if model_type == "qwen3":
-        settings["head_dim"] = 16
-    if model_type == "mistral":
-        settings["sliding_window"] = None
+    settings |= OWN.get(model_type, {})
     torch.manual_seed(1)
     config = AutoConfig.for_model(model_type, **settings | overrides)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -199,7 +199,7 @@ def _swap(model: PreTrainedModel) -> None:
     for index in layers:
         attention = attention_of(model, index)
         mixer = LinearizedAttention(attention, family, config)
-        weight = attention.q_proj.weight
+        weight = next(attention.parameters())
         mixer.mixing.to(device=weight.device, dtype=weight.dtype)
         decoder(model).layers[index].self_attn = mixer
     decoder(model).register_forward_pre_hook(_prepare, with_kwargs=True)

@@ -25,6 +25,28 @@ def separate_with_norms(attention: nn.Module, x: Tensor) -> Projected:
     return a.q_norm(q), a.k_norm(k), v
 
 
+def separate_with_wide_norms(attention: nn.Module, x: Tensor) -> Projected:
+    """As `separate`, with a norm over all heads of q and of k together."""
+    a: Any = attention
+    q, k, v = a.q_norm(a.q_proj(x)), a.k_norm(a.k_proj(x)), a.v_proj(x)
+    return tuple(p.unflatten(-1, (-1, a.head_dim)) for p in (q, k, v))
+
+
+def separate_clipped(attention: nn.Module, x: Tensor) -> Projected:
+    """As `separate`, with values beyond `config.clip_qkv` cut off, where there is such a bound."""
+    a: Any = attention
+    bound = a.original.config.clip_qkv
+    q, k, v = separate(a, x)
+    return (q, k, v) if bound is None else (q.clamp(-bound, bound), k.clamp(-bound, bound), v.clamp(-bound, bound))
+
+
+def fused(attention: nn.Module, x: Tensor) -> Projected:
+    """One linear layer for q, k and v, in this order."""
+    a: Any = attention
+    heads = a.qkv_proj(x).unflatten(-1, (-1, a.head_dim))
+    return heads.split((a.num_heads, a.num_key_value_heads, a.num_key_value_heads), dim=-2)
+
+
 class Family(NamedTuple):
     """A row: transformers' class names begin with `prefix`; `project` makes q, k and v as the family does."""
 
@@ -33,10 +55,18 @@ class Family(NamedTuple):
 
 
 FAMILIES = {  # by transformers' model_type
+    "gemma": Family("Gemma", separate),
+    "glm4": Family("Glm4", separate),
     "llama": Family("Llama", separate),
     "mistral": Family("Mistral", separate),
+    "mixtral": Family("Mixtral", separate),
+    "olmo": Family("Olmo", separate_clipped),
+    "olmo2": Family("Olmo2", separate_with_wide_norms),
+    "phi3": Family("Phi3", fused),
     "qwen2": Family("Qwen2", separate),
     "qwen3": Family("Qwen3", separate_with_norms),
+    "smollm3": Family("SmolLM3", separate),
+    "starcoder2": Family("Starcoder2", separate),
 }
 
 LINEARIZED = "linearized_"  # what a converted model's model_type begins with

@@ -20,6 +20,10 @@ def softmax_features(x: Tensor) -> Tensor:
     return x.float().softmax(dim=-1)
 
 
+def _unrotated(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return q, k
+
+
 FEATURE_MAPS = {"softmax": softmax_features}
 
 
@@ -82,6 +86,8 @@ class LinearizedAttention(nn.Module):
         self.num_heads = base.config.num_attention_heads
         self.num_key_value_heads = base.config.num_key_value_heads
         self.rotate = modeling(base_model_type(base.config.model_type)).apply_rotary_pos_emb
+        if not getattr(base, "use_rope", True):  # SmolLM3 has layers without
+            self.rotate = _unrotated
         place = base.layer_idx, base.config.num_hidden_layers, self.num_key_value_heads
         self.layer = Layer(config, FEATURE_MAPS[config.feature_map], *place)
         self.structure: Structure | None = STRUCTURES.get(config.structure)
