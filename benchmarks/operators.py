@@ -17,14 +17,14 @@ from torch import Tensor
 
 from benchmarks.results import provenance, write
 from linearize.config import MixerConfig
-from linearize.mixer import softmax_features
+from linearize.features import softmax
 from linearize.ops.gated_linear import gated_linear
 from linearize.ops.local import Sinks, local_attention
 from linearize.structures import STRUCTURES
 from linearize.structures.base import Layer
 
 HEADS, KV_HEADS, SIZE, WINDOW, SINKS = 9, 3, 64, 64, 4
-LAYER = Layer(MixerConfig(), softmax_features, 0, 30, KV_HEADS)
+LAYER = Layer(MixerConfig(), softmax, 0, 30, KV_HEADS)
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
     )
 
 
-def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def causal_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention by PyTorch's own kernel, heads grouped."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -77,7 +77,7 @@ def liger(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 OPERATORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "causal softmax": softmax,
+    "causal softmax": causal_softmax,
     "window + sinks": window,
     "gla recurrence": recurrence,
     "liger attention": liger,

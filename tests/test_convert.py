@@ -167,7 +167,7 @@ def test_other_layers_stay_as_they_are():
         ({"mixing": "both"}, "'mixing' is 'both': .*'fixed' or 'per_head'"),
         ({"mixing_weight": 1.5}, "'mixing_weight' is 1.5"),
         ({"gate_temperature": 0}, "'gate_temperature' is 0"),
-        ({"feature_map": "relu"}, "'feature_map' is 'relu': .*'softmax'"),
+        ({"feature_map": "tanh"}, "'feature_map' is 'tanh': .*'softmax'"),
         ({"layers": "0-7"}, "this model's layers are 0-2"),
     ],
 )

@@ -6,7 +6,7 @@ from tiny import assert_close, tiny
 from transformers import DynamicCache
 
 from linearize import LinearizeError, MixerConfig, convert
-from linearize.mixer import softmax_features
+from linearize.features import FEATURE_MAPS, READOUTS, SIGNED, softmax
 from linearize.ops.gated_linear import reference
 from linearize.structures import STRUCTURES
 from linearize.structures.base import Layer
@@ -16,7 +16,7 @@ NAMES = sorted(STRUCTURES)
 
 
 def layer(name: str, layer_idx: int = 1, heads: int = 2, **settings) -> Layer:
-    return Layer(MixerConfig(structure=name, **settings), softmax_features, layer_idx, 4, heads)
+    return Layer(MixerConfig(structure=name, **settings), softmax, layer_idx, 4, heads)
 
 
 def projections(T: int = 9, scale: float = 1.0):
@@ -105,7 +105,7 @@ def test_lightning_is_a_constant_scalar_decay(schedule):
     place = layer("lightning", decay_schedule=schedule)
     output, state = STRUCTURES["lightning"].operator(*STRUCTURES["lightning"].inputs(q, k, v, place))
     log_g = -torch.tensor(rates(place)).view(1, 1, 2, 1).expand(2, 9, 2, 8)
-    features = softmax_features(q), softmax_features(k), v
+    features = softmax(q), softmax(k), v
     for ours, truth in zip((output, state), reference(*features, log_g, torch.zeros(2, 2, 8, 8)), strict=True):
         assert_close(ours, truth)
 
@@ -138,3 +138,66 @@ def test_negative_eigenvalues_double_beta():
 def test_settings_of_other_structures_are_refused(setting):
     with pytest.raises(LinearizeError, match=next(iter(setting))):
         convert(tiny(), structure="gla", **setting)
+
+
+@pytest.mark.parametrize("readout", ["rms", "denominator"])
+@pytest.mark.parametrize("name", ["gla", "mamba2", "hgrn2"])
+@torch.no_grad()
+def test_readouts_decode_as_they_read(name, readout):
+    settings = {"window": 4, "sinks": 2, "mixing_weight": 0.5, "gate_temperature": 2}
+    plain, ids = convert(tiny(), structure=name, **settings), torch.randint(3, 90, (2, 21))
+    model = convert(tiny(), structure=name, readout=readout, **settings)
+    full = model(ids, use_cache=False).logits
+    assert not torch.allclose(full, plain(ids, use_cache=False).logits)
+    cache = DynamicCache(config=model.config)
+    assert_close(torch.cat([model(x, past_key_values=cache).logits for x in ids.split([5, 1, 15], 1)], 1), full)
+
+
+def test_a_denominator_makes_a_weighted_mean():
+    """Where all values are the same, so is every output."""
+    q, k, v = projections(30)
+    made = STRUCTURES["gla"].inputs(q, k, torch.full_like(v, 3.0), layer("gla"))
+    output, state = READOUTS["denominator"](lambda given: STRUCTURES["gla"].operator(*given), made)
+    assert_close(output, torch.full_like(q, 3.0), 1e-4)
+    assert state.shape[-1] == v.shape[-1] + 1
+
+
+def test_rms_has_length_one():
+    made = STRUCTURES["gla"].inputs(*projections(30), layer("gla"))
+    output, _ = READOUTS["rms"](lambda given: STRUCTURES["gla"].operator(*given), made)
+    assert_close(output.square().mean(-1), torch.ones(2, 30, 6), 1e-3)
+
+
+def test_feature_maps():
+    x = 3 * torch.randn(50, 8)
+    assert_close(FEATURE_MAPS["softmax"](x).sum(-1), torch.ones(50))
+    assert_close(FEATURE_MAPS["l2"](x).norm(dim=-1), torch.ones(50))
+    assert_close(FEATURE_MAPS["elu"](x), torch.where(x > 0, x + 1, x.exp()))
+    assert torch.equal(FEATURE_MAPS["relu"](x), x.clamp(min=0))
+    assert torch.equal(FEATURE_MAPS["none"](x), x)
+    for name in FEATURE_MAPS:
+        assert (name in SIGNED) == bool((FEATURE_MAPS[name](x) < 0).any())
+
+
+@pytest.mark.parametrize("feature_map", sorted(FEATURE_MAPS))
+@torch.no_grad()
+def test_every_feature_map_changes_the_model(feature_map):
+    ids = torch.randint(3, 90, (1, 15))
+    outputs = {
+        name: convert(tiny(), feature_map=name, mixing_weight=0.5)(ids, use_cache=False).logits for name in FEATURE_MAPS
+    }
+    own = outputs.pop(feature_map)
+    assert not any(torch.allclose(own, other) for other in outputs.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"structure": "deltanet"}, "weights that add up, which deltanet has not"),
+        ({"feature_map": "none"}, "never negative, and none may be"),
+        ({"feature_map": "l2"}, "never negative, and l2 may be"),
+    ],
+)
+def test_denominators_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(LinearizeError, match=message):
+        convert(tiny(), readout="denominator", **settings)

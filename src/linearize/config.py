@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from linearize.errors import LinearizeError, unknown
+from linearize.features import SIGNED
 from linearize.structures import STRUCTURES
 
 T = TypeVar("T", bound=BaseModel)
@@ -19,7 +20,12 @@ class MixerConfig(BaseModel):
     structure: str = Field("gla", description="the recurrence; none leaves the window and the sinks alone")
     window: int = Field(64, ge=1, description="tokens that softmax attention sees, the current one included")
     sinks: int = Field(4, ge=0, description="first tokens of each document that softmax attention always sees")
-    feature_map: Literal["softmax"] = Field("softmax", description="of q and k in the recurrence, over the head size")
+    feature_map: Literal["softmax", "l2", "relu", "elu", "none"] = Field(
+        "softmax", description="of q and k in the recurrence, over the head size"
+    )
+    readout: Literal["none", "rms", "denominator"] = Field(
+        "none", description="of the recurrence: as it is, by its root mean square, or by the sum of its weights"
+    )
     gate_temperature: float = Field(16.0, gt=0, description="the log decay is divided by it")
     decay_schedule: Literal["paper", "alibi"] = Field(
         "paper", description="of lightning's fixed decays, by head and layer"
@@ -50,6 +56,12 @@ class MixerConfig(BaseModel):
             raise LinearizeError(f"negative_eigenvalues is of deltanet and gated_deltanet, not of {self.structure}")
         if self.decay_schedule != "paper" and self.structure != "lightning":
             raise LinearizeError(f"decay_schedule is of lightning, not of {self.structure}")
+        if self.readout == "denominator" and self.structure.endswith("deltanet"):
+            raise LinearizeError(f"readout denominator needs weights that add up, which {self.structure} has not")
+        if self.readout == "denominator" and self.feature_map in SIGNED:
+            raise LinearizeError(
+                f"readout denominator needs a feature map that is never negative, and {self.feature_map} may be"
+            )
         return self
 
     @property

@@ -67,7 +67,8 @@ def inspect(model: PreTrainedModel) -> Inspection:
 
 def recurrent_bytes(config: MixerConfig, heads: int, head_dim: int) -> int:
     """Bytes of one layer's states."""
-    return 0 if config.structure == "none" else STRUCTURES[config.structure].state_bytes(head_dim, head_dim, heads)
+    value_size = head_dim + (config.readout == "denominator")  # its sum of weights is one more channel
+    return 0 if config.structure == "none" else STRUCTURES[config.structure].state_bytes(head_dim, value_size, heads)
 
 
 def equal_memory_window(config: MixerConfig, heads: int, head_dim: int) -> int:

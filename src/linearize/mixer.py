@@ -9,22 +9,15 @@ from linearize.cache import MixerCacheLayer
 from linearize.config import MixerConfig
 from linearize.errors import LinearizeError
 from linearize.families import Family, base_model_type, modeling
+from linearize.features import FEATURE_MAPS, READOUTS
 from linearize.ops.local import Sinks, local_attention
 from linearize.structures import STRUCTURES
 from linearize.structures.base import DeltaInputs, Inputs, Layer, Structure
 from linearize.tokens import Tokens
 
 
-def softmax_features(x: Tensor) -> Tensor:
-    """φ(x) = softmax over the head size, in fp32: positive, no parameters (Liger, section 3.2)."""
-    return x.float().softmax(dim=-1)
-
-
 def _unrotated(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     return q, k
-
-
-FEATURE_MAPS = {"softmax": softmax_features}
 
 
 class FixedMixing(nn.Module):
@@ -90,6 +83,7 @@ class LinearizedAttention(nn.Module):
             self.rotate = _unrotated
         place = base.layer_idx, base.config.num_hidden_layers, self.num_key_value_heads
         self.layer = Layer(config, FEATURE_MAPS[config.feature_map], *place)
+        self.readout = READOUTS[config.readout]
         self.structure: Structure | None = STRUCTURES.get(config.structure)
         self.mixing: nn.Module = nn.Identity()  # what a window alone needs
         if self.structure is not None:
@@ -138,7 +132,8 @@ class LinearizedAttention(nn.Module):
         if tokens.valid is not None:  # padding neither decays nor writes
             real = tokens.valid[:, :, None, None]
             inputs = inputs._replace(k=inputs.k * real, log_g=inputs.log_g * real)
-        return self.structure.operator(*inputs, state, tokens.document)
+        operator = self.structure.operator
+        return self.readout(lambda given: operator(*given, state, tokens.document), inputs)
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> Inputs | DeltaInputs:
         """What the structure makes of the projections before RoPE."""
