@@ -162,22 +162,23 @@ def structures() -> str:
 def _keys(model: type[BaseModel]) -> str:
     schema = model.model_json_schema()
     lines = ["| key | type | default | |", "| --- | --- | --- | --- |"]
-    lines.extend(_rows(schema, schema, ""))
+    lines.extend(_rows(schema, schema, "", {}))
     return "\n".join(lines)
 
 
-def _rows(node: dict[str, Any], schema: dict[str, Any], prefix: str) -> Iterator[str]:
+def _rows(node: dict[str, Any], schema: dict[str, Any], prefix: str, told: dict[str, str]) -> Iterator[str]:
     for name, field in node.get("properties", {}).items():
         options = field.get("anyOf", [field])
         inner = next((o["$ref"].rpartition("/")[2] for o in options if "$ref" in o), None)
         inner = inner or field.get("items", {}).get("$ref", "").rpartition("/")[2]
         kind = " or ".join(_kind(option) for option in options)
         default = f"`{json.dumps(field['default'])}`" if "default" in field and not inner else ""
-        said = field.get("description", "").split("\n")[0]
+        said = field.get("description", "").split("\n")[0] or (f"as `{told[inner]}`" if inner in told else "")
         yield f"| `{prefix}{name}` | {kind} | {default} | {said} |"
-        if inner:
+        if inner and inner not in told:
+            told[inner] = prefix + name
             mark = "[]." if "items" in field else "."
-            yield from _rows(schema["$defs"][inner], schema, f"{prefix}{name}{mark}")
+            yield from _rows(schema["$defs"][inner], schema, f"{prefix}{name}{mark}", told)
 
 
 def _kind(option: dict[str, Any]) -> str:

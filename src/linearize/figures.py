@@ -117,7 +117,7 @@ def training(report: Report) -> Figure | None:
     if not stages:
         return None
     figure = _figure(WIDE, 3.3)
-    left, right, gap = 0.075, 0.125, 0.2
+    left, right, gap = 0.075, 0.16, 0.22
     width = (1 - left - right - gap * (len(stages) - 1)) / len(stages)
     for i, stage in enumerate(stages):
         box = (left + i * (width + gap), 0.14, width, 0.75)

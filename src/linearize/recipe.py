@@ -36,32 +36,36 @@ class Settings(BaseModel):
 class DataSettings(Settings):
     """Where text comes from: `wiki` is the embedded default; else a file, a folder or a hub data set."""
 
-    train: str = "wiki"
-    heldout: str = "wiki"
-    sequence_length: int = Field(1024, ge=8)
+    train: str = Field("wiki", description="text to train on: wiki (embedded), a file, a folder or a hub data set")
+    heldout: str = Field("wiki", description="text to measure on, which must be another")
+    sequence_length: int = Field(1024, ge=8, description="tokens that are packed into one sequence")
 
 
 class LoraSettings(Settings):
     """Low-rank adapters on the projections (PEFT)."""
 
-    r: int = Field(32, ge=1)
-    alpha: float = Field(64, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    targets: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
+    r: int = Field(32, ge=1, description="rank")
+    alpha: float = Field(64, gt=0, description="adapters are scaled by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapters' inputs")
+    targets: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj"),
+        min_length=1,
+        description="names of the linear layers that get an adapter",
+    )
 
 
 class StageSettings(Settings):
     """A training stage. One step takes batch_size · accumulate sequences."""
 
-    tokens: Tokens
-    batch_size: int = Field(1, ge=1)
-    accumulate: int = Field(1, ge=1)
-    learning_rate: float = Field(5e-4, gt=0)
-    mixing_learning_rate: float = Field(5e-3, gt=0)
-    warmup: float = Field(0.05, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, gt=0)
-    gradient_checkpointing: bool = False
+    tokens: Tokens = Field(description="to train on, in whole sequences; 30K, 2.5M and 1B are understood")
+    batch_size: int = Field(1, ge=1, description="sequences at once")
+    accumulate: int = Field(1, ge=1, description="batches for each step")
+    learning_rate: float = Field(5e-4, gt=0, description="at its peak, of everything but the mixing weights")
+    mixing_learning_rate: float = Field(5e-3, gt=0, description="of the mixing weights")
+    warmup: float = Field(0.05, ge=0, description="steps before the peak, or below 1 their share; a cosine follows")
+    weight_decay: float = Field(0.0, ge=0, description="of all but the mixing weights")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    gradient_checkpointing: bool = Field(False, description="less memory for more time")
     save_every: int = Field(50, ge=0, description="steps between checkpoints to resume from; 0: none")
 
 
@@ -75,16 +79,18 @@ class DistillSettings(StageSettings):
     """Its loss is kl_weight · KL(teacher ‖ student) + (1 - kl_weight) · next token."""
 
     tokens: Tokens = 1_500_000
-    kl_weight: float = Field(1.0, ge=0, le=1)
+    kl_weight: float = Field(1.0, ge=0, le=1, description="a in a KL(teacher, student) + (1 - a) next token")
 
 
 class EvaluationSettings(Settings):
     """Held-out sequences, and the contexts at which decoding is timed."""
 
-    sequence_length: int = Field(1024, ge=16)
-    sequences: int = Field(8, ge=1)
-    contexts: tuple[Annotated[int, Field(ge=1)], ...] = Field((256, 1024, 4096), min_length=1)
-    decode_tokens: int = Field(16, ge=1)
+    sequence_length: int = Field(1024, ge=16, description="tokens of a held-out sequence")
+    sequences: int = Field(8, ge=1, description="held-out sequences, at most")
+    contexts: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (256, 1024, 4096), min_length=1, description="lengths at which decoding is timed"
+    )
+    decode_tokens: int = Field(16, ge=1, description="steps timed at each")
 
 
 Baseline = Literal["window_only", "window_equal_memory"]
@@ -93,18 +99,20 @@ Baseline = Literal["window_only", "window_equal_memory"]
 class Recipe(Settings):
     """A run of the main job."""
 
-    model: str = "smollm2-135m"
-    layers: Layers = "all"
-    softmax_every: int | None = Field(None, ge=1)
+    model: str = Field("smollm2-135m", description="an embedded name, a folder, or a hub name owner/name")
+    layers: Layers = Field("all", description="to convert: all, or numbers and ranges like 0-7,16")
+    softmax_every: int | None = Field(None, ge=1, description="leave every so many-th layer as it is")
     mixer: MixerConfig = MixerConfig()
     data: DataSettings = DataSettings()
     lora: LoraSettings | None = LoraSettings()
     align: AlignSettings | None = AlignSettings()
     distill: DistillSettings | None = DistillSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
-    baselines: tuple[Baseline, ...] = ("window_only",)
-    adapter: Literal["merged", "separate"] = "merged"
-    seed: int = Field(0, ge=0, lt=2**32)
+    baselines: tuple[Baseline, ...] = Field(("window_only",), description="trained as well, to compare with")
+    adapter: Literal["merged", "separate"] = Field(
+        "merged", description="LoRA merged into the weights, or kept beside them"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="of adapters, order and dropout")
 
 
 def read(

@@ -21,7 +21,7 @@ class Schema(BaseModel):
 class ModelResult(Schema):
     """One model on the held-out text. Losses are means in nats."""
 
-    perplexity: float
+    perplexity: float = Field(description="exp of the mean loss")
     early_loss: float = Field(description="the first 128 positions")
     late_loss: float = Field(description="positions >= T / 2")
     loss_by_position: list[float] = Field(description="in buckets of `Report.bucket` positions")
@@ -88,10 +88,10 @@ class Report(Schema):
 
     model: str
     structure: str
-    sequence_length: int = Field(gt=0)
-    bucket: int = Field(gt=0)
-    eval_tokens: int
-    heldout: str
+    sequence_length: int = Field(gt=0, description="T, of the held-out sequences")
+    bucket: int = Field(gt=0, description="positions for each point of loss_by_position")
+    eval_tokens: int = Field(description="held-out tokens that were scored")
+    heldout: str = Field(description="where the held-out text comes from")
     models: Models
     late_gap_closed: LateGapClosed = Field(default_factory=LateGapClosed)
     decode_parity: float = Field(description="relative norm: step-by-step decoded logits against the full forward")
