@@ -184,7 +184,7 @@ def test_model_card():
     assert verdict(report) in card
     assert "import linearize" in card
     assert "## Limitations" in card
-    assert "base_model" not in yaml.safe_load(model_card(report, "/tmp/my model").split("---\n")[1])
+    assert "base_model" not in yaml.safe_load(model_card(report, "my folder/my model").split("---\n")[1])
 
 
 def test_write(tmp_path):

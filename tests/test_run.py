@@ -301,6 +301,13 @@ def test_a_stage_of_another_source_is_trained_anew(recipe, tmp_path):
     assert not torch.equal(logits(load(tmp_path / "out")[0], TOKENS), first)
 
 
+def test_a_stage_without_training_checkpoints(recipe, tmp_path):
+    job.convert_only(recipe, tmp_path / "source")
+    none = changed(recipe, distill=recipe.distill.model_dump() | {"save_every": 0})
+    job.stage_only("distill", tmp_path / "source", none, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
 def test_text_that_changed_is_read_again(recipe, tmp_path, trained):
     text = tmp_path / "train.txt"
     text.write_text(tiny.text(2000, 1), encoding="utf-8")

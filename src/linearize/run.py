@@ -125,7 +125,7 @@ def stage_only(name: str, source: Path, recipe: Recipe, out: Path) -> None:
         with new_folder(out, kind="checkpoint") as folder:
             kept = recipe.model_copy(update={"adapter": "separate"}) if name == "align" else recipe
             checkpoint.write(student, tokenizer, kept, [*curves, curve], folder, out)
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)  # absent where no checkpoints were asked for
 
 
 def _continued(recipe: Recipe, before: Recipe, source: Path, trained: bool) -> Recipe:
@@ -299,10 +299,9 @@ def _finished(recipe: Recipe, out: Path) -> Report | None:
         report = read_report(out)
     except LinearizeError:
         return None
-    same = report.recipe == recipe.model_dump(mode="json") and read_json(out / MARKER).get("sources") == _sources(
-        recipe
-    )
-    return report if same else None
+    same_recipe = report.recipe == recipe.model_dump(mode="json")
+    same_sources = read_json(out / MARKER).get("sources") == _sources(recipe)
+    return report if same_recipe and same_sources else None
 
 
 def _sources(recipe: Recipe, checkpoint: Path | None = None) -> str:
