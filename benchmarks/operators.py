@@ -19,12 +19,12 @@ from benchmarks.results import provenance, write
 from linearize.config import MixerConfig
 from linearize.features import softmax
 from linearize.ops.gated_linear import gated_linear
-from linearize.ops.local import Sinks, local_attention
+from linearize.ops.local import Scoring, Sinks, local_attention
 from linearize.structures import STRUCTURES
 from linearize.structures.base import Layer
 
 HEADS, KV_HEADS, SIZE, WINDOW, SINKS = 9, 3, 64, 64, 4
-LAYER = Layer(MixerConfig(), softmax, 0, 30, KV_HEADS)
+LAYER = Layer(MixerConfig(), 0, 30, KV_HEADS)
 
 
 def main() -> None:
@@ -63,12 +63,12 @@ def causal_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The window and sinks alone."""
     sinks = Sinks(k[:, :SINKS], v[:, :SINKS], torch.arange(SINKS)[None])
-    return local_attention(q, k, v, WINDOW, SIZE**-0.5, sinks)
+    return local_attention(q, k, v, WINDOW, Scoring(SIZE**-0.5), sinks)[0]
 
 
 def recurrence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The gated recurrence alone, gate and feature maps included."""
-    return gated_linear(*STRUCTURES["gla"].inputs(q, k, v, LAYER))[0]
+    return gated_linear(*STRUCTURES["gla"].inputs(softmax(q), softmax(k), v, k, LAYER))[0]
 
 
 def liger(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def liger(attention, x, rope, w, window, sinks, temperature):
     cos, sin = (part[:, :, None] for part in rope)
     q, k = (y * cos + torch.cat([-y[..., y.shape[-1] // 2 :], y[..., : y.shape[-1] // 2]], -1) * sin for y in (q, k))
     first = local.Sinks(k[:, :sinks], v[:, :sinks], torch.arange(sinks).expand(len(x), -1))
-    near = local.reference(q, k, v, window, attention.head_dim**-0.5, first)
+    near, _ = local.reference(q, k, v, window, local.Scoring(attention.head_dim**-0.5), first)
     return attention.o_proj((w * recurrent + (1 - w) * near).float().flatten(2))
 
 

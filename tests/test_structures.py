@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from linearize import LinearizeError, MixerConfig, convert
 from linearize.features import FEATURE_MAPS, READOUTS, SIGNED, softmax
+from linearize.gates import pooled
 from linearize.ops.gated_linear import reference
 from linearize.structures import STRUCTURES
 from linearize.structures.base import Layer
@@ -16,7 +17,14 @@ NAMES = sorted(STRUCTURES)
 
 
 def layer(name: str, layer_idx: int = 1, heads: int = 2, **settings) -> Layer:
-    return Layer(MixerConfig(structure=name, **settings), softmax, layer_idx, 4, heads)
+    return Layer(MixerConfig(structure=name, **settings), layer_idx, 4, heads)
+
+
+def made(name: str, q, k, v, place: Layer | None = None):
+    """A structure's inputs with the softmax feature map and the gate from the key."""
+    structure, place = STRUCTURES[name], place or layer(name)
+    gate = pooled(k, structure.gate_size(place.config, k.shape[-1])).repeat(1, 1, 1, structure.gates)
+    return structure.inputs(softmax(q), softmax(k), v, gate, place)
 
 
 def projections(T: int = 9, scale: float = 1.0):
@@ -56,9 +64,9 @@ def test_padding_and_packing_change_nothing(name):
 def test_gates_only_forget(name):
     for scale in (1.0, 30.0, 300.0):
         q, k, v = (x.requires_grad_() for x in projections(scale=scale))
-        made = STRUCTURES[name].inputs(q, k, v, layer(name))
-        assert (made.log_g <= 0).all()
-        output, _ = STRUCTURES[name].operator(*made)
+        inputs = made(name, q, k, v, layer(name))
+        assert (inputs.log_g <= 0).all()
+        output, _ = STRUCTURES[name].operator(*inputs)
         output.square().sum().backward()
         assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
 
@@ -67,7 +75,7 @@ def test_they_are_different_structures():
     q, k, v = projections()
     seen = {}
     for name in NAMES:
-        output, _ = STRUCTURES[name].operator(*STRUCTURES[name].inputs(q, k, v, layer(name, gate_temperature=2)))
+        output, _ = STRUCTURES[name].operator(*made(name, q, k, v, layer(name, gate_temperature=2)))
         same = [other for other, before in seen.items() if torch.allclose(before, output)]
         assert same == (["gated_retention"] if name == "mlstm" else [])
         seen[name] = output
@@ -75,35 +83,33 @@ def test_they_are_different_structures():
 
 def test_temperature_lengthens_memory():
     for name in set(NAMES) - {"lightning", "deltanet"}:
-        short, long = (
-            STRUCTURES[name].inputs(*projections(), layer(name, gate_temperature=t)).log_g.mean() for t in (1, 100)
-        )
+        short, long = (made(name, *projections(), layer(name, gate_temperature=t)).log_g.mean() for t in (1, 100))
         assert short < long < 0
 
 
 def test_hgrn2_forgets_what_it_does_not_write_and_less_in_deeper_layers():
     q, k, v = projections()
     for layer_idx in range(4):
-        made = STRUCTURES["hgrn2"].inputs(q, k, v, layer("hgrn2", layer_idx))
-        assert_close(made.k, 1 - made.log_g.exp())
-        assert (made.log_g.exp() >= layer_idx / 4).all()
+        inputs = made("hgrn2", q, k, v, layer("hgrn2", layer_idx))
+        assert_close(inputs.k, 1 - inputs.log_g.exp())
+        assert (inputs.log_g.exp() >= layer_idx / 4).all()
 
 
 def test_rwkv6_and_mamba2_are_their_equations():
     q, k, v = projections()
-    made = STRUCTURES["rwkv6"].inputs(q, k, v, layer("rwkv6", gate_temperature=1))
-    assert_close(made.log_g.exp(), torch.exp(-torch.exp(k)))
-    made = STRUCTURES["mamba2"].inputs(q, k, v, layer("mamba2", gate_temperature=1))
+    inputs = made("rwkv6", q, k, v, layer("rwkv6", gate_temperature=1))
+    assert_close(inputs.log_g.exp(), torch.exp(-torch.exp(k)))
+    inputs = made("mamba2", q, k, v, layer("mamba2", gate_temperature=1))
     step = torch.log1p(k.mean(-1, keepdim=True).exp())
-    assert_close(made.log_g, -step)
-    assert_close(made.k, step * k.softmax(-1))
+    assert_close(inputs.log_g, -step)
+    assert_close(inputs.k, step * k.softmax(-1))
 
 
 @pytest.mark.parametrize("schedule", ["paper", "alibi"])
 def test_lightning_is_a_constant_scalar_decay(schedule):
     q, k, v = projections()
     place = layer("lightning", decay_schedule=schedule)
-    output, state = STRUCTURES["lightning"].operator(*STRUCTURES["lightning"].inputs(q, k, v, place))
+    output, state = STRUCTURES["lightning"].operator(*made("lightning", q, k, v, place))
     log_g = -torch.tensor(rates(place)).view(1, 1, 2, 1).expand(2, 9, 2, 8)
     features = softmax(q), softmax(k), v
     for ours, truth in zip((output, state), reference(*features, log_g, torch.zeros(2, 2, 8, 8)), strict=True):
@@ -118,8 +124,8 @@ def test_lightning_schedules():
 
 def test_gated_deltanet_without_decay_is_deltanet():
     q, k, v = projections(40)
-    plain = STRUCTURES["deltanet"].inputs(q, k, v, layer("deltanet"))
-    gated = STRUCTURES["gated_deltanet"].inputs(q, k, v, layer("gated_deltanet"))
+    plain = made("deltanet", q, k, v, layer("deltanet"))
+    gated = made("gated_deltanet", q, k, v, layer("gated_deltanet"))
     assert (gated.log_g < 0).all()
     gated = gated._replace(log_g=torch.zeros_like(gated.log_g))
     assert_close(STRUCTURES["gated_deltanet"].operator(*gated)[0], STRUCTURES["deltanet"].operator(*plain)[0])
@@ -127,9 +133,7 @@ def test_gated_deltanet_without_decay_is_deltanet():
 
 def test_negative_eigenvalues_double_beta():
     q, k, v = projections()
-    half, whole = (
-        STRUCTURES["deltanet"].inputs(q, k, v, layer("deltanet", negative_eigenvalues=n)).beta for n in (False, True)
-    )
+    half, whole = (made("deltanet", q, k, v, layer("deltanet", negative_eigenvalues=n)).beta for n in (False, True))
     assert_close(whole, 2 * half)
     assert (whole < 2).all()
 
@@ -156,15 +160,15 @@ def test_readouts_decode_as_they_read(name, readout):
 def test_a_denominator_makes_a_weighted_mean():
     """Where all values are the same, so is every output."""
     q, k, v = projections(30)
-    made = STRUCTURES["gla"].inputs(q, k, torch.full_like(v, 3.0), layer("gla"))
-    output, state = READOUTS["denominator"](lambda given: STRUCTURES["gla"].operator(*given), made)
+    inputs = made("gla", q, k, torch.full_like(v, 3.0), layer("gla"))
+    output, state = READOUTS["denominator"](lambda given: STRUCTURES["gla"].operator(*given), inputs)
     assert_close(output, torch.full_like(q, 3.0), 1e-4)
     assert state.shape[-1] == v.shape[-1] + 1
 
 
 def test_rms_has_length_one():
-    made = STRUCTURES["gla"].inputs(*projections(30), layer("gla"))
-    output, _ = READOUTS["rms"](lambda given: STRUCTURES["gla"].operator(*given), made)
+    inputs = made("gla", *projections(30), layer("gla"))
+    output, _ = READOUTS["rms"](lambda given: STRUCTURES["gla"].operator(*given), inputs)
     assert_close(output.square().mean(-1), torch.ones(2, 30, 6), 1e-3)
 
 

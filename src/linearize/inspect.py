@@ -68,7 +68,9 @@ def inspect(model: PreTrainedModel) -> Inspection:
 def recurrent_bytes(config: MixerConfig, heads: int, head_dim: int) -> int:
     """Bytes of one layer's states."""
     value_size = head_dim + (config.readout == "denominator")  # its sum of weights is one more channel
-    return 0 if config.structure == "none" else STRUCTURES[config.structure].state_bytes(head_dim, value_size, heads)
+    if config.structure == "none":
+        return 0
+    return STRUCTURES[config.structure].state_bytes(config, head_dim, value_size, heads)
 
 
 def equal_memory_window(config: MixerConfig, heads: int, head_dim: int) -> int:

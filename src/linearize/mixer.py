@@ -10,7 +10,8 @@ from linearize.config import MixerConfig
 from linearize.errors import LinearizeError
 from linearize.families import Family, base_model_type, modeling
 from linearize.features import FEATURE_MAPS, READOUTS
-from linearize.ops.local import Sinks, local_attention
+from linearize.gates import pooled
+from linearize.ops.local import Scoring, Sinks, local_attention
 from linearize.structures import STRUCTURES
 from linearize.structures.base import DeltaInputs, Inputs, Layer, Structure
 from linearize.tokens import Tokens
@@ -82,7 +83,7 @@ class LinearizedAttention(nn.Module):
         if not getattr(base, "use_rope", True):  # SmolLM3 has layers without
             self.rotate = _unrotated
         place = base.layer_idx, base.config.num_hidden_layers, self.num_key_value_heads
-        self.layer = Layer(config, FEATURE_MAPS[config.feature_map], *place)
+        self.layer = Layer(config, *place)
         self.readout = READOUTS[config.readout]
         self.structure: Structure | None = STRUCTURES.get(config.structure)
         self.mixing: nn.Module = nn.Identity()  # what a window alone needs
@@ -113,8 +114,9 @@ class LinearizedAttention(nn.Module):
         q_rotated, k_rotated = self.rotate(q, k, *position_embeddings, unsqueeze_dim=2)
         sinks = self.sinks(q, k_rotated, v, tokens, cache)
         past = None if cache is None else cache.past()
-        output = local_attention(
-            q_rotated, k_rotated, v, self.config.window, self.scaling, sinks, past, tokens.valid, tokens.document
+        scoring = Scoring(self.scaling)
+        output, _ = local_attention(
+            q_rotated, k_rotated, v, self.config.window, scoring, sinks, past, tokens.valid, tokens.document
         )
         state = None
         if self.structure is not None:
@@ -138,7 +140,9 @@ class LinearizedAttention(nn.Module):
     def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> Inputs | DeltaInputs:
         """What the structure makes of the projections before RoPE."""
         assert self.structure is not None
-        return self.structure.inputs(q, k, v, self.layer)
+        map_, size = FEATURE_MAPS[self.config.feature_map], self.structure.gate_size(self.config, k.shape[-1])
+        gate = pooled(k, size)
+        return self.structure.inputs(map_(q), map_(k), v, gate.repeat(1, 1, 1, self.structure.gates), self.layer)
 
     def sinks(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, cache: MixerCacheLayer | None) -> Sinks:
         """The sinks of every document, from this call and the cache; q before, k after RoPE."""

@@ -5,10 +5,11 @@ import torch
 from tiny import assert_close
 from torch import Tensor
 
-from linearize.ops.local import NEVER, Past, Sinks, local_attention, reference
+from linearize.ops.local import NEVER, Past, Scoring, Sinks, local_attention, reference
 
 B, KV, GROUPS, D, V = 2, 2, 3, 8, 6
 SCALE = 0.7
+PLAIN = Scoring(SCALE)
 
 
 def inputs(T: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,7 +34,14 @@ def padded_left(*amounts: int, length: int) -> Tensor:
 
 
 def assert_is_the_equation(
-    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: Sinks, past: Past | None = None, **kwargs
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    sinks: Sinks,
+    past: Past | None = None,
+    scoring: Scoring = PLAIN,
+    **kwargs,
 ) -> None:
     """Output and the gradient of every tensor; a padded query's output means nothing, and is only finite."""
     tensors = [q, k, v, sinks.k, sinks.v]
@@ -49,14 +57,23 @@ def assert_is_the_equation(
         rest = iter(leaves[5:])
         own = sinks._replace(k=leaves[3], v=leaves[4], q=None if sinks.q is None else next(rest))
         before = None if past is None else past._replace(k=next(rest), v=next(rest))
-        output = function(*leaves[:3], window, SCALE, own, before, **kwargs)
+        output, normalizer = function(*leaves[:3], window, scoring, own, before, **kwargs)
         assert torch.isfinite(output).all()
-        (output * weight).sum().backward()
+        loss = (output * weight).sum()
+        if normalizer is not None and scoring.normalizer:
+            loss = loss + (normalizer * weight[..., 0]).sum()
+        loss.backward()
         outputs.append(output.detach() * (weight != 0))
         gradients.append([torch.zeros_like(x) if x.grad is None else x.grad for x in leaves])
     assert_close(*outputs)
     for gradient, expected in zip(*gradients, strict=True):
         assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("T", [1, 29])
+def test_the_normalizer(T):
+    assert_is_the_equation(*inputs(T), 8, sinks_of(range(2)), scoring=Scoring(SCALE, normalizer=True))
+    assert_is_the_equation(*inputs(T), 8, sinks_of([-30, -2]), past_of(8), scoring=Scoring(SCALE, normalizer=True))
 
 
 @pytest.mark.parametrize("sinks", [0, 4])
@@ -108,13 +125,13 @@ def test_exactly_the_window_is_seen(window, T):
     """The last query sees the key at distance window - 1 and not the one at distance window."""
     q, k, v = inputs(T)
     empty = sinks_of([])
-    before = local_attention(q, k, v, window, SCALE, empty)
+    before = local_attention(q, k, v, window, PLAIN, empty)[0]
 
     def moved(distance: int) -> bool:
         other_k, other_v = k.clone(), v.clone()
         other_k[:, -1 - distance] += 1
         other_v[:, -1 - distance] += 1
-        return not torch.equal(local_attention(q, other_k, other_v, window, SCALE, empty)[:, -1], before[:, -1])
+        return not torch.equal(local_attention(q, other_k, other_v, window, PLAIN, empty)[0][:, -1], before[:, -1])
 
     assert [moved(distance) for distance in range(T)] == [distance < window for distance in range(T)]
 
@@ -123,20 +140,20 @@ def test_a_sink_is_seen_once_it_has_left_the_window():
     q, k, v = inputs(6)
     one = sinks_of([1])
     other = one._replace(v=one.v + 1)
-    changed = local_attention(q, k, v, 3, SCALE, one) != local_attention(q, k, v, 3, SCALE, other)
+    changed = local_attention(q, k, v, 3, PLAIN, one)[0] != local_attention(q, k, v, 3, PLAIN, other)[0]
     assert changed.all(-1).all(-1).all(0).tolist() == [False, False, False, False, True, True]
 
 
 def test_a_sink_that_is_not_there_is_never_seen():
     q, k, v = inputs(20)
-    expected = local_attention(q, k, v, 3, SCALE, sinks_of([]))
-    assert_close(local_attention(q, k, v, 3, SCALE, sinks_of([NEVER, NEVER])), expected)
+    expected = local_attention(q, k, v, 3, PLAIN, sinks_of([]))[0]
+    assert_close(local_attention(q, k, v, 3, PLAIN, sinks_of([NEVER, NEVER]))[0], expected)
 
 
 def test_bfloat16():
     tensors = [x.bfloat16() for x in inputs(20)]
     sinks = sinks_of(range(2))
     sinks = sinks._replace(k=sinks.k.bfloat16(), v=sinks.v.bfloat16())
-    output = local_attention(*tensors, 8, SCALE, sinks)
+    output, _ = local_attention(*tensors, 8, PLAIN, sinks)
     assert output.dtype == torch.bfloat16
-    assert_close(output, reference(*tensors, 8, SCALE, sinks), 1e-2)
+    assert_close(output, reference(*tensors, 8, PLAIN, sinks)[0], 1e-2)

@@ -14,6 +14,13 @@ from torch import Tensor
 NEVER = 1 << 40  # the time of a sink that is not there yet
 
 
+class Scoring(NamedTuple):
+    """How queries and keys become weights."""
+
+    scale: float  # of their products
+    normalizer: bool = False  # whether the logarithm of the sum of exponentials is wanted as well
+
+
 class Past(NamedTuple):
     """The W tokens before the first of the call, as the cache keeps them."""
 
@@ -37,12 +44,12 @@ def reference(
     k: Tensor,
     v: Tensor,
     window: int,
-    scale: float,
+    scoring: Scoring,
     sinks: Sinks,
     past: Past | None = None,
     valid: Tensor | None = None,
     document: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The whole score matrix, in float64: what `local_attention` is tested against."""
     B, T, H, _ = q.shape
     groups = H // k.shape[2]
@@ -68,9 +75,9 @@ def reference(
         dim=-1,
     )
     mask = torch.cat([seen, sink_seen], dim=-1)
-    weights = (scores * scale).masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+    scores = (scores * scoring.scale).masked_fill(~mask[:, None], -torch.inf)
     values = torch.cat([values, sinks.v.double()], 1).repeat_interleave(groups, 2)
-    return torch.einsum("bhts,bshd->bthd", weights, values)
+    return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), values), scores.logsumexp(-1).transpose(1, 2)
 
 
 def local_attention(
@@ -78,13 +85,14 @@ def local_attention(
     k: Float[Tensor, "B T KV D"],
     v: Float[Tensor, "B T KV V"],
     window: int,
-    scale: float,
+    scoring: Scoring,
     sinks: Sinks,
     past: Past | None = None,
     valid: Bool[Tensor, "B T"] | None = None,
     document: Int[Tensor, "B T"] | None = None,
-) -> Float[Tensor, "B T H V"]:
-    """By the fastest code there is for these inputs; time and memory grow with T·W.
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H"] | None]:
+    """By the fastest code there is for these inputs; time and memory grow with T·W. The output and, where `scoring`
+    wants it, the logarithm of its normaliser.
 
     `valid` is False at padding, which nothing sees (a padded query sees itself, so that no row is empty);
     `document` `[B, T]` separates packed documents, and goes with no past.
@@ -94,24 +102,38 @@ def local_attention(
         sinks = sinks._replace(k=F.pad(sinks.k, (sinks.k.shape[-1], 0)))
         past = past and past._replace(k=F.pad(past.k, (0, past.k.shape[-1])))
     if q.shape[1] == 1 and past is not None:
-        return step(q, k, v, window, scale, sinks, past)
-    return blocked(q, k, v, window, scale, sinks, past, valid, document)
+        return step(q, k, v, window, scoring, sinks, past)
+    return blocked(q, k, v, window, scoring, sinks, past, valid, document)
 
 
-def step(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, sinks: Sinks, past: Past) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
+    """Plain attention: q `[B, KV, N, R, D]` over k, v `[B, KV, N, S, D]`, R queries of one group of heads; mask
+    `[B or 1, 1, N, R, S]`. Output and normaliser `[B, KV, N, R]`."""
+    if not scoring.normalizer:
+        q_, k_, v_ = (x.flatten(0, 2)[:, None] for x in (q, k, v))
+        mask = mask.expand(*q.shape[:3], -1, -1).flatten(0, 2)[:, None]
+        output = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask, scale=scoring.scale)
+        return output.view(*q.shape[:-1], -1), None
+    scores = (scoring.scale * (q @ k.mT).float()).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v, scores.logsumexp(-1)
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, window: int, scoring: Scoring, sinks: Sinks, past: Past
+) -> tuple[Tensor, Tensor | None]:
     """One token, for decoding."""
     keys = torch.cat([sinks.k, past.k[:, 1:], k], dim=1)
     values = torch.cat([sinks.v, past.v[:, 1:], v], dim=1)
     here = past.valid.new_ones(q.shape[0], 1)
     mask = torch.cat([(sinks.time <= -window).expand(q.shape[0], -1), past.valid[:, 1:], here], dim=1)
-    output = F.scaled_dot_product_attention(
-        q[:, 0].unflatten(1, (k.shape[2], -1)),  # a group's queries as the rows of one attention
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
-        attn_mask=mask[:, None, None],
-        scale=scale,
+    output, normalizer = attend(
+        q[:, 0].unflatten(1, (k.shape[2], -1))[:, :, None],  # a group's queries as the rows of one attention
+        keys.transpose(1, 2)[:, :, None],
+        values.transpose(1, 2)[:, :, None],
+        mask[:, None, None, None],
+        scoring,
     )
-    return output.flatten(1, 2)[:, None]
+    return output.flatten(1, 3)[:, None], None if normalizer is None else normalizer.flatten(1)[:, None]
 
 
 def blocked(
@@ -119,12 +141,12 @@ def blocked(
     k: Tensor,
     v: Tensor,
     window: int,
-    scale: float,
+    scoring: Scoring,
     sinks: Sinks,
     past: Past | None,
     valid: Tensor | None,
     document: Tensor | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """In blocks of W queries, each against its own and the W keys before it."""
     B, T, H, _ = q.shape
     KV = k.shape[2]
@@ -136,16 +158,14 @@ def blocked(
     keys = _banded(k, past and past.k, sinks.k, window, block, pad)
     values = _banded(v, past and past.v, sinks.v, window, block, pad)
     mask = _mask(B, T, window, block, sinks, past, valid, document, q.device)
-    mask = mask[:, None, :, :, None].expand(B, KV, -1, -1, H // KV, -1).flatten(3, 4)
-    output = F.scaled_dot_product_attention(  # one attention for each block: [B*KV*blocks, 1, queries, keys]
-        queries.flatten(0, 2)[:, None],
-        keys.flatten(0, 2)[:, None],
-        values.flatten(0, 2)[:, None],
-        attn_mask=mask.flatten(0, 2)[:, None],
-        scale=scale,
-    )
-    output = output.view(B, KV, blocks * block, H // KV, -1)[:, :, :T]
-    return output.transpose(1, 2).flatten(2, 3)
+    mask = mask[:, None].repeat_interleave(H // KV, dim=3)
+    output, normalizer = attend(queries, keys, values, mask, scoring)
+
+    def by_token(x: Tensor) -> Tensor:  # [B, KV, blocks, block*G, ...] -> [B, T, H, ...]
+        x = x.unflatten(3, (block, -1)).flatten(2, 3)[:, :, :T]
+        return x.transpose(1, 2).flatten(2, 3)
+
+    return by_token(output), None if normalizer is None else by_token(normalizer)
 
 
 def _banded(x: Tensor, past: Tensor | None, sinks: Tensor, window: int, block: int, pad: int) -> Tensor:

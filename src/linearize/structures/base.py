@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -17,7 +17,6 @@ class Layer(NamedTuple):
     """Where a recurrence stands, for what differs from layer to layer and head to head."""
 
     config: MixerConfig
-    feature_map: Callable[[Tensor], Tensor]
     layer_idx: int
     num_layers: int
     num_key_value_heads: int
@@ -42,21 +41,40 @@ class DeltaInputs(NamedTuple):
     beta: Float[Tensor, "B T KV 1"]
 
 
-def matrix(key_size: int, value_size: int) -> tuple[int, ...]:
+def per_channel(config: MixerConfig, key_size: int) -> int:
+    """A gate for each channel of the key."""
+    return key_size
+
+
+def per_head(config: MixerConfig, key_size: int) -> int:
+    """One gate."""
+    return 1
+
+
+def absent(config: MixerConfig, key_size: int) -> int:
+    """No gate."""
+    return 0
+
+
+def matrix(config: MixerConfig, key_size: int, value_size: int) -> tuple[int, ...]:
     """The shape of a state that holds a value for each key channel."""
     return key_size, value_size
 
 
 class Structure(NamedTuple):
-    """A recurrence: `operator(*inputs(q, k, v, layer), state, document)` gives its output and final state.
+    """A recurrence: `operator(*inputs(q, k, v, gate, layer), state, document)` gives its output and final state.
 
-    `inputs` takes the projections before RoPE, q `[B, T, H, D]`, k and v `[B, T, KV, D]`.
+    `inputs` takes q `[B, T, H, K]` and k `[B, T, KV, K]` after the feature map, v `[B, T, KV, V]`, and the gate before
+    its non-linearity, P in the paper's table: `[B, T, KV, gate_size]` in fp32, or, of two gates, one after the other.
     """
 
-    inputs: Callable[[Tensor, Tensor, Tensor, Layer], Inputs | DeltaInputs]
+    inputs: Callable[[Tensor, Tensor, Tensor, Tensor, Layer], Any]
     operator: Callable[..., tuple[Tensor, Tensor]]
-    state_shape: Callable[[int, int], tuple[int, ...]] = matrix  # of one key/value head, from its key and value sizes
+    gate_size: Callable[[MixerConfig, int], int] = per_channel  # of one key/value head, from its key size
+    gates: int = 1
+    state_shape: Callable[[MixerConfig, int, int], tuple[int, ...]] = matrix  # of one key/value head
+    weighs: bool = True  # whether the output is a sum of values by weights as positive as q and k are
 
-    def state_bytes(self, key_size: int, value_size: int, heads: int) -> int:
+    def state_bytes(self, config: MixerConfig, key_size: int, value_size: int, heads: int) -> int:
         """Bytes of one sequence's states in one layer, in fp32."""
-        return 4 * heads * math.prod(self.state_shape(key_size, value_size))
+        return 4 * heads * math.prod(self.state_shape(config, key_size, value_size))

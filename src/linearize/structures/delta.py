@@ -5,22 +5,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.ops.gated_delta import gated_delta
-from linearize.structures.base import DeltaInputs, Layer, Structure
+from linearize.structures.base import DeltaInputs, Layer, Structure, per_head
 
 
-def deltanet(q: Tensor, k: Tensor, v: Tensor, layer: Layer) -> DeltaInputs:
-    """`β = σ(mean of k)`, twice that with `negative_eigenvalues` (arXiv 2411.12537); no decay; q and k of length 1."""
-    pooled = k.float().mean(-1, keepdim=True)
-    beta = (1 + layer.config.negative_eigenvalues) * pooled.sigmoid()
-    q, k = (F.normalize(layer.feature_map(x), dim=-1) for x in (q, k))
-    return DeltaInputs(q, k, v, torch.zeros_like(pooled), beta)
+def deltanet(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, layer: Layer) -> DeltaInputs:
+    """`β = σ(P)`, twice that with `negative_eigenvalues` (arXiv 2411.12537); no decay; q and k of length 1."""
+    beta = (1 + layer.config.negative_eigenvalues) * gate.sigmoid()
+    return DeltaInputs(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, torch.zeros_like(beta), beta)
 
 
-def gated_deltanet(q: Tensor, k: Tensor, v: Tensor, layer: Layer) -> DeltaInputs:
-    """As `deltanet`, with a decay for each head, `σ(mean of k)^(1/temperature)`."""
-    log_g = F.logsigmoid(k.float().mean(-1, keepdim=True)) / layer.config.gate_temperature
-    return deltanet(q, k, v, layer)._replace(log_g=log_g)
+def gated_deltanet(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, layer: Layer) -> DeltaInputs:
+    """As `deltanet`, with a decay for each head, `σ(P')^(1/temperature)`."""
+    decay, write = gate.chunk(2, dim=-1)
+    log_g = F.logsigmoid(decay) / layer.config.gate_temperature
+    return deltanet(q, k, v, write, layer)._replace(log_g=log_g)
 
 
-DELTANET = Structure(deltanet, gated_delta)
-GATED_DELTANET = DELTANET._replace(inputs=gated_deltanet)
+DELTANET = Structure(deltanet, gated_delta, per_head, weighs=False)
+GATED_DELTANET = Structure(gated_deltanet, gated_delta, per_head, gates=2, weighs=False)

@@ -7,12 +7,12 @@ from linearize.ops.gated_linear import gated_linear
 from linearize.structures.base import Inputs, Layer, Structure
 
 
-def inputs(q: Tensor, k: Tensor, v: Tensor, layer: Layer) -> Inputs:
-    """`α = γ + (1 - γ) σ(k)^(1/temperature)`, γ = layer_idx / num_layers, 0 in the first; the key is `1 - α`."""
+def inputs(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, layer: Layer) -> Inputs:
+    """`α = γ + (1 - γ) σ(P)^(1/temperature)`, γ = layer_idx / num_layers, 0 in the first; the key is `1 - α`."""
     lower = layer.layer_idx / layer.num_layers
-    forget = -torch.expm1(torch.nn.functional.logsigmoid(k.float()) / layer.config.gate_temperature)
+    forget = -torch.expm1(torch.nn.functional.logsigmoid(gate) / layer.config.gate_temperature)
     key = (1 - lower) * forget  # 1 - α, without the cancellation near 1
-    return Inputs(layer.feature_map(q), key, v, torch.log1p(-key))
+    return Inputs(q, key, v, torch.log1p(-key))
 
 
 HGRN2 = Structure(inputs, gated_linear)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from linearize.ops.gated_linear import gated_linear
-from linearize.structures.base import Inputs, Layer, Structure
+from linearize.structures.base import Inputs, Layer, Structure, absent
 
 
 def rates(layer: Layer) -> list[float]:
@@ -19,10 +19,10 @@ def rates(layer: Layer) -> list[float]:
     return [2 ** (-8 * h / layer.num_key_value_heads) * depth for h in heads]
 
 
-def inputs(q: Tensor, k: Tensor, v: Tensor, layer: Layer) -> Inputs:
-    """No gate: nothing of the key decides what is forgotten, and the gate temperature has no say."""
+def inputs(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, layer: Layer) -> Inputs:
+    """No gate: nothing of the text decides what is forgotten."""
     log_g = -torch.tensor(rates(layer), device=k.device)
-    return Inputs(layer.feature_map(q), layer.feature_map(k), v, log_g[:, None].expand(*k.shape[:3], 1))
+    return Inputs(q, k, v, log_g[:, None].expand(*k.shape[:3], 1))
 
 
-LIGHTNING = Structure(inputs, gated_linear)
+LIGHTNING = Structure(inputs, gated_linear, absent)

@@ -4,13 +4,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.ops.gated_linear import gated_linear
-from linearize.structures.base import Inputs, Layer, Structure
+from linearize.structures.base import Inputs, Layer, Structure, per_head
 
 
-def inputs(q: Tensor, k: Tensor, v: Tensor, layer: Layer) -> Inputs:
-    """`Δ = softplus(mean of k)`; the decay is `exp(-Δ / temperature)`, the key `Δ φ(k)`."""
-    step = F.softplus(k.float().mean(-1, keepdim=True))
-    return Inputs(layer.feature_map(q), step * layer.feature_map(k), v, -step / layer.config.gate_temperature)
+def inputs(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, layer: Layer) -> Inputs:
+    """`Δ = softplus(P)`; the decay is `exp(-Δ / temperature)`, the key `Δ φ(k)`."""
+    step = F.softplus(gate)
+    return Inputs(q, step * k, v, -step / layer.config.gate_temperature)
 
 
-MAMBA2 = Structure(inputs, gated_linear)
+MAMBA2 = Structure(inputs, gated_linear, per_head)
