@@ -13,7 +13,7 @@ from linearize.features import FEATURE_MAPS, READOUTS
 from linearize.gates import pooled
 from linearize.ops.local import Scoring, Sinks, local_attention
 from linearize.structures import STRUCTURES
-from linearize.structures.base import DeltaInputs, Inputs, Layer, Structure
+from linearize.structures.base import AnyInputs, Layer, Structure
 from linearize.tokens import Tokens
 
 
@@ -137,11 +137,11 @@ class LinearizedAttention(nn.Module):
         operator = self.structure.operator
         return self.readout(lambda given: operator(*given, state, tokens.document), inputs)
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> Inputs | DeltaInputs:
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> AnyInputs:
         """What the structure makes of the projections before RoPE."""
         assert self.structure is not None
-        map_, size = FEATURE_MAPS[self.config.feature_map], self.structure.gate_size(self.config, k.shape[-1])
-        gate = pooled(k, size)
+        map_ = FEATURE_MAPS[self.config.feature_map]
+        gate = pooled(k, self.structure.gate_size(self.config, k.shape[-1]))
         return self.structure.inputs(map_(q), map_(k), v, gate.repeat(1, 1, 1, self.structure.gates), self.layer)
 
     def sinks(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, cache: MixerCacheLayer | None) -> Sinks:

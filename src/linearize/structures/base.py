@@ -41,6 +41,18 @@ class DeltaInputs(NamedTuple):
     beta: Float[Tensor, "B T KV 1"]
 
 
+class SlotInputs(NamedTuple):
+    """What gated slots take: a decay for each slot; what is not kept is written."""
+
+    q: Float[Tensor, "B T H K"]
+    k: Float[Tensor, "B T KV K"]
+    v: Float[Tensor, "B T KV V"]
+    log_g: Float[Tensor, "B T KV M"]
+
+
+AnyInputs = Inputs | DeltaInputs | SlotInputs
+
+
 def per_channel(config: MixerConfig, key_size: int) -> int:
     """A gate for each channel of the key."""
     return key_size
