@@ -15,7 +15,7 @@ from linearize.structures.base import Layer
 from linearize.structures.lightning import rates
 
 NAMES = sorted(STRUCTURES)
-GATED = sorted(set(NAMES) - {"lightning", "deltanet"})  # by what the text says
+GATED = sorted(set(NAMES) - {"lightning", "deltanet", "kronecker"})  # by what the text says
 
 
 def layer(name: str, layer_idx: int = 1, heads: int = 2, **settings) -> Layer:
@@ -23,10 +23,12 @@ def layer(name: str, layer_idx: int = 1, heads: int = 2, **settings) -> Layer:
 
 
 def made(name: str, q, k, v, place: Layer | None = None):
-    """A structure's inputs with the softmax feature map, and the gate from the key."""
+    """A structure's inputs with the softmax feature map, or features of its own, and the gate from the key."""
     structure, place = STRUCTURES[name], place or layer(name)
     gate = pooled(k, structure.gate_size(place.config, k.shape[-1])).repeat(1, 1, 1, structure.gates)
-    return structure.inputs(softmax(q), softmax(k), v, gate, place)
+    if not structure.own_features:
+        q, k = softmax(q), softmax(k)
+    return structure.inputs(q, k, v, gate, place)
 
 
 def projections(T: int = 9, scale: float = 1.0):
@@ -62,7 +64,7 @@ def test_padding_and_packing_change_nothing(name):
     assert_close(model(packed, position_ids=position_ids).logits[:, 7:], alone)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"kronecker"}))
 def test_gates_only_forget(name):
     for scale in (1.0, 30.0, 300.0):
         assert (made(name, *projections(scale=scale)).log_g <= 0).all()
@@ -167,10 +169,25 @@ def test_gsa_is_softmax_over_its_slots(slots):
     assert_close(state, torch.cat([keys, values], dim=-1))
 
 
+def test_kronecker_does_not_care_for_the_scale_of_queries_and_keys():
+    q, k, v = projections()
+    one, other = (made("kronecker", s * q, s * k, v) for s in (1, 100))
+    assert_close(one.q, other.q)
+    assert_close(one.k, other.k)
+    assert one.k.shape[-1] == 2 * 45
+    elsewhere = made("kronecker", q, k, v, layer("kronecker", 2))
+    assert not torch.allclose(one.k, elsewhere.k)
+
+
 @pytest.mark.parametrize("setting", [{"negative_eigenvalues": True}, {"decay_schedule": "alibi"}, {"slots": 8}])
 def test_settings_of_other_structures_are_refused(setting):
     with pytest.raises(LinearizeError, match=next(iter(setting))):
         convert(tiny(), structure="gla", **setting)
+
+
+def test_features_of_their_own_leave_no_say_to_feature_map():
+    with pytest.raises(LinearizeError, match="feature_map has no say in kronecker"):
+        convert(tiny(), structure="kronecker", feature_map="l2")
 
 
 @pytest.mark.parametrize("readout", ["rms", "denominator"])
@@ -228,6 +245,7 @@ def test_every_feature_map_changes_the_model(feature_map):
     [
         ({"structure": "deltanet"}, "weights that add up, which deltanet has not"),
         ({"structure": "gsa"}, "weights that add up, which gsa has not"),
+        ({"structure": "kronecker"}, "weights that add up, which kronecker has not"),
         ({"feature_map": "none"}, "never negative, and none may be"),
         ({"feature_map": "l2"}, "never negative, and l2 may be"),
     ],

@@ -59,6 +59,8 @@ class MixerConfig(BaseModel):
             raise LinearizeError(f"decay_schedule is of lightning, not of {self.structure}")
         if self.slots != type(self).model_fields["slots"].default and self.structure != "gsa":
             raise LinearizeError(f"slots is of gsa, not of {self.structure}")
+        if self.feature_map != "softmax" and STRUCTURES[self.structure].own_features:
+            raise LinearizeError(f"feature_map has no say in {self.structure}, which has features of its own")
         if self.readout == "denominator" and not STRUCTURES[self.structure].weighs:
             raise LinearizeError(f"readout denominator needs weights that add up, which {self.structure} has not")
         if self.readout == "denominator" and self.feature_map in SIGNED:

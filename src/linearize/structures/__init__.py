@@ -5,6 +5,7 @@ from linearize.structures.delta import DELTANET, GATED_DELTANET
 from linearize.structures.gla import GLA
 from linearize.structures.gsa import GSA
 from linearize.structures.hgrn2 import HGRN2
+from linearize.structures.kronecker import KRONECKER
 from linearize.structures.lightning import LIGHTNING
 from linearize.structures.mamba2 import MAMBA2
 from linearize.structures.mlstm import MLSTM
@@ -23,4 +24,5 @@ STRUCTURES: dict[str, Structure] = {
     "deltanet": DELTANET,
     "gated_deltanet": GATED_DELTANET,
     "gsa": GSA,
+    "kronecker": KRONECKER,
 }
