@@ -8,12 +8,12 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
 from benchmarks.operators import median
-from linearize.config import MixerConfig
+from linearize.config import MixerConfig, MixerSettings
 from linearize.recipe import Recipe
 from linearize.report import figures, table, verdict
 from linearize.results import Report
@@ -28,6 +28,7 @@ PAGES = (
     "docs/recipe.md",
     "docs/report.md",
     "docs/recovery.md",
+    "docs/settings.md",
     "docs/structures.md",
 )
 PART = re.compile(r"(<!-- part: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -159,6 +160,48 @@ def structures() -> str:
     return "\n".join(lines)
 
 
+def settings() -> str:
+    """Which structure takes which value of which setting."""
+    names = [name for name in STRUCTURES if name != "gated_retention"]
+    lines = ["| setting | " + " | ".join(f"`{name}`" for name in names) + " |", "| --- |" + " :-: |" * len(names)]
+    for setting, value in _grid():
+        cells = ["✓" if _refusal(name, setting, value) is None else "–" for name in names]
+        lines.append(f"| `{setting}: {json.dumps(value).strip(chr(34))}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def refusals() -> str:
+    """Why a value is refused where it is."""
+    reasons: dict[str, list[str]] = {}
+    for setting, value in _grid():
+        for name in STRUCTURES:
+            if reason := _refusal(name, setting, value):
+                shown = f"`{setting}: {json.dumps(value).strip(chr(34))}`"
+                told = reasons.setdefault(reason.replace(f"{setting} {value} has no effect: ", ""), [])
+                told.extend([] if shown in told else [shown])
+    return "\n".join(f"- {', '.join(what)}: {reason}." for reason, what in reasons.items())
+
+
+def _grid() -> Iterator[tuple[str, Any]]:
+    """Every setting with each of its named values, or one other than its default."""
+    numbers = {"gate_temperature": 256, "time_scales": 4096, "slots": 32}
+    for name, field in MixerConfig.model_fields.items():
+        if name in ("structure", "window", "sinks", "mixing_weight", "score_power"):
+            continue  # numbers that every structure takes
+        for value in get_args(field.annotation) if name not in numbers else [numbers[name]]:
+            yield name, value
+        if field.annotation is bool:
+            yield name, True
+
+
+def _refusal(structure: str, setting: str, value: Any) -> str | None:
+    try:
+        MixerConfig(structure=structure, **{setting: value})
+    except ValueError as error:
+        return str(error).split("Value error, ")[1].split(" [type=")[0]
+    return None
+
+
 def _keys(model: type[BaseModel]) -> str:
     schema = model.model_json_schema()
     lines = ["| key | type | default | |", "| --- | --- | --- | --- |"]
@@ -175,7 +218,9 @@ def _rows(node: dict[str, Any], schema: dict[str, Any], prefix: str, told: dict[
         default = f"`{json.dumps(field['default'])}`" if "default" in field and not inner else ""
         said = field.get("description", "").split("\n")[0] or (f"as `{told[inner]}`" if inner in told else "")
         yield f"| `{prefix}{name}` | {kind} | {default} | {said} |"
-        if inner and inner not in told:
+        if inner == MixerSettings.__name__:  # a mapping of settings to values or lists
+            yield from _rows(MixerConfig.model_json_schema(), schema, f"{prefix}{name}.", told)
+        elif inner and inner not in told:
             told[inner] = prefix + name
             mark = "[]." if "items" in field else "."
             yield from _rows(schema["$defs"][inner], schema, f"{prefix}{name}{mark}", told)
@@ -212,6 +257,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "recipe-keys": recipe_keys,
     "mixer-keys": mixer_keys,
     "report-keys": report_keys,
+    "settings": settings,
+    "refusals": refusals,
     "structures": structures,
 }
 

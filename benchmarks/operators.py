@@ -24,7 +24,7 @@ from linearize.structures import STRUCTURES
 from linearize.structures.base import Layer
 
 HEADS, KV_HEADS, SIZE, WINDOW, SINKS = 9, 3, 64, 64, 4
-LAYER = Layer(MixerConfig(), 0, 30, KV_HEADS)
+LAYER = Layer(MixerConfig(), 0, 30, HEADS, KV_HEADS, SIZE, HEADS * SIZE)
 
 
 def main() -> None:

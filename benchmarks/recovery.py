@@ -73,7 +73,7 @@ def _row(recipe: recipes.Recipe, base: Base, heldout: torch.Tensor, expected: Sc
     }
     row["late_by_sequence"] = score_late(scores)
     row["last_losses"] = {curve.stage: curve.loss[-1] for curve in trained.curves}
-    if recipe.mixer.structure != "none":
+    if recipe.mixer.values("structure") != ["none"]:
         with recurrence_off(model):
             row["late_loss_recurrence_off"] = summarize(score(model, heldout), expected, 32).late_loss
         layers = layer_statistics(model, heldout[0])

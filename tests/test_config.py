@@ -5,15 +5,15 @@ import json
 import pytest
 from pydantic import BaseModel, ConfigDict
 
-from linearize.config import MixerConfig, validated
+from linearize.config import MixerConfig, MixerSettings, validated
 from linearize.errors import LinearizeError
 from linearize.structures import STRUCTURES
 
 
 @pytest.mark.parametrize("structure", [*STRUCTURES, "none"])
 def test_config_survives_json(structure):
-    config = MixerConfig(structure=structure, window=7, mixing="fixed", mixing_weight=0.25)
-    assert validated(MixerConfig, json.loads(json.dumps(config.model_dump())), "mixer") == config
+    settings = validated(MixerSettings, {"structure": structure, "window": [7, 9], "mixing_weight": 0.25}, "mixer")
+    assert validated(MixerSettings, json.loads(settings.model_dump_json()), "mixer") == settings
 
 
 def test_initial_mixing_weight():
@@ -31,9 +31,12 @@ def test_initial_mixing_weight():
         ({"sinks": -1}, "mixer key 'sinks' is -1"),
         ({"gate_temperature": 0}, "mixer key 'gate_temperature' is 0: .* greater than 0"),
         ({"gate_temperature": float("inf")}, "mixer key 'gate_temperature' is inf: .* finite"),
-        ({"mixing": "foo"}, "mixer key 'mixing' is 'foo': .*'fixed' or 'per_head'"),
+        (
+            {"mixing": "foo"},
+            "mixer key 'mixing' is 'foo': .*'fixed', 'per_head', 'data_dependent' or 'shared_normalizer'",
+        ),
         ({"mixing_weight": 2}, "mixer key 'mixing_weight' is 2"),
-        ({"foo": 1}, "unknown mixer key 'foo'; valid: structure, window, sinks"),
+        ({"foo": 1}, "unknown mixer key 'foo'; valid: structure, local, window, sinks"),
         ({"foo": 1, "window": 0}, "'window' is 0.*; unknown mixer key 'foo'"),
     ],
 )

@@ -160,11 +160,11 @@ def test_other_layers_stay_as_they_are():
     ("settings", "message"),
     [
         ({"structure": "mamba"}, "unknown structure 'mamba'; valid: deltanet, gated_deltanet"),
-        ({"windows": 3}, "unknown mixer key 'windows'; valid: structure, window, sinks, .*mixing_weight"),
+        ({"windows": 3}, "unknown mixer key 'windows'; valid: structure, local, window, .*mixing_weight"),
         ({"window": 0}, "'window' is 0: .*greater than or equal to 1"),
         ({"window": -5}, "'window' is -5"),
         ({"sinks": -1}, "'sinks' is -1"),
-        ({"mixing": "both"}, "'mixing' is 'both': .*'fixed' or 'per_head'"),
+        ({"mixing": "both"}, "'mixing' is 'both': .*'fixed', 'per_head', "),
         ({"mixing_weight": 1.5}, "'mixing_weight' is 1.5"),
         ({"gate_temperature": 0}, "'gate_temperature' is 0"),
         ({"feature_map": "tanh"}, "'feature_map' is 'tanh': .*'softmax'"),

@@ -1,8 +1,12 @@
 """A recipe is read, overridden, checked as a whole, and written so that it reads back the same."""
 
 import pytest
+import torch
 import yaml
+from tiny import assert_close, ids, logits, tiny
+from transformers import DynamicCache
 
+from linearize import convert
 from linearize.errors import LinearizeError
 from linearize.recipe import Recipe, dump, parse_tokens, read, shipped
 
@@ -38,7 +42,7 @@ def test_overrides_come_last_and_keep_the_rest():
     )
     assert recipe.distill is not None
     assert (recipe.distill.learning_rate, recipe.distill.tokens) == (1e-4, 1_500_000)
-    assert (recipe.mixer.window, recipe.mixer.sinks, recipe.layers, recipe.lora) == (32, 4, "5", None)
+    assert (recipe.mixer.root["window"], recipe.mixer.root["sinks"], recipe.layers, recipe.lora) == (32, 4, "5", None)
 
 
 def test_numbers_are_layers_too():
@@ -54,10 +58,13 @@ def test_flags_are_not_yaml():
     ("overrides", "words"),
     [
         (["foo=1"], ["unknown recipe key 'foo'", "valid: model, layers"]),
-        (["lora.foo=1", "mixer.bar=2"], ["'lora.foo'; valid: r, alpha", "'mixer.bar'; valid: structure, window"]),
-        (["seed=-1", "foo=1", "mixer.window=0"], ["'seed' is -1", "'foo'", "'mixer.window' is 0"]),
+        (
+            ["lora.foo=1", "mixer.bar=2"],
+            ["'lora.foo'; valid: r, alpha", "unknown mixer key 'bar'; valid: structure, local"],
+        ),
+        (["seed=-1", "foo=1", "mixer.window=0"], ["'seed' is -1", "'foo'", "mixer key 'window' is 0"]),
         (["mixer.structure=foo"], ["unknown structure 'foo'; valid: deltanet, gated_deltanet"]),
-        (["mixer=3"], ["'mixer' is 3"]),
+        (["mixer=3"], ["mixer is 3"]),
         (["align.tokens.x=3"], ["'align.tokens' is {'x': 3}"]),
         (["distill.learning_rate=.inf"], ["'distill.learning_rate' is inf", "finite"]),
         (["distill.kl_weight=2"], ["'distill.kl_weight' is 2", "less than or equal to 1"]),
@@ -94,3 +101,25 @@ def test_missing_files():
 
 def test_every_key_is_written(tmp_path):
     assert yaml.safe_load(dump(Recipe())).keys() == Recipe.model_fields.keys()
+
+
+@pytest.mark.parametrize("name", [name for name in shipped() if name not in ("default", "demo")])
+def test_shipped_recipes_convert(name):
+    mixer = read(name).mixer
+    model = convert(tiny(num_hidden_layers=4), **mixer.root).eval()
+    full = logits(model, ids(1, 80), use_cache=False)
+    cache = DynamicCache(config=model.config)
+    assert_close(torch.cat([logits(model, x, past_key_values=cache) for x in ids(1, 80).split([70, 1, 9], 1)], 1), full)
+
+
+def test_a_chosen_structure_replaces_what_the_recipe_says_of_gates(capsys):
+    recipe = read("default", given={"mixer.structure": "lightning"})
+    assert recipe.mixer.values("gate_temperature") == [16.0]
+    assert "the recipe's mixer.gate_temperature is left out: lightning has no gate" in capsys.readouterr().err
+    with pytest.raises(LinearizeError, match=r"gate_temperature 3\.0 has no effect: lightning has no gate"):
+        read("default", ["mixer.structure=lightning", "mixer.gate_temperature=3"])
+
+
+def test_transnormer_has_softmax_early_and_linear_attention_late():
+    layers = [read("transnormer").mixer.layer(index, 4) for index in range(4)]
+    assert [(layer.structure, layer.local) for layer in layers] == [("none", "block")] * 2 + [("gla", "none")] * 2

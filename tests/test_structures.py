@@ -7,11 +7,11 @@ from transformers import DynamicCache
 
 from linearize import LinearizeError, MixerConfig, convert
 from linearize.evaluate.layers import layer_statistics
-from linearize.features import FEATURE_MAPS, READOUTS, SIGNED, softmax
-from linearize.gates import pooled
+from linearize.features import softmax
+from linearize.gates import Gate, pooled
 from linearize.ops.gated_linear import reference
 from linearize.structures import STRUCTURES
-from linearize.structures.base import Layer
+from linearize.structures.base import Layer, absent
 from linearize.structures.lightning import rates
 
 NAMES = sorted(STRUCTURES)
@@ -19,13 +19,13 @@ GATED = sorted(set(NAMES) - {"lightning", "deltanet", "kronecker"})  # by what t
 
 
 def layer(name: str, layer_idx: int = 1, heads: int = 2, **settings) -> Layer:
-    return Layer(MixerConfig(structure=name, **settings), layer_idx, 4, heads)
+    return Layer(MixerConfig(structure=name, **settings), layer_idx, 4, 3 * heads, heads, 8, 48)
 
 
 def made(name: str, q, k, v, place: Layer | None = None):
     """A structure's inputs with the softmax feature map, or features of its own, and the gate from the key."""
     structure, place = STRUCTURES[name], place or layer(name)
-    gate = pooled(k, structure.gate_size(place.config, k.shape[-1])).repeat(1, 1, 1, structure.gates)
+    gate = Gate(structure, place, 8)(torch.zeros(len(q), q.shape[1], 48), q, k, v)
     if not structure.own_features:
         q, k = softmax(q), softmax(k)
     return structure.inputs(q, k, v, gate, place)
@@ -35,9 +35,15 @@ def projections(T: int = 9, scale: float = 1.0):
     return [scale * torch.randn(2, T, heads, 8) for heads in (6, 2, 2)]
 
 
+def fading(name: str, temperature: float = 2) -> dict[str, float]:
+    """A gate temperature, for those that have one."""
+    structure = STRUCTURES[name]
+    return {"gate_temperature": temperature} if structure.decays and structure.gate_size is not absent else {}
+
+
 def model_with(name: str):
     """A converted model in which the recurrence counts as much as the window."""
-    return convert(tiny(), structure=name, window=4, sinks=2, mixing_weight=0.5, gate_temperature=2).eval()
+    return convert(tiny(), structure=name, window=4, sinks=2, mixing_weight=0.5, **fading(name)).eval()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,7 +96,7 @@ def test_they_are_different_structures():
     q, k, v = projections()
     seen = {}
     for name in NAMES:
-        output, _ = STRUCTURES[name].operator(*made(name, q, k, v, layer(name, gate_temperature=2)))
+        output, _ = STRUCTURES[name].operator(*made(name, q, k, v, layer(name, **fading(name))))
         same = [other for other, before in seen.items() if torch.allclose(before, output)]
         assert same == (["gated_retention"] if name == "mlstm" else [])
         seen[name] = output
@@ -183,73 +189,3 @@ def test_kronecker_does_not_care_for_the_scale_of_queries_and_keys():
 def test_settings_of_other_structures_are_refused(setting):
     with pytest.raises(LinearizeError, match=next(iter(setting))):
         convert(tiny(), structure="gla", **setting)
-
-
-def test_features_of_their_own_leave_no_say_to_feature_map():
-    with pytest.raises(LinearizeError, match="feature_map has no say in kronecker"):
-        convert(tiny(), structure="kronecker", feature_map="l2")
-
-
-@pytest.mark.parametrize("readout", ["rms", "denominator"])
-@pytest.mark.parametrize("name", ["gla", "mamba2", "hgrn2"])
-@torch.no_grad()
-def test_readouts_decode_as_they_read(name, readout):
-    settings = {"window": 4, "sinks": 2, "mixing_weight": 0.5, "gate_temperature": 2}
-    plain, ids = convert(tiny(), structure=name, **settings), torch.randint(3, 90, (2, 21))
-    model = convert(tiny(), structure=name, readout=readout, **settings)
-    full = model(ids, use_cache=False).logits
-    assert not torch.allclose(full, plain(ids, use_cache=False).logits)
-    cache = DynamicCache(config=model.config)
-    assert_close(torch.cat([model(x, past_key_values=cache).logits for x in ids.split([5, 1, 15], 1)], 1), full)
-
-
-def test_a_denominator_makes_a_weighted_mean():
-    """Where all values are the same, so is every output."""
-    q, k, v = projections(30)
-    inputs = made("gla", q, k, torch.full_like(v, 3.0), layer("gla"))
-    output, state = READOUTS["denominator"](lambda given: STRUCTURES["gla"].operator(*given), inputs)
-    assert_close(output, torch.full_like(q, 3.0), 1e-4)
-    assert state.shape[-1] == v.shape[-1] + 1
-
-
-def test_rms_has_length_one():
-    inputs = made("gla", *projections(30), layer("gla"))
-    output, _ = READOUTS["rms"](lambda given: STRUCTURES["gla"].operator(*given), inputs)
-    assert_close(output.square().mean(-1), torch.ones(2, 30, 6), 1e-3)
-
-
-def test_feature_maps():
-    x = 3 * torch.randn(50, 8)
-    assert_close(FEATURE_MAPS["softmax"](x).sum(-1), torch.ones(50))
-    assert_close(FEATURE_MAPS["l2"](x).norm(dim=-1), torch.ones(50))
-    assert_close(FEATURE_MAPS["elu"](x), torch.where(x > 0, x + 1, x.exp()))
-    assert torch.equal(FEATURE_MAPS["relu"](x), x.clamp(min=0))
-    assert torch.equal(FEATURE_MAPS["none"](x), x)
-    for name in FEATURE_MAPS:
-        assert (name in SIGNED) == bool((FEATURE_MAPS[name](x) < 0).any())
-
-
-@pytest.mark.parametrize("feature_map", sorted(FEATURE_MAPS))
-@torch.no_grad()
-def test_every_feature_map_changes_the_model(feature_map):
-    ids = torch.randint(3, 90, (1, 15))
-    outputs = {
-        name: convert(tiny(), feature_map=name, mixing_weight=0.5)(ids, use_cache=False).logits for name in FEATURE_MAPS
-    }
-    own = outputs.pop(feature_map)
-    assert not any(torch.allclose(own, other) for other in outputs.values())
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"structure": "deltanet"}, "weights that add up, which deltanet has not"),
-        ({"structure": "gsa"}, "weights that add up, which gsa has not"),
-        ({"structure": "kronecker"}, "weights that add up, which kronecker has not"),
-        ({"feature_map": "none"}, "never negative, and none may be"),
-        ({"feature_map": "l2"}, "never negative, and l2 may be"),
-    ],
-)
-def test_denominators_that_make_no_sense_are_refused(settings, message):
-    with pytest.raises(LinearizeError, match=message):
-        convert(tiny(), readout="denominator", **settings)

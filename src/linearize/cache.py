@@ -1,6 +1,6 @@
 """The cache of one converted layer: window, sinks and states, of constant size from the first token on."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +9,16 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from linearize.errors import LinearizeError
 from linearize.ops.local import Past
 
-_TENSORS = ("keys", "values", "valid", "sink_keys", "sink_values", "sink_time", "real", "state")
+_WINDOW = ("keys", "values", "valid", "sink_keys", "sink_values", "sink_time", "real")
+_TENSORS = (*_WINDOW, "state", "late_keys", "late_gates")
+
+
+class Memory(NamedTuple):
+    """What a recurrence carries to the next token, in fp32; keys and gates wait where it runs behind the window."""
+
+    state: Tensor
+    late_keys: Tensor | None = None  # [B, W, KV, K]: of the tokens in the window, oldest first
+    late_gates: Tensor | None = None  # [B, W, KV, K or 1]
 
 
 class MixerCacheLayer(CacheLayerMixin):
@@ -17,7 +26,7 @@ class MixerCacheLayer(CacheLayerMixin):
 
     keys, values `[B, W, KV, D]`: the last W tokens, rotated. valid `[B, W]`: False at padding and before the first.
     sink_keys, sink_values `[B, S, KV, D]`, sink_time `[B, S]`: see `tokens.Tokens`. real `[B]`: real tokens seen.
-    state: what the structure carries, in fp32, or None.
+    state, late_keys, late_gates: see `Memory`; None where there is none.
     """
 
     is_compileable = False
@@ -31,6 +40,8 @@ class MixerCacheLayer(CacheLayerMixin):
     sink_time: Any
     real: Any
     state: Any
+    late_keys: Any
+    late_gates: Any
 
     def __init__(self) -> None:
         self.reset()
@@ -53,6 +64,11 @@ class MixerCacheLayer(CacheLayerMixin):
         """The tokens before the next one, as `ops.local` takes them."""
         return Past(self.keys, self.values, self.valid) if self.is_initialized else None
 
+    @property
+    def memory(self) -> Memory | None:
+        """What the recurrence carries, if there is anything yet."""
+        return None if self.state is None else Memory(self.state, self.late_keys, self.late_gates)
+
     def store(
         self,
         k: Tensor,
@@ -61,7 +77,7 @@ class MixerCacheLayer(CacheLayerMixin):
         window: int,
         sinks: tuple[Tensor, Tensor, Tensor],
         real: Tensor,
-        state: Tensor | None,
+        memory: Memory | None,
     ) -> None:
         """Take in new tokens: k, v `[B, T, KV, D]`, valid `[B, T]`; keep the last `window`, and what else is given."""
         B, T = k.shape[:2]
@@ -74,9 +90,10 @@ class MixerCacheLayer(CacheLayerMixin):
             k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, window - T, 0)) for x in (k, v))
             valid = torch.nn.functional.pad(valid, (window - T, 0))
         # clones: a view would keep the whole prompt alive
-        self.keys, self.values, self.valid = (x[:, -window:].clone() for x in (k, v, valid))
+        self.keys, self.values, self.valid = (x[:, x.shape[1] - window :].clone() for x in (k, v, valid))
         self.sink_keys, self.sink_values, self.sink_time = sinks
-        self.real, self.state = real, state
+        self.real = real
+        self.state, self.late_keys, self.late_gates = memory or (None, None, None)
         self.seen += T
         self.is_initialized = True
         self.batch_size = B

@@ -1,45 +1,71 @@
-"""What a converted layer is: one frozen, validated object, saved in `config.json`."""
+"""What a converted layer is: one frozen, validated object for each, made from settings that `config.json` keeps."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator, model_validator
 
 from linearize.errors import LinearizeError, unknown
 from linearize.features import SIGNED
 from linearize.structures import STRUCTURES
+from linearize.structures.base import absent
 
 T = TypeVar("T", bound=BaseModel)
 
 
 class MixerConfig(BaseModel):
-    """The settings of Liger Attention; their names are those of the recipe and of the flags."""
+    """The settings of Liger Attention in one layer; their names are those of the recipe and of the flags."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     structure: str = Field("gla", description="the recurrence; none leaves the window and the sinks alone")
-    window: int = Field(64, ge=1, description="tokens that softmax attention sees, the current one included")
-    sinks: int = Field(4, ge=0, description="first tokens of each document that softmax attention always sees")
-    feature_map: Literal["softmax", "l2", "relu", "elu", "none"] = Field(
-        "softmax", description="of q and k in the recurrence, over the head size"
+    local: Literal["window", "block", "none"] = Field(
+        "window",
+        description="what softmax attention sees: the last tokens, those of its own block, or no softmax at all",
     )
-    readout: Literal["none", "rms", "denominator"] = Field(
-        "none", description="of the recurrence: as it is, by its root mean square, or by the sum of its weights"
+    window: int = Field(64, ge=1, description="tokens of a window, the current one included, or of a block")
+    sinks: int = Field(4, ge=0, description="first tokens of each document that softmax attention always sees")
+    score: Literal["softmax", "softplus_reweighted"] = Field(
+        "softmax", description="weights of the window; softplus_reweighted is LSSAR's"
+    )
+    score_power: int = Field(3, ge=1, description="the power of softplus_reweighted; the paper has 3 and 15")
+    feature_map: Literal["softmax", "hedgehog", "l2", "relu", "elu", "none"] = Field(
+        "softmax", description="of q and k in the recurrence, over the head size; hedgehog is learned"
+    )
+    readout: Literal["none", "rms", "denominator", "gated"] = Field(
+        "none",
+        description="of the recurrence: as it is, by its root mean square, by the sum of its weights, or by its root "
+        "mean square and a learned gate",
+    )
+    gate_source: Literal["k", "q", "v", "learned"] = Field(
+        "k", description="what the gate is made of: a projection, or weights of its own"
     )
     gate_temperature: float = Field(16.0, gt=0, description="the log decay is divided by it")
+    time_scales: float | None = Field(
+        None, gt=1, description="a learned bias of the gate spreads decay times from 1 to so many tokens; null: no bias"
+    )
+    rope: Literal["both", "local", "none"] = Field("local", description="which branches see positions")
     decay_schedule: Literal["paper", "alibi"] = Field(
         "paper", description="of lightning's fixed decays, by head and layer"
     )
     negative_eigenvalues: bool = Field(False, description="of the delta rule's transition: beta in [0, 2]")
-    slots: int = Field(64, ge=1, description="of gsa, for each key/value head: places that it writes to and attends to")
-    mixing: Literal["fixed", "per_head"] = Field(
-        "per_head", description="the recurrence's weight: a constant, or learned"
+    bonus: bool = Field(
+        False, description="of rwkv6: a learned weight for the current token, which is read before the decay"
+    )
+    slots: int | None = Field(
+        None, ge=1, description="of gsa, for each key/value head: places that it writes to; by default the key size"
+    )
+    mixing: Literal["fixed", "per_head", "data_dependent", "shared_normalizer"] = Field(
+        "per_head",
+        description="the recurrence's weight: a constant, learned, made from the layer's input, or its part of one "
+        "softmax over the window and, in the recurrence, the tokens beyond it",
     )
     mixing_weight: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="its (initial) value; by default 0.5 for fixed, the paper's, and 0.02 for per_head",
+        description="its (initial) value; by default 0.5 for fixed, the paper's, and 0.02 for the others",
     )
 
     @field_validator("structure")
@@ -51,23 +77,59 @@ class MixerConfig(BaseModel):
 
     @model_validator(mode="after")
     def _means_something(self) -> "MixerConfig":
-        if self.structure == "none":  # a matched baseline keeps the settings of what it is matched with
-            return self
-        if self.negative_eigenvalues and not self.structure.endswith("deltanet"):
-            raise LinearizeError(f"negative_eigenvalues is of deltanet and gated_deltanet, not of {self.structure}")
-        if self.decay_schedule != "paper" and self.structure != "lightning":
-            raise LinearizeError(f"decay_schedule is of lightning, not of {self.structure}")
-        if self.slots != type(self).model_fields["slots"].default and self.structure != "gsa":
-            raise LinearizeError(f"slots is of gsa, not of {self.structure}")
-        if self.feature_map != "softmax" and STRUCTURES[self.structure].own_features:
-            raise LinearizeError(f"feature_map has no say in {self.structure}, which has features of its own")
-        if self.readout == "denominator" and not STRUCTURES[self.structure].weighs:
-            raise LinearizeError(f"readout denominator needs weights that add up, which {self.structure} has not")
-        if self.readout == "denominator" and self.feature_map in SIGNED:
-            raise LinearizeError(
-                f"readout denominator needs a feature map that is never negative, and {self.feature_map} may be"
-            )
+        idle = [
+            f"{name} {getattr(self, name)} has no effect: {reason}"
+            for name, reason in self.idle().items()
+            if getattr(self, name) != _default(name)
+        ]
+        if wrong := idle + self._contradictions():
+            raise LinearizeError("; ".join(wrong))
         return self
+
+    def idle(self) -> dict[str, str]:
+        """The settings that change nothing beside the others, with the reason."""
+        if self.structure not in STRUCTURES:  # a matched baseline keeps the settings of what it is matched with
+            return {}
+        found, name, structure = {}, self.structure, STRUCTURES[self.structure]
+
+        def of(reason: str, *settings: str) -> None:
+            found.update(dict.fromkeys(settings, reason))
+
+        if structure.gate_size is absent:
+            of(f"{name} has no gate", "gate_source", "gate_temperature", "time_scales")
+        elif not structure.decays:
+            of(f"{name} does not decay", "gate_temperature", "time_scales")
+        if structure.own_features:
+            of(f"{name} has features of its own", "feature_map")
+        for setting, owners in OWN.items():
+            if name not in owners:
+                of(f"it is of {' and '.join(owners)}, not of {name}", setting)
+        if self.local == "none":
+            of("local is none", "window", "sinks", "score", "mixing", "mixing_weight")
+        if self.local == "none" or self.score == "softmax":
+            of("it is of score softplus_reweighted", "score_power")
+        return found
+
+    def _contradictions(self) -> list[str]:
+        found = []
+        if self.structure == "none":
+            return ["structure none and local none leave nothing"] if self.local == "none" else []
+        shared = self.mixing == "shared_normalizer" and self.local != "none"
+        if shared or self.readout == "denominator":
+            what = "mixing shared_normalizer" if shared else "readout denominator"
+            if not STRUCTURES[self.structure].weighs:
+                found.append(f"{what} needs weights that add up, which {self.structure} has not")
+            elif self.feature_map in SIGNED:
+                found.append(f"{what} needs a feature map that is never negative, and {self.feature_map} may be")
+        if shared:
+            for name in ("readout", "bonus", "score"):
+                if getattr(self, name) != _default(name):
+                    found.append(f"mixing shared_normalizer goes with {name} {_default(name)} only")
+            if self.local != "window":
+                found.append("mixing shared_normalizer goes with local window only: a block's tokens leave all at once")
+        if self.rope == "none" and self.local == "none":
+            found.append("rope none is rope local where local is none; give rope local or both")
+        return found
 
     @property
     def initial_mixing_weight(self) -> float:
@@ -75,6 +137,106 @@ class MixerConfig(BaseModel):
         if self.mixing_weight is not None:
             return self.mixing_weight
         return 0.5 if self.mixing == "fixed" else 0.02
+
+
+OWN = {  # settings that only some structures have
+    "negative_eigenvalues": ("deltanet", "gated_deltanet"),
+    "decay_schedule": ("lightning",),
+    "bonus": ("rwkv6",),
+    "slots": ("gsa",),
+}
+
+
+def _default(name: str) -> Any:
+    return MixerConfig.model_fields[name].default if name in MixerConfig.model_fields else None
+
+
+class MixerSettings(RootModel[dict[str, Any]]):
+    """The settings of all layers: those of `MixerConfig`, each a value or a list by layer.
+
+    A list is spread evenly over the depth: `[block, none]` is one setting for the early half of the layers and one for
+    the late half, and a list as long as the model gives each layer its own.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        if isinstance(given, MixerConfig):
+            given = given.model_dump()
+        if not isinstance(given, Mapping):
+            raise LinearizeError(f"mixer is {given!r}, not settings and their values")
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        for name, value in values.items():
+            if value == ():
+                raise LinearizeError(f"{name} is an empty list; give a value, or one for each part of the depth")
+        places = math.lcm(*(len(value) for value in values.values() if isinstance(value, tuple)))
+        problems = []
+        for place in range(places):
+            here = {name: _at(value, place, places) for name, value in values.items()}
+            try:
+                validated(MixerConfig, _without(here, _idle_in_part(values, place, places)), "mixer")
+            except LinearizeError as error:
+                problems.append(str(error))
+        if problems:
+            raise LinearizeError("; ".join(dict.fromkeys(problems)))
+        return {name: values.get(name, field.default) for name, field in MixerConfig.model_fields.items()}
+
+    def layer(self, index: int, count: int) -> MixerConfig:
+        """The settings of layer `index` of `count`; a setting without effect in this layer has its default."""
+        for name, value in self.root.items():
+            if isinstance(value, tuple) and len(value) > count:
+                raise LinearizeError(f"{name} lists {len(value)} values for {count} layers; give at most one for each")
+        here = {name: _at(value, index, count) for name, value in self.root.items()}
+        return MixerConfig(**_without(here, MixerConfig.model_construct(**here).idle()))
+
+    def replace(self, **settings: Any) -> "MixerSettings":
+        """A copy with other values."""
+        return MixerSettings(self.root | settings)
+
+    def largest(self, name: str) -> int:
+        """The largest value of a setting that is a number."""
+        return max(self.values(name))
+
+    def values(self, name: str) -> list[Any]:
+        """The different values of a setting, in the order of layers."""
+        value = self.root[name]
+        return list(dict.fromkeys(value)) if isinstance(value, tuple) else [value]
+
+
+def _at(value: Any, index: int, count: int) -> Any:
+    return value[index * len(value) // count] if isinstance(value, tuple) else value
+
+
+def _without(values: Mapping[str, Any], names: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def _idle_in_part(values: Mapping[str, Any], place: int, places: int) -> set[str]:
+    """Settings without effect in this part of the depth that have one in another."""
+    try:
+        idle: list[set[str]] = [
+            set(MixerConfig.model_construct(**{n: _at(v, p, places) for n, v in values.items()}).idle())
+            for p in range(places)
+        ]
+    except TypeError:  # a value of a wrong type, which validation tells
+        return set()
+    return idle[place] - idle[0].intersection(*idle)
+
+
+def drop_idle(settings: Mapping[str, Any], chosen: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """`settings` with those `chosen` on top, less what has no effect any more beside these; and the reasons."""
+    both = {**settings, **chosen}
+    if any(isinstance(value, list | tuple) for value in both.values()):
+        return both, {}
+    try:
+        idle = MixerConfig.model_construct(**both).idle()
+    except TypeError:
+        return both, {}
+    given = {name for name in settings if settings[name] != _default(name)} - set(chosen)
+    dropped = {name: reason for name, reason in idle.items() if name in given}
+    return _without(both, dropped), dropped
 
 
 def validated(model: type[T], given: Mapping[str, Any], what: str) -> T:

@@ -1,6 +1,6 @@
 """Swap the softmax attention of a loaded model for mixers, in place, and back; classes that save and load it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -13,14 +13,13 @@ from transformers import (
     DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
-    initialization,
 )
 
 from linearize.cache import adopt
-from linearize.config import MixerConfig, validated
+from linearize.config import MixerConfig, MixerSettings, validated
 from linearize.errors import LinearizeError
 from linearize.families import FAMILIES, LINEARIZED, base_classes, base_model_type, family_of
-from linearize.mixer import LinearizedAttention, PerHeadMixing
+from linearize.mixer import LinearizedAttention
 from linearize.tokens import describe
 
 Layers = str | int | Iterable[int]
@@ -28,28 +27,29 @@ Layers = str | int | Iterable[int]
 
 def convert(
     model: PreTrainedModel,
-    structure: str = "gla",
+    structure: str | list[str] = "gla",
     layers: Layers = "all",
     softmax_every: int | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
     """Replace the attention of the chosen `layers` ("all", "0-7,16", or indices) by Liger Attention; return `model`.
 
-    `softmax_every=8` leaves layers 7, 15, 23 ... as they are. `settings` are those of `MixerConfig`. Its class and
-    config change with the model, so that `save_pretrained` and `from_pretrained` give the same model again. No weight
-    changes; the only new ones are the mixing weights of `mixing="per_head"`.
+    `softmax_every=8` leaves layers 7, 15, 23 ... as they are. `structure` and `settings` are those of `MixerConfig`,
+    each a value or a list by layer (`MixerSettings`). Its class and config change with the model, so that
+    `save_pretrained` and `from_pretrained` give the same model again. No weight changes; new ones come with settings
+    that are learned, such as `mixing="per_head"`, and start at the same values every time.
     Raises LinearizeError for an unknown family, setting or layer, and for a model that is converted already.
     """
-    config = validated(MixerConfig, {"structure": structure, **settings}, "mixer")
-    chosen = check_convertible(model, config, layers, softmax_every)
+    mixer = validated(MixerSettings, {"structure": structure, **settings}, "mixer")
+    chosen = check_convertible(model, mixer, layers, softmax_every)
     config_class, model_class = linearized_classes(model.config.model_type)
     model.config.__class__, model.__class__ = config_class, model_class
-    model.config.linearize = {"layers": chosen, "mixer": config.model_dump()}
+    model.config.linearize = {"layers": chosen, "mixer": mixer.model_dump(mode="json")}
     _swap(model)
     return model
 
 
-def check_convertible(model: PreTrainedModel, config: MixerConfig, layers: Layers, every: int | None) -> list[int]:
+def check_convertible(model: PreTrainedModel, mixer: MixerSettings, layers: Layers, every: int | None) -> list[int]:
     """The layers that `convert` would convert; LinearizeError where it would refuse."""
     _check_unwrapped(model)
     if is_linearized(model):
@@ -57,12 +57,29 @@ def check_convertible(model: PreTrainedModel, config: MixerConfig, layers: Layer
     family_of(model.config)
     chosen = choose_layers(layers, every, model.config.num_hidden_layers)
     for index in chosen:
-        native = getattr(attention_of(model, index), "sliding_window", None) or _model_window(model.config)
-        if native is not None and native < config.window:
-            raise LinearizeError(
-                f"layer {index} has a sliding window of {native} tokens of its own, less than window {config.window}"
-            )
+        _check_layer(model, index, mixer.layer(index, model.config.num_hidden_layers))
     return chosen
+
+
+def _check_layer(model: PreTrainedModel, index: int, config: MixerConfig) -> None:
+    """Refuse settings that the model's sizes do not allow."""
+    heads, groups = model.config.num_attention_heads, model.config.num_key_value_heads
+    size, recurrent = attention_of(model, index).head_dim, config.structure != "none"
+    if recurrent and config.gate_source == "q" and heads != groups:
+        raise LinearizeError(
+            f"gate_source q needs a state for each of the {heads} query heads, and there is one for each of the "
+            f"{groups} key/value heads, which a group shares; valid here: k, v, learned"
+        )
+    if recurrent and (config.slots or 0) > size and config.gate_source != "learned" and config.time_scales is None:
+        raise LinearizeError(
+            f"{config.slots} slots share the gates of {size} key channels and would hold the same; "
+            f"valid: 1-{size}, or more with gate_source learned or time_scales"
+        )
+    native = getattr(attention_of(model, index), "sliding_window", None) or _model_window(model.config)
+    if config.local != "none" and native is not None and native < config.window:
+        raise LinearizeError(
+            f"layer {index} has a sliding window of {native} tokens of its own, less than window {config.window}"
+        )
 
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:
@@ -172,8 +189,7 @@ def linearized_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[Pr
         def initialize_weights(self) -> None:
             super().initialize_weights()  # the decoder, a model with rules of its own, leaves mixing weights alone
             for mixer in mixers(self):
-                if isinstance(mixer.mixing, PerHeadMixing):  # keeps what was loaded
-                    initialization.constant_(mixer.mixing.weight, mixer.mixing.initial)
+                mixer.reset_parameters()  # keeps what was loaded
 
     for new, base in ((Config, base_config), (Model, base_model)):
         new.__name__ = new.__qualname__ = f"Linearized{base.__name__}"
@@ -194,24 +210,26 @@ def register() -> None:
 
 def _swap(model: PreTrainedModel) -> None:
     """Put mixers into the layers that the config lists, and the hook that describes tokens to them."""
-    layers, config = _plan(model.config)
+    layers, settings = _plan(model.config)
     family = family_of(model.config)
     for index in layers:
         attention = attention_of(model, index)
-        mixer = LinearizedAttention(attention, family, config)
+        mixer = LinearizedAttention(attention, family, settings.layer(index, model.config.num_hidden_layers))
         weight = next(attention.parameters())
-        mixer.mixing.to(device=weight.device, dtype=weight.dtype)
+        for branch in (mixer.recurrence, mixer.mixing):
+            if branch is not None:
+                branch.to(device=weight.device, dtype=weight.dtype)
         decoder(model).layers[index].self_attn = mixer
     decoder(model).register_forward_pre_hook(_prepare, with_kwargs=True)
 
 
-def _plan(config: PreTrainedConfig) -> tuple[list[int], MixerConfig]:
+def _plan(config: PreTrainedConfig) -> tuple[list[int], MixerSettings]:
     """The converted layers and their settings, out of a converted model's config."""
     plan = config.linearize
     if not isinstance(plan, dict) or plan.keys() != {"layers", "mixer"}:
         raise LinearizeError(f"a {config.model_type!r} config lacks its 'linearize' entry of layers and mixer")
     layers = choose_layers(plan["layers"], None, config.num_hidden_layers)
-    return layers, validated(MixerConfig, plan["mixer"], "mixer")
+    return layers, validated(MixerSettings, plan["mixer"], "mixer")
 
 
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
@@ -231,7 +249,7 @@ def _prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         adopt(past, plan["layers"], config.num_hidden_layers)
         layer = past.layers[plan["layers"][0]]
     tokens = describe(
-        tuple(inputs.shape[:2]), plan["mixer"]["sinks"], inputs.device, kwargs.get("attention_mask"), positions, layer
+        tuple(inputs.shape[:2]), most_sinks(plan), inputs.device, kwargs.get("attention_mask"), positions, layer
     )
     if tokens.document is not None:
         if kwargs.get("past_key_values") is not None:
@@ -245,6 +263,12 @@ def _prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     if len(plan["layers"]) == config.num_hidden_layers:  # nobody needs the quadratic mask: a 4-D one is taken as it is
         kwargs["attention_mask"] = inputs.new_zeros(1, 1, 1, 1)
     return (), kwargs
+
+
+def most_sinks(plan: Mapping[str, Any]) -> int:
+    """The sinks of a document, of the layer that has most."""
+    sinks = plan["mixer"]["sinks"]
+    return max(sinks) if isinstance(sinks, list | tuple) else sinks
 
 
 def _clamped_rope(module: Any, inputs: torch.Tensor, positions: torch.Tensor | None, start: int) -> Any:

@@ -1,15 +1,14 @@
-"""Feature maps of the recurrence's queries and keys, and what becomes of its output: plain functions, by name."""
+"""Feature maps of the recurrence's queries and keys, by name."""
 
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import initialization
 
-from linearize.structures.base import AnyInputs
-
-Run = Callable[[AnyInputs], tuple[Tensor, Tensor]]  # an operator: inputs to output and final state
-EPSILON = 1e-6
+FeatureMap = Callable[[Tensor], Tensor]
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -37,27 +36,34 @@ def identity(x: Tensor) -> Tensor:
     return x.float()
 
 
-FEATURE_MAPS = {"softmax": softmax, "l2": l2, "relu": relu, "elu": elu, "none": identity}
+FEATURE_MAPS: dict[str, FeatureMap] = {"softmax": softmax, "l2": l2, "relu": relu, "elu": elu, "none": identity}
 SIGNED = ("l2", "none")  # maps whose values may be negative
 
 
-def plain(run: Run, inputs: AnyInputs) -> tuple[Tensor, Tensor]:
-    """The output as it is: it grows with what the state holds."""
-    return run(inputs)
+class Hedgehog(nn.Module):
+    """`[softmax(Wx + b), softmax(-Wx - b)]` with W and b for each head, W = I at the start (arXiv 2402.04347)."""
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, head_dim, head_dim))
+        self.bias = nn.Parameter(torch.empty(heads, head_dim))
+
+    def reset_parameters(self) -> None:
+        """The identity."""
+        initialization.copy_(self.weight, torch.eye(self.weight.shape[-1]).expand_as(self.weight))
+        initialization.zeros_(self.bias)
+
+    def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H K"]:
+        """K = 2D, in fp32."""
+        x = torch.einsum("bthd,hde->bthe", x.float(), self.weight.float()) + self.bias.float()
+        return torch.cat([x.softmax(dim=-1), (-x).softmax(dim=-1)], dim=-1)
 
 
-def rms(run: Run, inputs: AnyInputs) -> tuple[Tensor, Tensor]:
-    """Each head's output divided by its root mean square (NormAttention, TransNormer, arXiv 2210.10340)."""
-    output, state = run(inputs)
-    return F.rms_norm(output.float(), output.shape[-1:], eps=EPSILON), state
+def feature_map(name: str, heads: int, head_dim: int) -> FeatureMap:
+    """The feature map called `name`; a module where it is learned."""
+    return Hedgehog(heads, head_dim) if name == "hedgehog" else FEATURE_MAPS[name]
 
 
-def denominator(run: Run, inputs: AnyInputs) -> tuple[Tensor, Tensor]:
-    """A weighted mean of values (arXiv 2006.16236): one more value channel, always 1, adds the weights up."""
-    ones = torch.ones_like(inputs.v[..., :1])
-    output, state = run(inputs._replace(v=torch.cat([inputs.v, ones], dim=-1)))
-    output = output.float()
-    return output[..., :-1] / (output[..., -1:] + EPSILON), state
-
-
-READOUTS = {"none": plain, "rms": rms, "denominator": denominator}
+def feature_size(name: str, head_dim: int) -> int:
+    """K, from D."""
+    return 2 * head_dim if name == "hedgehog" else head_dim

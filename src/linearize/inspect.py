@@ -12,6 +12,7 @@ from linearize.checkpoint import load, load_pretrained, unwrapped
 from linearize.config import MixerConfig
 from linearize.convert import attention_of, is_linearized, mixers
 from linearize.families import base_model_type
+from linearize.features import feature_size
 from linearize.files import MARKER
 from linearize.results import byte_size
 from linearize.structures import STRUCTURES
@@ -52,9 +53,9 @@ def inspect(model: PreTrainedModel) -> Inspection:
     layers = list(original)
     added = 0
     for mixer in mixers(model):
-        kept = (mixer.config.window + mixer.config.sinks) * token
+        kept = 0 if mixer.config.local == "none" else (mixer.config.window + mixer.config.sinks) * token
         layers[mixer.layer_idx] = Memory(0, kept, recurrent_bytes(mixer.config, config.num_key_value_heads, head))
-        added += sum(p.numel() for name, p in mixer.named_parameters() if name.startswith("mixing."))
+        added += sum(p.numel() for name, p in mixer.named_parameters() if name.startswith(("mixing.", "recurrence.")))
     return Inspection(
         family=base_model_type(config.model_type),
         parameters=sum(p.numel() for p in model.parameters()),
@@ -67,16 +68,20 @@ def inspect(model: PreTrainedModel) -> Inspection:
 
 def recurrent_bytes(config: MixerConfig, heads: int, head_dim: int) -> int:
     """Bytes of one layer's states."""
-    value_size = head_dim + (config.readout == "denominator")  # its sum of weights is one more channel
     if config.structure == "none":
         return 0
-    return STRUCTURES[config.structure].state_bytes(config, head_dim, value_size, heads)
+    structure, key_size = STRUCTURES[config.structure], feature_size(config.feature_map, head_dim)
+    behind = config.mixing == "shared_normalizer" and config.local != "none"
+    value_size = head_dim + (behind or config.readout == "denominator")  # its sum of weights is one more channel
+    late = key_size + structure.gate_size(config, key_size) if behind else 0  # of each token in the window
+    return structure.state_bytes(config, key_size, value_size, heads) + 4 * heads * late * config.window
 
 
 def equal_memory_window(config: MixerConfig, heads: int, head_dim: int) -> int:
     """The window of a model without states that weighs what `config`'s window and states weigh together."""
     token = 2 * heads * head_dim * CACHE_DTYPE_BYTES
-    return config.window + -(-recurrent_bytes(config, heads, head_dim) // token)
+    window = 0 if config.local == "none" else config.window
+    return window + -(-recurrent_bytes(config, heads, head_dim) // token)
 
 
 def show(name: str, contexts: list[int]) -> None:

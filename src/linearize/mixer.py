@@ -5,15 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linearize.cache import MixerCacheLayer
+from linearize.cache import Memory, MixerCacheLayer
 from linearize.config import MixerConfig
 from linearize.errors import LinearizeError
 from linearize.families import Family, base_model_type, modeling
-from linearize.features import FEATURE_MAPS, READOUTS
-from linearize.gates import pooled
-from linearize.ops.local import Scoring, Sinks, local_attention
-from linearize.structures import STRUCTURES
-from linearize.structures.base import AnyInputs, Layer, Structure
+from linearize.mixing import MIXINGS
+from linearize.ops.local import NEVER, Past, Scoring, Sinks, local_attention
+from linearize.recurrence import Recurrence
+from linearize.structures.base import Layer
 from linearize.tokens import Tokens
 
 
@@ -21,74 +20,46 @@ def _unrotated(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor
     return q, k
 
 
-class FixedMixing(nn.Module):
-    """output = w · recurrent + (1 - w) · local, with one constant w (Liger, eq. 10; the paper's is 0.5)."""
-
-    def __init__(self, config: MixerConfig, heads: int) -> None:
-        super().__init__()
-        self.value, self.heads = config.initial_mixing_weight, heads
-
-    def weights(self) -> Tensor:
-        """`[H]`."""
-        return torch.full((self.heads,), self.value)
-
-    def forward(self, recurrent: Tensor, local: Tensor) -> Tensor:
-        """Both `[B, T, H, D]`."""
-        return self.value * recurrent + (1 - self.value) * local
-
-
-class PerHeadMixing(nn.Module):
-    """As `FixedMixing`, with a learned w for each head: a module of its own, so that PEFT can save it."""
-
-    def __init__(self, config: MixerConfig, heads: int) -> None:
-        super().__init__()
-        self.initial = config.initial_mixing_weight
-        self.weight = nn.Parameter(torch.empty(heads))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Every head at the configured weight."""
-        nn.init.constant_(self.weight, self.initial)
-
-    def weights(self) -> Tensor:
-        """`[H]`."""
-        return self.weight.detach().float().cpu()
-
-    def forward(self, recurrent: Tensor, local: Tensor) -> Tensor:
-        """Both `[B, T, H, D]`."""
-        w = self.weight[:, None].to(local.dtype)
-        return w * recurrent + (1 - w) * local
-
-
-MIXINGS = {"fixed": FixedMixing, "per_head": PerHeadMixing}
-
-
 class LinearizedAttention(nn.Module):
     """Takes an attention module's place and its submodules, under their names: nothing is copied.
 
     The module it replaces stays reachable as `original` (not registered, so that no parameter is counted twice).
+    What a conversion adds is in `recurrence` and `mixing`.
     """
 
     def __init__(self, attention: nn.Module, family: Family, config: MixerConfig) -> None:
         super().__init__()
         base: Any = attention
         self.config, self.family, self._original = config, family, (attention,)
-        self.layer_idx, self.head_dim, self.scaling = base.layer_idx, base.head_dim, base.scaling
+        self.layer_idx, self.head_dim = base.layer_idx, base.head_dim
         self.o_proj: nn.Module  # every family's; the others are known to `family.project`
         for name, child in attention.named_children():
             setattr(self, name, child)
         self.num_heads = base.config.num_attention_heads
         self.num_key_value_heads = base.config.num_key_value_heads
         self.rotate = modeling(base_model_type(base.config.model_type)).apply_rotary_pos_emb
-        if not getattr(base, "use_rope", True):  # SmolLM3 has layers without
+        if config.rope == "none" or not getattr(base, "use_rope", True):  # SmolLM3 has layers without
             self.rotate = _unrotated
-        place = base.layer_idx, base.config.num_hidden_layers, self.num_key_value_heads
-        self.layer = Layer(config, *place)
-        self.readout = READOUTS[config.readout]
-        self.structure: Structure | None = STRUCTURES.get(config.structure)
-        self.mixing: nn.Module = nn.Identity()  # what a window alone needs
-        if self.structure is not None:
-            self.mixing = MIXINGS[config.mixing](config, self.num_heads)
+        power = config.score_power if config.score == "softplus_reweighted" else None
+        self.scoring = Scoring(base.scaling, config.mixing == "shared_normalizer", power)
+        place = base.layer_idx, base.config.num_hidden_layers, self.num_heads, self.num_key_value_heads
+        layer = Layer(config, *place, base.head_dim, base.config.hidden_size)
+        self.recurrence: nn.Module | None = None
+        self.mixing: nn.Module | None = None  # None where there is one branch
+        if config.structure != "none":
+            self.recurrence = Recurrence(layer)
+            if config.local != "none":
+                self.mixing = MIXINGS[config.mixing](layer)
+        self.ablated = False  # whether the recurrence is left out, to see what it does
+        if not any(parameter.is_meta for parameter in self.parameters()):  # else: when there are values
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """What the conversion adds, as it starts; parameters that were loaded keep their values."""
+        for branch in (self.recurrence, self.mixing):
+            for module in () if branch is None else branch.modules():
+                if callable(reset := getattr(module, "reset_parameters", None)):
+                    reset()
 
     @property
     def original(self) -> nn.Module:
@@ -110,40 +81,40 @@ class LinearizedAttention(nn.Module):
                 "its decoder layer drops keyword arguments, so this family cannot be converted"
             )
         cache: MixerCacheLayer | None = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        past: Past | None = None if cache is None else cache.past()
+        memory: Memory | None = None if cache is None else cache.memory
         q, k, v = self.family.project(self, hidden_states)
-        q_rotated, k_rotated = self.rotate(q, k, *position_embeddings, unsqueeze_dim=2)
-        sinks = self.sinks(q, k_rotated, v, tokens, cache)
-        past = None if cache is None else cache.past()
-        scoring = Scoring(self.scaling)
-        output, _ = local_attention(
-            q_rotated, k_rotated, v, self.config.window, scoring, sinks, past, tokens.valid, tokens.document
-        )
-        state = None
-        if self.structure is not None:
-            recurrent, state = self.recurrent(q, k, v, tokens, None if cache is None else cache.state)
-            output = self.mixing(recurrent.to(output.dtype), output)
+        rotated: tuple[Tensor, Tensor] = self.rotate(q, k, *position_embeddings, unsqueeze_dim=2)
+        output = normalizer = sinks = None
+        if self.config.local != "none":
+            sinks = self.sinks(q, rotated[1], v, tokens, cache)
+            output, normalizer = self.local(*rotated, v, sinks, past, tokens)
+        if self.recurrence is not None and not self.ablated:
+            read, memory = self.recurrence(hidden_states, q, k, v, rotated, tokens, memory, past)
+            output = self.mixed(read, output, normalizer, hidden_states)
         if cache is not None:
-            kept = (sinks.k.detach(), sinks.v.detach(), tokens.sink_time)
-            cache.store(k_rotated, v, tokens.valid, self.config.window, kept, tokens.real, state)
-        return self.o_proj(output.flatten(2)), None
+            kept = (k[:, :0], v[:, :0]) if sinks is None else (sinks.k.detach(), sinks.v.detach())
+            window = 0 if sinks is None else self.config.window
+            cache.store(rotated[1], v, tokens.valid, window, (*kept, tokens.sink_time), tokens.real, memory)
+        output = torch.zeros_like(q) if output is None else output
+        return self.o_proj(output.flatten(2).to(hidden_states.dtype)), None
 
-    def recurrent(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The gated recurrence over unrotated q, k, v: `[B, T, H, D]`, and the state after the last token."""
-        assert self.structure is not None
-        inputs = self.inputs(q, k, v)
-        if tokens.valid is not None:  # padding neither decays nor writes
-            real = tokens.valid[:, :, None, None]
-            names = {"k", "log_g"}.intersection(inputs._fields)  # not every structure decays
-            inputs = inputs._replace(**{name: getattr(inputs, name) * real for name in names})
-        operator = self.structure.operator
-        return self.readout(lambda given: operator(*given, state, tokens.document), inputs)
+    def local(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Sinks, past: Past | None, tokens: Tokens
+    ) -> tuple[Tensor, Tensor | None]:
+        """The softmax branch over rotated q and k: `[B, T, H, D]`, and its normaliser where that is wanted."""
+        window, first = self.config.window, None
+        if self.config.local == "block":
+            first = torch.arange(q.shape[1], device=q.device) - tokens.position % window
+        return local_attention(q, k, v, window, self.scoring, sinks, past, tokens.valid, tokens.document, first)
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> AnyInputs:
-        """What the structure makes of the projections before RoPE."""
-        assert self.structure is not None
-        map_ = FEATURE_MAPS["none" if self.structure.own_features else self.config.feature_map]
-        gate = pooled(k, self.structure.gate_size(self.config, k.shape[-1]))
-        return self.structure.inputs(map_(q), map_(k), v, gate.repeat(1, 1, 1, self.structure.gates), self.layer)
+    def mixed(self, read: Any, local: Tensor | None, normalizer: Tensor | None, hidden: Tensor) -> Tensor:
+        """Both branches as one; the recurrence's output where it is the only one."""
+        if local is None:
+            return read.output
+        assert self.mixing is not None
+        log_ratio = None if normalizer is None or read.log_weight is None else read.log_weight - normalizer
+        return self.mixing(read.output.to(local.dtype), local, hidden, log_ratio)
 
     def sinks(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, cache: MixerCacheLayer | None) -> Sinks:
         """The sinks of every document, from this call and the cache; q before, k after RoPE."""
@@ -161,12 +132,16 @@ class LinearizedAttention(nn.Module):
                 new = tokens.sink_new[:, :, None, None]
                 sink_k = torch.where(new, sink_k, cache.sink_keys)
                 sink_v = torch.where(new, sink_v, cache.sink_values)
-        return Sinks(sink_k, sink_v, tokens.sink_time_from_start, tokens.sink_document, sink_q)
+        time = tokens.sink_time_from_start
+        if self.config.sinks < tokens.sinks:  # another layer has more
+            slot = torch.arange(time.shape[1], device=time.device) % tokens.sinks
+            time = time.masked_fill(slot >= self.config.sinks, NEVER)
+        return Sinks(sink_k, sink_v, time, tokens.sink_document, sink_q)
 
     def mixing_weights(self) -> Tensor:
         """The recurrence's weight in each head, `[H]` on the CPU."""
         mixing: Any = self.mixing
-        return mixing.weights()
+        return torch.ones(self.num_heads) if mixing is None else mixing.weights()
 
     def extra_repr(self) -> str:
         """The settings, in `print(model)`."""

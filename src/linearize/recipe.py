@@ -1,5 +1,6 @@
 """The recipe: everything a run depends on, in one validated object. Unknown keys are refused."""
 
+import sys
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from linearize.config import MixerConfig, validated
+from linearize.config import MixerSettings, drop_idle, validated
 from linearize.errors import LinearizeError, unknown
 
 SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
@@ -60,10 +61,10 @@ class StageSettings(Settings):
     tokens: Tokens = Field(description="to train on, in whole sequences; 30K, 2.5M and 1B are understood")
     batch_size: int = Field(1, ge=1, description="sequences at once")
     accumulate: int = Field(1, ge=1, description="batches for each step")
-    learning_rate: float = Field(5e-4, gt=0, description="at its peak, of everything but the mixing weights")
-    mixing_learning_rate: float = Field(5e-3, gt=0, description="of the mixing weights")
+    learning_rate: float = Field(5e-4, gt=0, description="at its peak, of everything but what the conversion added")
+    mixing_learning_rate: float = Field(5e-3, gt=0, description="of mixing weights and other added parameters")
     warmup: float = Field(0.05, ge=0, description="steps before the peak, or below 1 their share; a cosine follows")
-    weight_decay: float = Field(0.0, ge=0, description="of all but the mixing weights")
+    weight_decay: float = Field(0.0, ge=0, description="of all but the added parameters")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     gradient_checkpointing: bool = Field(False, description="less memory for more time")
     save_every: int = Field(50, ge=0, description="steps between checkpoints to resume from; 0: none")
@@ -102,7 +103,7 @@ class Recipe(Settings):
     model: str = Field("smollm2-135m", description="an embedded name, a folder, or a hub name owner/name")
     layers: Layers = Field("all", description="to convert: all, or numbers and ranges like 0-7,16")
     softmax_every: int | None = Field(None, ge=1, description="leave every so many-th layer as it is")
-    mixer: MixerConfig = MixerConfig()
+    mixer: MixerSettings = Field(MixerSettings({}), description="of the converted layers, see below")
     data: DataSettings = DataSettings()
     lora: LoraSettings | None = LoraSettings()
     align: AlignSettings | None = AlignSettings()
@@ -123,14 +124,35 @@ def read(
     Raises LinearizeError for a missing file, bad YAML, an unknown key or a bad value; all that is wrong at once.
     """
     data = {} if source is None else _load(str(source))
+    chosen: dict[str, Any] = {}
     for key, value in (given or {}).items():
-        _set(data, key.split("."), value)
+        _set(chosen, key.split("."), value)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise LinearizeError(f"--set {override!r} is not valid; give key=value, as in distill.tokens=2M")
-        _set(data, key.split("."), _parse(value, override))
-    return validated(Recipe, data, "recipe")
+        _set(chosen, key.split("."), _parse(value, override))
+    return validated(Recipe, _merged(data, chosen), "recipe")
+
+
+def _merged(data: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """`chosen` on top of what a recipe says. Mixer settings of the recipe that mean nothing beside the chosen ones, as
+    a gate's beside another structure that has none, are left out, and that is said."""
+    mixers = [part.get("mixer", {}) for part in (data, chosen)]
+    both = _on_top(data, chosen)
+    if all(isinstance(part, Mapping) for part in mixers) and mixers[1]:
+        both["mixer"], dropped = drop_idle(*mixers)
+        for name, reason in dropped.items():
+            print(f"the recipe's mixer.{name} is left out: {reason}", file=sys.stderr)
+    return both
+
+
+def _on_top(data: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    both = dict(data)
+    for key, value in chosen.items():
+        below = both.get(key)
+        both[key] = _on_top(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+    return both
 
 
 def shipped() -> dict[str, Path]:

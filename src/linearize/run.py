@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from linearize import recipe as recipes
 from linearize import report as reports
 from linearize.assets import resolve_model
 from linearize.checkpoint import Student, load_pretrained, unwrapped
-from linearize.config import MixerConfig
+from linearize.config import MixerSettings
 from linearize.convert import attention_of, check_convertible, convert
 from linearize.errors import LinearizeError
 from linearize.evaluate import evaluate
@@ -60,7 +60,7 @@ class Trained(NamedTuple):
     """A variant after its stages."""
 
     student: Student
-    mixer: MixerConfig
+    mixer: MixerSettings
     curves: list[Curve]
 
     @property
@@ -209,21 +209,32 @@ def _tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[
     return documents
 
 
-def mixer_of(recipe: Recipe, name: str, teacher: PreTrainedModel) -> MixerConfig:
+def mixer_of(recipe: Recipe, name: str, teacher: PreTrainedModel) -> MixerSettings:
     """The mixer of the variant called `name`: the recipe's, or that of one of its baselines."""
     if name == "converted":
         return recipe.mixer
     if name == "window_only":
-        return recipe.mixer.model_copy(update={"structure": "none"})
+        if "none" in recipe.mixer.values("local"):
+            raise LinearizeError(
+                "with local none there is no window for the baseline window_only; valid: window_equal_memory, or none"
+            )
+        return recipe.mixer.replace(structure="none")
+    count = teacher.config.num_hidden_layers
     heads, head_dim = teacher.config.num_key_value_heads, attention_of(teacher, 0).head_dim
-    window = equal_memory_window(recipe.mixer, heads, head_dim)
-    return recipe.mixer.model_copy(update={"structure": "none", "window": window})
+    windows = [equal_memory_window(recipe.mixer.layer(index, count), heads, head_dim) for index in range(count)]
+    local = [recipe.mixer.layer(index, count).local.replace("none", "window") for index in range(count)]
+    return recipe.mixer.replace(structure="none", window=_one(windows), local=_one(local))
 
 
-def build(recipe: Recipe, mixer: MixerConfig, teacher: PreTrainedModel) -> PreTrainedModel:
+def _one(values: list[Any]) -> Any:
+    """The value that all layers have, or the list."""
+    return values[0] if len(set(values)) == 1 else values
+
+
+def build(recipe: Recipe, mixer: MixerSettings, teacher: PreTrainedModel) -> PreTrainedModel:
     """An untrained conversion: on the teacher's own parameters, or on copies where all of them are to be trained."""
     student = shared_copy(teacher) if recipe.lora is not None else copy.deepcopy(teacher)
-    return convert(student, layers=recipe.layers, softmax_every=recipe.softmax_every, **mixer.model_dump())
+    return convert(student, layers=recipe.layers, softmax_every=recipe.softmax_every, **mixer.root)
 
 
 def train_variant(recipe: Recipe, name: str, base: Base, work: Path) -> Trained:
@@ -280,7 +291,7 @@ def _stages(recipe: Recipe) -> dict[str, tuple[StageSettings, Loss]]:
 def _measure(recipe: Recipe, base: Base, variants: dict[str, Trained]) -> Report:
     assert base.heldout is not None
     untrained = build(recipe, recipe.mixer, base.teacher).eval()
-    models = {name: (unwrapped(v.student).eval(), v.tokens, v.mixer.window) for name, v in variants.items()}
+    models = {name: (unwrapped(v.student).eval(), v.tokens, v.mixer.largest("window")) for name, v in variants.items()}
     curves = [curve for v in variants.values() for curve in v.curves]
     return evaluate(recipe, base.teacher, base.heldout, untrained, models, curves)
 

@@ -29,7 +29,19 @@ class Tokens:
     sink_document: Int[Tensor, "B M"] | None
     real: Int[Tensor, "B"]  # real tokens in the row up to the end of this call
     start: int  # time of the first token of this call
+    length: int  # tokens of this call, T
+    sinks: int  # slots of a document
     sink_rope: tuple[Tensor, Tensor] | None = None  # cos and sin for the sinks' queries, where distances are clamped
+
+    @cached_property
+    def position(self) -> Int[Tensor, "B T"]:
+        """Real tokens before this one in its row or document; at padding anything from 0."""
+        if self.document is not None:
+            index = torch.arange(self.document.shape[1], device=self.document.device)
+            begins = torch.nn.functional.pad(self.document[:, 1:] != self.document[:, :-1], (1, 0))
+            return index - (index * begins).cummax(dim=1).values
+        ones = torch.ones_like(self.real)[:, None].expand(-1, self.length) if self.valid is None else self.valid.long()
+        return (self.real[:, None] - ones.sum(1, keepdim=True) + ones.cumsum(1) - 1).clamp(min=0)
 
     @cached_property
     def sink_time_from_start(self) -> Int[Tensor, "B M"]:
@@ -75,13 +87,14 @@ def describe(
     time = torch.arange(sinks, device=device).expand(B, sinks)
     if valid is None and sinks <= T:
         real = torch.full((B,), T, device=device)
-        return Tokens(None, None, time, None, time, None, real, 0)
+        return Tokens(None, None, time, None, time, None, real, 0, T, sinks)
     return _fill_slots(T, torch.zeros(B, dtype=torch.long, device=device), torch.full_like(time, NEVER), valid, 0)
 
 
 def _continue(T: int, past: MixerCacheLayer, valid: Tensor | None) -> Tokens:
     if valid is None and bool((past.real >= past.sink_time.shape[1]).all()):
-        return Tokens(None, None, None, None, past.sink_time, None, past.real + T, past.get_seq_length())
+        start, sinks = past.get_seq_length(), past.sink_time.shape[1]
+        return Tokens(None, None, None, None, past.sink_time, None, past.real + T, start, T, sinks)
     return _fill_slots(T, past.real, past.sink_time, valid, past.get_seq_length())
 
 
@@ -94,7 +107,7 @@ def _fill_slots(T: int, real_before: Tensor, sink_time: Tensor, valid: Tensor | 
     index = torch.searchsorted(count, slot + 1)
     new = (slot >= real_before[:, None]) & (index < T)
     time = torch.where(new, start + index, sink_time)
-    return Tokens(valid, None, index.clamp(max=T - 1), new, time, None, count[:, -1], start)
+    return Tokens(valid, None, index.clamp(max=T - 1), new, time, None, count[:, -1], start, T, sinks)
 
 
 def _packed(document: Tensor, sinks: int) -> Tokens:
@@ -107,4 +120,4 @@ def _packed(document: Tensor, sinks: int) -> Tokens:
     time = torch.where(there, index, NEVER).flatten(1)
     owner = number[..., None].expand_as(index).flatten(1)
     real = torch.full((B,), T, device=document.device)
-    return Tokens(None, document, index.clamp(max=T - 1).flatten(1), None, time, owner, real, 0)
+    return Tokens(None, document, index.clamp(max=T - 1).flatten(1), None, time, owner, real, 0, T, sinks)

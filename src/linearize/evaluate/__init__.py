@@ -40,11 +40,11 @@ def evaluate(
         scores = score(model, heldout, name.replace("_", " "))
         results[name] = summarize(scores, expected, bucket, trained_tokens=tokens, window=window)
 
-    add("untrained", untrained, 0, recipe.mixer.window)
+    add("untrained", untrained, 0, recipe.mixer.largest("window"))
     for name, variant in variants.items():
         add(name, *variant)
     ours = variants["converted"][0]
-    if recipe.mixer.structure != "none":
+    if recipe.mixer.values("structure") != ["none"] and "none" not in recipe.mixer.values("local"):
         with recurrence_off(ours):
             add("recurrence_off", *variants["converted"])
 
@@ -53,7 +53,7 @@ def evaluate(
         speed[name], size[name] = decode_speed(model, settings.contexts, settings.decode_tokens, name)
     return Report(
         model=recipe.model,
-        structure=recipe.mixer.structure,
+        structure=", ".join(recipe.mixer.values("structure")),
         sequence_length=settings.sequence_length,
         bucket=bucket,
         eval_tokens=heldout.shape[0] * (heldout.shape[1] - 1),
@@ -79,14 +79,14 @@ def evaluate(
 @contextmanager
 def recurrence_off(model: PreTrainedModel) -> Iterator[None]:
     """The ablation: the window alone in every converted layer, with the weights as they are."""
-    found = [(mixer, mixer.structure) for mixer in mixers(model)]
+    found = mixers(model)
     try:
-        for mixer, _ in found:
-            mixer.structure = None
+        for mixer in found:
+            mixer.ablated = True
         yield
     finally:
-        for mixer, structure in found:
-            mixer.structure = structure
+        for mixer in found:
+            mixer.ablated = False
 
 
 def hardware() -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearize.convert import decoder, mixers
@@ -16,14 +16,18 @@ def layer_statistics(model: PreTrainedModel, ids: Int[Tensor, "T"]) -> list[Laye
     """A row for each layer with a recurrence; decay times are means over the tokens of `ids` and over channels."""
     rows: list[Layer] = []
 
-    def watch(mixer: Any, _: Any, kwargs: dict[str, Any]) -> None:
-        inputs = mixer.inputs(*mixer.family.project(mixer, kwargs["hidden_states"]))
-        log_g = getattr(inputs, "log_g", torch.zeros_like(inputs.v)).double()  # without a decay nothing is forgotten
-        decay = (-1 / log_g.mean(dim=(0, 1)).clamp(max=-1e-9)).mean(-1)
-        rows.append(Layer(layer=mixer.layer_idx, mixing=mixer.mixing_weights().tolist(), decay_tokens=decay.tolist()))
+    def watch(mixer: Any) -> Any:
+        def hook(recurrence: Any, arguments: tuple[Any, ...]) -> None:
+            inputs = recurrence.inputs(*arguments[:5])
+            log_g = getattr(inputs, "log_g", torch.zeros_like(inputs.k)).double()
+            decay = (-1 / log_g.mean(dim=(0, 1)).clamp(max=-1e-9)).mean(-1)
+            row = Layer(layer=mixer.layer_idx, mixing=mixer.mixing_weights().tolist(), decay_tokens=decay.tolist())
+            rows.append(row)
 
-    recurrent: list[nn.Module] = [mixer for mixer in mixers(model) if mixer.structure is not None]
-    handles = [mixer.register_forward_pre_hook(watch, with_kwargs=True) for mixer in recurrent]
+        return hook
+
+    recurrent: list[Any] = [mixer for mixer in mixers(model) if mixer.recurrence is not None]
+    handles = [mixer.recurrence.register_forward_pre_hook(watch(mixer)) for mixer in recurrent]
     try:
         decoder(model)(input_ids=ids[None].to(model.device), use_cache=False)
     finally:

@@ -19,7 +19,10 @@ class Layer(NamedTuple):
     config: MixerConfig
     layer_idx: int
     num_layers: int
+    num_heads: int
     num_key_value_heads: int
+    head_dim: int
+    hidden_size: int
 
 
 class Inputs(NamedTuple):
@@ -92,7 +95,9 @@ class Structure(NamedTuple):
     operator: Callable[..., tuple[Tensor, Tensor]]
     gate_size: Callable[[MixerConfig, int], int] = per_channel  # of one key/value head, from its key size
     gates: int = 1
+    decays: bool = True  # whether the gate is a decay, the first one where there are two
     state_shape: Callable[[MixerConfig, int, int], tuple[int, ...]] = matrix  # of one key/value head
+    own_keys: bool = False  # whether it writes under keys of its own making, whatever k is
     weighs: bool = True  # whether the output is a sum of values by weights as positive as q and k are
     own_features: bool = False  # whether q and k come as they are, because it has features of its own
 

@@ -21,5 +21,5 @@ def gated_deltanet(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, layer: Layer) 
     return deltanet(q, k, v, write, layer)._replace(log_g=log_g)
 
 
-DELTANET = Structure(deltanet, gated_delta, per_head, weighs=False)
+DELTANET = Structure(deltanet, gated_delta, per_head, decays=False, weighs=False)
 GATED_DELTANET = Structure(gated_deltanet, gated_delta, per_head, gates=2, weighs=False)

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def per_slot(config: MixerConfig, key_size: int) -> int:
-    """A gate for each slot."""
-    return config.slots
+    """A gate for each slot; as many as a key has channels, if not said otherwise."""
+    return config.slots or key_size
 
 
 def keys_and_values(config: MixerConfig, key_size: int, value_size: int) -> tuple[int, ...]:
     """The shape of a state that holds a key and a value in each slot."""
-    return config.slots, key_size + value_size
+    return per_slot(config, key_size), key_size + value_size
 
 
 def inputs(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, layer: Layer) -> SlotInputs:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from linearize.convert import attention_of, decoder, mixers
+from linearize.convert import attention_of, decoder, mixers, most_sinks
 from linearize.mixer import LinearizedAttention
 from linearize.tokens import describe
 from linearize.train.losses import relative_error
@@ -23,12 +23,10 @@ def align_loss(
     """
     layers = mixers(student)
     seen = _watch(teacher, [mixer.layer_idx for mixer in layers], batch)
-    losses = []
+    sinks, losses = most_sinks(student.config.linearize), []
     for mixer in layers:
         kwargs, target = seen.pop(mixer.layer_idx)
-        tokens = describe(
-            batch["input_ids"].shape, mixer.config.sinks, target.device, position_ids=batch["position_ids"]
-        )
+        tokens = describe(batch["input_ids"].shape, sinks, target.device, position_ids=batch["position_ids"])
         inputs = (mixer, kwargs["hidden_states"], kwargs["position_embeddings"], tokens)
         if checkpointing:
             output = checkpoint(_run, *inputs, use_reentrant=False)

@@ -24,6 +24,7 @@ from linearize.results import Curve
 
 Loss = Callable[[PreTrainedModel, PreTrainedModel, dict[str, Tensor]], Tensor]
 Batch = dict[str, Tensor]
+ADDED = ("mixing", "recurrence")  # the modules of a mixer that hold what a conversion added
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -32,13 +33,14 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def with_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
-    """`model` with LoRA on its projections; mixing weights are trained in full and saved with the adapter."""
+    """`model` with LoRA on its projections; what the conversion added is trained in full and saved with the adapter."""
+    added = [part for part in ADDED if any(f".{part}." in name for name, _ in model.named_parameters())]
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=list(settings.targets),
-        modules_to_save=["mixing"] if any(".mixing." in name for name, _ in model.named_parameters()) else None,
+        modules_to_save=added or None,
         task_type="CAUSAL_LM",
     )
     missing = [
@@ -64,7 +66,7 @@ class Pair(nn.Module):
 
 
 class LinearizeTrainer(Trainer):
-    """Trainer with a learning rate for mixing weights, checkpoints that are whole or absent, and a stop at NaN."""
+    """Trainer with a learning rate for added parameters, checkpoints that are whole or absent, and a stop at NaN."""
 
     def __init__(self, pair: Pair, arguments: TrainingArguments, mixing_learning_rate: float, **kwargs: Any) -> None:
         super().__init__(pair, arguments, **kwargs)
@@ -74,10 +76,10 @@ class LinearizeTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over two groups: mixing weights, and the rest."""
+        """AdamW over two groups: what the conversion added, and the rest."""
         named = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
-        mixing = [p for name, p in named if ".mixing." in name]
-        others = [p for name, p in named if ".mixing." not in name]
+        mixing = [p for name, p in named if any(f".{part}." in name for part in ADDED)]
+        others = [p for name, p in named if not any(f".{part}." in name for part in ADDED)]
         groups = [{"params": others, "lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}]
         if mixing:
             groups.append({"params": mixing, "lr": self.mixing_learning_rate, "weight_decay": 0.0})

@@ -1,0 +1,30 @@
+"""Feature maps are what their names say."""
+
+import torch
+from tiny import assert_close
+
+from linearize.features import FEATURE_MAPS, SIGNED, feature_map, feature_size
+
+X = 3 * torch.randn(2, 50, 3, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_maps_without_parameters():
+    assert_close(FEATURE_MAPS["softmax"](X).sum(-1), torch.ones(2, 50, 3))
+    assert_close(FEATURE_MAPS["l2"](X).norm(dim=-1), torch.ones(2, 50, 3))
+    assert_close(FEATURE_MAPS["elu"](X), torch.where(X > 0, X + 1, X.exp()))
+    assert torch.equal(FEATURE_MAPS["relu"](X), X.clamp(min=0))
+    assert torch.equal(FEATURE_MAPS["none"](X), X)
+    for name in FEATURE_MAPS:
+        assert (name in SIGNED) == bool((FEATURE_MAPS[name](X) < 0).any())
+
+
+def test_hedgehog_starts_as_the_identity_and_has_a_map_for_each_head():
+    hedgehog = feature_map("hedgehog", 3, 8)
+    hedgehog.reset_parameters()
+    assert_close(hedgehog(X), torch.cat([X.softmax(-1), (-X).softmax(-1)], dim=-1))
+    assert hedgehog(X).shape[-1] == feature_size("hedgehog", 8) == 16
+    hedgehog.weight.data.normal_()
+    hedgehog.bias.data.normal_()
+    for head in range(3):
+        mapped = X[:, :, head] @ hedgehog.weight[head] + hedgehog.bias[head]
+        assert_close(hedgehog(X)[:, :, head], torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], dim=-1))
