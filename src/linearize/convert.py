@@ -15,12 +15,17 @@ from transformers import (
     PreTrainedModel,
     initialization,
 )
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.masking_utils import create_masks_for_generate
 
 from linearize.cache import adopt
 from linearize.config import MixerConfig, validated
 from linearize.errors import LinearizeError
 from linearize.families import FAMILIES, LINEARIZED, base_classes, base_model_type, family_of
-from linearize.mixer import LinearizedAttention, PerHeadMixing
+from linearize.mixer import LinearizedAttention, PerHeadMixing, submodules
 from linearize.tokens import describe
 
 Layers = str | int | Iterable[int]
@@ -57,6 +62,10 @@ def check_convertible(model: PreTrainedModel, config: MixerConfig, layers: Layer
     family_of(model.config)
     chosen = choose_layers(layers, every, model.config.num_hidden_layers)
     for index in chosen:
+        if not getattr(attention_of(model, index), "is_causal", True):
+            raise LinearizeError(
+                f"layer {index} sees the tokens after its own (use_bidirectional_attention); valid: causal attention"
+            )
         native = getattr(attention_of(model, index), "sliding_window", None) or _model_window(model.config)
         if native is not None and native < config.window:
             raise LinearizeError(
@@ -71,7 +80,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     if not is_linearized(model):
         raise LinearizeError(f"a {model.config.model_type!r} model is not linearized; there is nothing to revert")
     for mixer in mixers(model):
-        for name in dict(mixer.original.named_children()):
+        for name in submodules(mixer.original):
             setattr(mixer.original, name, getattr(mixer, name))
         decoder(model).layers[mixer.layer_idx].self_attn = mixer.original
     hooks = decoder(model)._forward_pre_hooks
@@ -174,6 +183,8 @@ def linearized_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[Pr
             for mixer in mixers(self):
                 if isinstance(mixer.mixing, PerHeadMixing):  # keeps what was loaded
                     initialization.constant_(mixer.mixing.weight, mixer.mixing.initial)
+                if mixer.family.null_logits is not None:  # as the original's, which the base class no longer finds
+                    initialization.normal_(getattr(mixer, mixer.family.null_logits), std=self.config.initializer_range)
 
     for new, base in ((Config, base_config), (Model, base_model)):
         new.__name__ = new.__qualname__ = f"Linearized{base.__name__}"
@@ -190,6 +201,8 @@ def register() -> None:
             globals()[new.__name__] = new  # where pickle looks for it
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+        if (conversion := get_checkpoint_conversion_mapping(model_type)) is not None:  # Mixtral's experts, one by one
+            register_checkpoint_conversion_mapping(config_class.model_type, conversion, overwrite=True)
 
 
 def _swap(model: PreTrainedModel) -> None:
@@ -237,6 +250,7 @@ def _prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         if kwargs.get("past_key_values") is not None:
             raise LinearizeError("packed documents do not fit a cache, which holds one for each row; pass none")
         past = None
+        kwargs["attention_mask"] = document_masks(module, inputs, positions)
     kwargs["past_key_values"], kwargs["use_cache"] = past, past is not None
     if tokens.start + inputs.shape[1] > config.max_position_embeddings:
         kwargs["tokens"] = replace(tokens, sink_rope=_clamped_rope(module, inputs, positions, tokens.start))
@@ -247,11 +261,25 @@ def _prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     return (), kwargs
 
 
-def _clamped_rope(module: Any, inputs: torch.Tensor, positions: torch.Tensor | None, start: int) -> Any:
-    """cos and sin that keep sinks within the length the model was trained at, however long the text."""
+def document_masks(model: PreTrainedModel, inputs: torch.Tensor, positions: torch.Tensor | None) -> Any:
+    """The attention masks that keep packed documents apart, for softmax layers of a family that makes none itself.
+
+    `inputs` is `[B, T, ...]`, ids or embeddings; `model` may be the decoder alone. None where nothing is to be done.
+    """
+    if positions is None or family_of(model.config).separates_documents:
+        return None
+    like = model.get_input_embeddings().weight.new_empty(*inputs.shape[:2], 0)  # of which only shape and type count
+    return create_masks_for_generate(model.config, like, None, None, positions)
+
+
+def _clamped_rope(module: Any, inputs: torch.Tensor, positions: torch.Tensor | None, start: int) -> list[Any]:
+    """cos and sin of each layer that keep sinks within the length the model was trained at, however long the text."""
     if positions is None:
         positions = torch.arange(start, start + inputs.shape[1], device=inputs.device)[None]
-    return module.rotary_emb(
-        module.get_input_embeddings().weight,
-        position_ids=positions.clamp(max=module.config.max_position_embeddings - 1),
-    )
+    positions = positions.clamp(max=module.config.max_position_embeddings - 1)
+    weight = module.get_input_embeddings().weight
+    if not hasattr(module.rotary_emb, "layer_types"):
+        return [module.rotary_emb(weight, position_ids=positions)] * module.config.num_hidden_layers
+    types = module.config.layer_types  # full and sliding layers rotate at different speeds
+    by_type = {name: module.rotary_emb(weight, position_ids=positions, layer_type=name) for name in set(types)}
+    return [by_type[name] for name in types]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from linearize.cache import MixerCacheLayer
 from linearize.config import MixerConfig
 from linearize.errors import LinearizeError
-from linearize.families import Family, base_model_type, modeling
+from linearize.families import Family, base_model_type, rotation
 from linearize.features import FEATURE_MAPS, READOUTS
 from linearize.gates import pooled
 from linearize.ops.local import Scoring, Sinks, local_attention
@@ -19,6 +19,11 @@ from linearize.tokens import Tokens
 
 def _unrotated(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     return q, k
+
+
+def submodules(attention: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
+    """What an attention module holds itself, by name: its modules and its own parameters."""
+    return dict(attention.named_children()) | dict(attention.named_parameters(recurse=False))
 
 
 class FixedMixing(nn.Module):
@@ -74,12 +79,12 @@ class LinearizedAttention(nn.Module):
         base: Any = attention
         self.config, self.family, self._original = config, family, (attention,)
         self.layer_idx, self.head_dim, self.scaling = base.layer_idx, base.head_dim, base.scaling
-        self.o_proj: nn.Module  # every family's; the others are known to `family.project`
-        for name, child in attention.named_children():
-            setattr(self, name, child)
+        for name, own in submodules(attention).items():
+            setattr(self, name, own)
         self.num_heads = base.config.num_attention_heads
         self.num_key_value_heads = base.config.num_key_value_heads
-        self.rotate = modeling(base_model_type(base.config.model_type)).apply_rotary_pos_emb
+        self.softcap = None if family.softcap is None else getattr(base, family.softcap)
+        self.rotate = rotation(family, base_model_type(base.config.model_type))
         if not getattr(base, "use_rope", True):  # SmolLM3 has layers without
             self.rotate = _unrotated
         place = base.layer_idx, base.config.num_hidden_layers, self.num_key_value_heads
@@ -112,11 +117,10 @@ class LinearizedAttention(nn.Module):
         cache: MixerCacheLayer | None = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         q, k, v = self.family.project(self, hidden_states)
         q_rotated, k_rotated = self.rotate(q, k, *position_embeddings, unsqueeze_dim=2)
-        sinks = self.sinks(q, k_rotated, v, tokens, cache)
+        sinks = self.document_sinks(q, k_rotated, v, tokens, cache)
         past = None if cache is None else cache.past()
-        scoring = Scoring(self.scaling)
         output, _ = local_attention(
-            q_rotated, k_rotated, v, self.config.window, scoring, sinks, past, tokens.valid, tokens.document
+            q_rotated, k_rotated, v, self.config.window, self.scoring(), sinks, past, tokens.valid, tokens.document
         )
         state = None
         if self.structure is not None:
@@ -125,7 +129,13 @@ class LinearizedAttention(nn.Module):
         if cache is not None:
             kept = (sinks.k.detach(), sinks.v.detach(), tokens.sink_time)
             cache.store(k_rotated, v, tokens.valid, self.config.window, kept, tokens.real, state)
-        return self.o_proj(output.flatten(2)), None
+        output_projection = getattr(self, self.family.projections[-1])
+        return output_projection(output.flatten(2)), None
+
+    def scoring(self) -> Scoring:
+        """How the original attention makes weights of queries and keys."""
+        null_logits = None if self.family.null_logits is None else getattr(self, self.family.null_logits)
+        return Scoring(self.scaling, softcap=self.softcap, null_logits=null_logits)
 
     def recurrent(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """The gated recurrence over unrotated q, k, v: `[B, T, H, D]`, and the state after the last token."""
@@ -144,11 +154,11 @@ class LinearizedAttention(nn.Module):
         gate = pooled(k, size)
         return self.structure.inputs(map_(q), map_(k), v, gate.repeat(1, 1, 1, self.structure.gates), self.layer)
 
-    def sinks(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, cache: MixerCacheLayer | None) -> Sinks:
+    def document_sinks(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, cache: MixerCacheLayer | None) -> Sinks:
         """The sinks of every document, from this call and the cache; q before, k after RoPE."""
         sink_q = None
         if tokens.sink_rope is not None:
-            sink_q, _ = self.rotate(q, q, *tokens.sink_rope, unsqueeze_dim=2)
+            sink_q, _ = self.rotate(q, q, *tokens.sink_rope[self.layer_idx], unsqueeze_dim=2)
         if tokens.sink_index is None:
             assert cache is not None
             sink_k, sink_v = cache.sink_keys, cache.sink_values

@@ -29,7 +29,7 @@ class Tokens:
     sink_document: Int[Tensor, "B M"] | None
     real: Int[Tensor, "B"]  # real tokens in the row up to the end of this call
     start: int  # time of the first token of this call
-    sink_rope: tuple[Tensor, Tensor] | None = None  # cos and sin for the sinks' queries, where distances are clamped
+    sink_rope: Sequence[tuple[Tensor, Tensor]] | None = None  # where distances are clamped: each layer's cos and sin
 
     @cached_property
     def sink_time_from_start(self) -> Int[Tensor, "B M"]:
