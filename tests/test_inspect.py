@@ -29,6 +29,17 @@ def test_bytes_are_those_of_a_real_cache(family, layers, structure):
         assert inspect(model).cache_bytes(context) == bytes_of(model, context)
 
 
+@pytest.mark.parametrize("layers", ["0", "1"])
+@pytest.mark.parametrize("family", ["gemma2", "mistral", "olmo3"])
+def test_softmax_layers_with_a_window_stop_growing(family, layers):
+    model = tiny(family, sliding_window=9).bfloat16()
+    for context in (7, 8, 9, 10, 30):
+        assert inspect(model).cache_bytes(context) == bytes_of(model, context)
+    convert(model, layers=layers, window=5, sinks=3)
+    for context in (8, 30):
+        assert inspect(model).cache_bytes(context) == bytes_of(model, context)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_original_s_bytes(family):
     model = tiny(family).bfloat16()

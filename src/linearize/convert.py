@@ -66,7 +66,7 @@ def check_convertible(model: PreTrainedModel, config: MixerConfig, layers: Layer
             raise LinearizeError(
                 f"layer {index} sees the tokens after its own (use_bidirectional_attention); valid: causal attention"
             )
-        native = getattr(attention_of(model, index), "sliding_window", None) or _model_window(model.config)
+        native = native_window(model, index)
         if native is not None and native < config.window:
             raise LinearizeError(
                 f"layer {index} has a sliding window of {native} tokens of its own, less than window {config.window}"
@@ -118,6 +118,17 @@ def attention_of(model: PreTrainedModel, layer: int) -> Any:
     return decoder(model).layers[layer].self_attn
 
 
+def native_window(model: PreTrainedModel, layer: int) -> int | None:
+    """The tokens that a layer's softmax attention sees, the current one included, where it does not see all."""
+    attention = attention_of(model, layer)
+    if isinstance(attention, LinearizedAttention):
+        attention = attention.original
+    alike = getattr(model.config, "layer_types", None) is None  # else each layer says it itself
+    return getattr(attention, "sliding_window", None) or (
+        getattr(model.config, "sliding_window", None) if alike else None
+    )
+
+
 def choose_layers(layers: Layers, softmax_every: int | None, count: int) -> list[int]:
     """The indices that `layers` ("all", "0-7,16", or numbers) means for a model of `count` layers."""
     try:
@@ -154,11 +165,6 @@ def _ranges(text: str, count: int) -> Iterable[int]:
         if end < start:
             raise ValueError(part)
         yield from (start, *range(start, min(end, count)), end)
-
-
-def _model_window(config: PreTrainedConfig) -> int | None:
-    """The native window of a model whose layers are all alike."""
-    return getattr(config, "sliding_window", None) if getattr(config, "layer_types", None) is None else None
 
 
 @cache
@@ -250,7 +256,6 @@ def _prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         if kwargs.get("past_key_values") is not None:
             raise LinearizeError("packed documents do not fit a cache, which holds one for each row; pass none")
         past = None
-        kwargs["attention_mask"] = document_masks(module, inputs, positions)
     kwargs["past_key_values"], kwargs["use_cache"] = past, past is not None
     if tokens.start + inputs.shape[1] > config.max_position_embeddings:
         kwargs["tokens"] = replace(tokens, sink_rope=_clamped_rope(module, inputs, positions, tokens.start))
@@ -258,6 +263,8 @@ def _prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         kwargs["tokens"] = tokens
     if len(plan["layers"]) == config.num_hidden_layers:  # nobody needs the quadratic mask: a 4-D one is taken as it is
         kwargs["attention_mask"] = inputs.new_zeros(1, 1, 1, 1)
+    elif tokens.document is not None:
+        kwargs["attention_mask"] = document_masks(module, inputs, positions)
     return (), kwargs
 
 
