@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_cache import in_parts
 from tiny import FAMILIES, assert_close, ids, logits, relative, tiny
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from linearize import LinearizeError, convert, families, revert
 from linearize.convert import attention_of, decoder, mixers
@@ -99,6 +99,15 @@ def test_layers_with_windows_beside_converted_ones(family, layers):
     padded = in_parts(model, ids(2, LENGTH), [9, 1, 1, 5, *[1] * 8], mask)[0]
     assert_close(padded[0], full[0])
     assert_close(padded[1, 8:], logits(model, ids(2, LENGTH)[1:, 8:])[0])
+
+
+@pytest.mark.parametrize("layers", ["0", "1", "0,2"])
+@pytest.mark.parametrize("family", MIXED)
+def test_a_cache_that_knows_of_no_windows(family, layers):
+    model = convert(tiny(family, **WINDOWS[family][0]), window=4, sinks=2, mixing_weight=0.4, layers=layers)
+    cache, parts = DynamicCache(), ids(2, LENGTH).split([9, 1, 1, 5, *[1] * 8], 1)
+    ours = torch.cat([logits(model, part, past_key_values=cache) for part in parts], 1)
+    assert_close(ours, logits(model, ids(2, LENGTH), use_cache=False))
 
 
 @pytest.mark.parametrize("layers", [{"softmax_every": 2}, {"layers": "1"}], ids=str)

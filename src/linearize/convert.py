@@ -25,7 +25,7 @@ from linearize.cache import adopt
 from linearize.config import MixerConfig, validated
 from linearize.errors import LinearizeError
 from linearize.families import FAMILIES, LINEARIZED, base_classes, base_model_type, family_of
-from linearize.mixer import LinearizedAttention, PerHeadMixing, submodules
+from linearize.mixer import LinearizedAttention, PerHeadMixing, parts
 from linearize.tokens import describe
 
 Layers = str | int | Iterable[int]
@@ -80,7 +80,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     if not is_linearized(model):
         raise LinearizeError(f"a {model.config.model_type!r} model is not linearized; there is nothing to revert")
     for mixer in mixers(model):
-        for name in submodules(mixer.original):
+        for name in parts(mixer.original):
             setattr(mixer.original, name, getattr(mixer, name))
         decoder(model).layers[mixer.layer_idx].self_attn = mixer.original
     hooks = decoder(model)._forward_pre_hooks
@@ -123,10 +123,8 @@ def native_window(model: PreTrainedModel, layer: int) -> int | None:
     attention = attention_of(model, layer)
     if isinstance(attention, LinearizedAttention):
         attention = attention.original
-    alike = getattr(model.config, "layer_types", None) is None  # else each layer says it itself
-    return getattr(attention, "sliding_window", None) or (
-        getattr(model.config, "sliding_window", None) if alike else None
-    )
+    holder = attention if hasattr(attention, "sliding_window") else model.config  # where all layers are alike
+    return getattr(holder, "sliding_window", None)
 
 
 def choose_layers(layers: Layers, softmax_every: int | None, count: int) -> list[int]:
@@ -276,7 +274,8 @@ def document_masks(model: PreTrainedModel, inputs: torch.Tensor, positions: torc
     if positions is None or family_of(model.config).separates_documents:
         return None
     like = model.get_input_embeddings().weight.new_empty(*inputs.shape[:2], 0)  # of which only shape and type count
-    return create_masks_for_generate(model.config, like, None, None, positions)
+    given = {"inputs_embeds": like, "attention_mask": None, "past_key_values": None, "position_ids": positions}
+    return create_masks_for_generate(model.config, **given)
 
 
 def _clamped_rope(module: Any, inputs: torch.Tensor, positions: torch.Tensor | None, start: int) -> list[Any]:

@@ -75,12 +75,12 @@ def softcapped(config: Any, logits: Tensor) -> Tensor:
 
 
 def divided(config: Any, logits: Tensor) -> Tensor:
-    """By `config.logits_scaling`."""
+    """Divided by `config.logits_scaling`."""
     return logits / config.logits_scaling
 
 
 def multiplied(config: Any, logits: Tensor) -> Tensor:
-    """By `config.logit_scale`."""
+    """Multiplied by `config.logit_scale`."""
     return logits * config.logit_scale
 
 

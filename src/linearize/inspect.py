@@ -51,9 +51,8 @@ def inspect(model: PreTrainedModel) -> Inspection:
     head = attention_of(model, 0).head_dim
     token = 2 * config.num_key_value_heads * head * CACHE_DTYPE_BYTES
     windows = [native_window(model, index) for index in range(count)]
-    original = [
-        Memory(token, 0, 0, None if window is None else window - 1) for window in windows
-    ]  # the next makes it W
+    longest = [None if window is None else window - 1 for window in windows]  # the token that is read is not yet kept
+    original = [Memory(token, 0, 0, tokens) for tokens in longest]
     layers = list(original)
     added = 0
     for mixer in mixers(model):

@@ -21,7 +21,7 @@ def _unrotated(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor
     return q, k
 
 
-def submodules(attention: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
+def parts(attention: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
     """What an attention module holds itself, by name: its modules and its own parameters."""
     return dict(attention.named_children()) | dict(attention.named_parameters(recurse=False))
 
@@ -79,7 +79,7 @@ class LinearizedAttention(nn.Module):
         base: Any = attention
         self.config, self.family, self._original = config, family, (attention,)
         self.layer_idx, self.head_dim, self.scaling = base.layer_idx, base.head_dim, base.scaling
-        for name, own in submodules(attention).items():
+        for name, own in parts(attention).items():
             setattr(self, name, own)
         self.num_heads = base.config.num_attention_heads
         self.num_key_value_heads = base.config.num_key_value_heads
@@ -119,7 +119,7 @@ class LinearizedAttention(nn.Module):
         q_rotated, k_rotated = self.rotate(q, k, *position_embeddings, unsqueeze_dim=2)
         sinks = self.document_sinks(q, k_rotated, v, tokens, cache)
         past = None if cache is None else cache.past()
-        output, _ = local_attention(
+        output, _normalizer = local_attention(
             q_rotated, k_rotated, v, self.config.window, self.scoring(), sinks, past, tokens.valid, tokens.document
         )
         state = None
