@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_cache import in_parts
 from tiny import FAMILIES, assert_close, ids, logits, relative, tiny
@@ -191,6 +192,9 @@ def test_lora_is_on_the_family_s_projections(family, tmp_path):
     assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
     trained = logits(model, ids(2, LENGTH))
     assert relative(trained, before) > 1e-3
+    model.save_pretrained(tmp_path / "adapter")
+    beside = PeftModel.from_pretrained(convert(tiny(family), window=4, mixing_weight=0.4), tmp_path / "adapter")
+    assert_close(logits(beside, ids(2, LENGTH)), trained)
     merged = model.merge_and_unload()
     assert_close(logits(merged, ids(2, LENGTH)), trained)
     merged.save_pretrained(tmp_path)

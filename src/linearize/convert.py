@@ -69,7 +69,8 @@ def check_convertible(model: PreTrainedModel, config: MixerConfig, layers: Layer
         native = native_window(model, index)
         if native is not None and native < config.window:
             raise LinearizeError(
-                f"layer {index} has a sliding window of {native} tokens of its own, less than window {config.window}"
+                f"layer {index} has a sliding window of {native} tokens of its own, less than window {config.window}; "
+                f"valid: window 1-{native}, or layers without it"
             )
     return chosen
 

@@ -137,7 +137,7 @@ def family_of(config: PreTrainedConfig) -> Family:
     made = getattr(config, "architectures", None) or []
     if model_type not in FAMILIES and made and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in made):
         raise LinearizeError(
-            f"{model_type!r} ({made[0]}) is no language model that decodes; valid: decoders of {', '.join(FAMILIES)}"
+            f"{model_type!r} ({made[0]}) is no decoder of text alone; valid: decoders of {', '.join(FAMILIES)}"
         )
     if model_type not in FAMILIES:
         raise LinearizeError(
