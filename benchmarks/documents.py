@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from benchmarks.operators import median
 from linearize.config import MixerConfig, MixerSettings
+from linearize.families import FAMILIES, Family
 from linearize.recipe import Recipe
 from linearize.report import figures, table, verdict
 from linearize.results import Report
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 PAGES = (
     "README.md",
+    "docs/families.md",
     "docs/performance.md",
     "docs/recipe.md",
     "docs/report.md",
@@ -202,6 +204,27 @@ def _refusal(structure: str, setting: str, value: Any) -> str | None:
     return None
 
 
+def families() -> str:
+    """Every row of families.py."""
+    plain = Family("")
+    lines = ["| model type | classes | q, k, v | linear layers | besides |", "| --- | --- | --- | --- | --- |"]
+    for name, row in FAMILIES.items():
+        special = [f"logits: {_first(row.logits)}"] if row.logits is not plain.logits else []
+        special += [f"`{row.softcap}` on scores"] if row.softcap else []
+        special += [f"`{row.null_logits}`: one more score for each head"] if row.null_logits else []
+        special += ["rotates the first channels"] if row.rotates_first else []
+        made = f"`{row.project.__name__}`" if row.project is not plain.project else ""
+        layers = ", ".join(f"`{layer}`" for layer in row.projections) if row.projections != plain.projections else ""
+        lines.append(f"| `{name}` | `{row.prefix}…` | {made} | {layers} | {'; '.join(special)} |")
+    projections = ", ".join(f"`{layer}`" for layer in plain.projections)
+    return "\n".join([*lines, "", f"Where nothing is said: `{plain.project.__name__}`, {projections}."])
+
+
+def _first(function: Callable[..., Any]) -> str:
+    said = (inspect.getdoc(function) or "").split("\n")[0].rstrip(".")
+    return said[0].lower() + said[1:]
+
+
 def _keys(model: type[BaseModel]) -> str:
     schema = model.model_json_schema()
     lines = ["| key | type | default | |", "| --- | --- | --- | --- |"]
@@ -260,6 +283,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "settings": settings,
     "refusals": refusals,
     "structures": structures,
+    "families": families,
 }
 
 

@@ -87,13 +87,14 @@ def test_padding_between_turns_neither_decays_nor_writes():
 
 
 @pytest.mark.parametrize("layers", LAYERS)
-def test_beyond_the_length_the_model_was_trained_at(layers):
+@pytest.mark.parametrize("family", ["llama", "cohere", "gemma3_text", "gpt_oss", "olmo3", "phi"])
+def test_beyond_the_length_the_model_was_trained_at(family, layers):
     """Past it, sinks keep the largest distance that the model knows: not the rotation of their true one."""
-    model = converted(layers=layers, max_position_embeddings=10)
+    model = converted(family, layers, max_position_embeddings=10)
     full = logits(model, ids(2, LENGTH), use_cache=False)
     for sizes in ([1] * LENGTH, one_by_one(8), [12, 6, 6]):
         assert_close(in_parts(model, ids(2, LENGTH), sizes)[0], full)
-    unclamped = logits(converted(layers=layers), ids(2, LENGTH), use_cache=False)
+    unclamped = logits(converted(family, layers), ids(2, LENGTH), use_cache=False)
     assert_close(full[:, :10], unclamped[:, :10])
     assert not torch.allclose(full[:, 12:], unclamped[:, 12:], atol=1e-3)
 

@@ -38,6 +38,17 @@ def test_every_structure_s_states_weigh_what_is_said(family, structure):
     assert inspect(model).cache_bytes(16) == bytes_of(model, 16)
 
 
+@pytest.mark.parametrize("layers", ["0", "1"])
+@pytest.mark.parametrize("family", ["gemma2", "mistral", "olmo3"])
+def test_softmax_layers_with_a_window_stop_growing(family, layers):
+    model = tiny(family, sliding_window=9).bfloat16()
+    for context in (7, 8, 9, 10, 30):
+        assert inspect(model).cache_bytes(context) == bytes_of(model, context)
+    convert(model, layers=layers, window=5, sinks=3)
+    for context in (8, 30):
+        assert inspect(model).cache_bytes(context) == bytes_of(model, context)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_original_s_bytes(family):
     model = tiny(family).bfloat16()

@@ -12,7 +12,15 @@ from linearize.ops import gated_linear, local
 LENGTH = 20
 
 
-def liger(attention, x, rope, w, window, sinks, temperature):
+PLAIN = (  # families whose projections and rotation `liger` writes out
+    *("gemma", "gemma2", "gemma3_text", "gpt_oss", "granite", "llama", "mistral", "mixtral"),
+    *("qwen2", "qwen3", "starcoder2"),
+)
+SCALES = {"gemma2": 5**-0.5, "gemma3_text": 5**-0.5, "granite": 0.5}  # as tests/tiny.py sets them
+SOFTCAPS = {"gemma2": 2.0}
+
+
+def liger(family, attention, x, rope, w, window, sinks, temperature):
     """Liger Attention written out from a softmax attention's own projections, for one unpadded document."""
     heads = [p(x).unflatten(-1, (-1, attention.head_dim)) for p in (attention.q_proj, attention.k_proj)]
     v = attention.v_proj(x).unflatten(-1, (-1, attention.head_dim))
@@ -22,15 +30,17 @@ def liger(attention, x, rope, w, window, sinks, temperature):
     log_g = torch.log(torch.sigmoid(k.double()) ** (1 / temperature))
     state = torch.zeros(len(x), k.shape[2], k.shape[3], v.shape[3])
     recurrent, _ = gated_linear.reference(q.softmax(-1), k.softmax(-1), v, log_g, state)
-    cos, sin = (part[:, :, None] for part in rope)
+    cos, sin = (torch.cat([part] * (q.shape[-1] // part.shape[-1]), -1)[:, :, None] for part in rope)
     q, k = (y * cos + torch.cat([-y[..., y.shape[-1] // 2 :], y[..., : y.shape[-1] // 2]], -1) * sin for y in (q, k))
     first = local.Sinks(k[:, :sinks], v[:, :sinks], torch.arange(sinks).expand(len(x), -1))
-    near, _ = local.reference(q, k, v, window, local.Scoring(attention.head_dim**-0.5), first)
+    scale, null_logits = SCALES.get(family, attention.head_dim**-0.5), getattr(attention, "sinks", None)
+    scoring = local.Scoring(scale, softcap=SOFTCAPS.get(family), null_logits=null_logits)
+    near, _ = local.reference(q, k, v, window, scoring, first)
     return attention.o_proj((w * recurrent + (1 - w) * near).float().flatten(2))
 
 
 @pytest.mark.parametrize("settings", [{"mixing": "fixed", "mixing_weight": 0.3}, {"gate_temperature": 2.0}], ids=str)
-@pytest.mark.parametrize("family", ["llama", "mistral", "mixtral", "gemma", "qwen2", "qwen3", "starcoder2"])
+@pytest.mark.parametrize("family", PLAIN)
 def test_a_layer_is_liger_attention(family, settings):
     model = convert(tiny(family), window=5, sinks=2, **settings)
     mixer = attention_of(model, 1)
@@ -42,7 +52,7 @@ def test_a_layer_is_liger_attention(family, settings):
     mixer.register_forward_hook(lambda _, __, kwargs, output: seen.update(kwargs, output=output[0]), with_kwargs=True)
     logits(model, ids(2, LENGTH))
     x, rope = seen["hidden_states"], seen["position_embeddings"]
-    expected = liger(mixer.original, x, rope, w, 5, 2, mixer.config.gate_temperature)
+    expected = liger(family, mixer.original, x, rope, w, 5, 2, mixer.config.gate_temperature)
     assert_close(seen["output"], expected)
 
 
@@ -115,8 +125,9 @@ def test_the_window_alone_has_no_mixing_and_carries_no_state():
     assert_close(logits(model, ids(1, LENGTH)), logits(expected, ids(1, LENGTH)))
 
 
-def test_gradients_reach_every_parameter():
-    model = convert(tiny("qwen3"), window=5, mixing_weight=0.4)
+@pytest.mark.parametrize("family", ["qwen3", "cohere", "gemma2", "gpt_oss", "phi"])
+def test_gradients_reach_every_parameter(family):
+    model = convert(tiny(family), window=5, mixing_weight=0.4)
     F.cross_entropy(model(ids(2, LENGTH)).logits.flatten(0, 1), ids(2, LENGTH).flatten()).backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []

@@ -242,7 +242,7 @@ def test_one_softmax_over_window_and_recurrence():
             near = [j for j in range(t + 1) if j > t - 5 or j < 2]
             far = [j for j in range(t + 1) if j not in near]
             group = head // 3
-            weights = {j: (rotated[0][0, t, head] @ rotated[1][0, j, group] * mixer.scoring.scale).exp() for j in near}
+            weights = {j: (rotated[0][0, t, head] @ rotated[1][0, j, group] * mixer.scaling).exp() for j in near}
             for j in far:  # decayed by the gates of the tokens that left the window after it
                 decay = log_g[j + 1 : t - 5 + 1, group].sum(0).exp()
                 weights[j] = c[head] * (q[t, head].softmax(-1) * decay) @ k[j, group].softmax(-1)

@@ -1,5 +1,6 @@
 """Random models that take milliseconds, a tokenizer for them, and how results are compared."""
 
+import copy
 import string
 from pathlib import Path
 
@@ -13,12 +14,59 @@ from linearize.results import Curve
 
 FAMILIES = tuple(ROWS)
 VOCAB = 97
-OWN = {  # settings in which a family differs from the others
+SLIDING = {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+TWO_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 32,
+}
+OWN = {  # settings in which a family differs from the others; whatever scales or bounds must be felt
+    "cohere": {"use_qk_norm": True, "logit_scale": 0.3, "attention_bias": True},
     "gemma": {"head_dim": 16},
+    "gemma2": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 5,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 1.5,
+        "attention_bias": True,
+        **SLIDING,
+    },
+    "gemma3_text": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 5,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 1.5,
+        "rope_parameters": TWO_ROPES,
+        **SLIDING,
+    },
     "glm4": {"head_dim": 8, "partial_rotary_factor": 0.5},
+    "gpt_oss": {
+        "head_dim": 16,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "rope_parameters": YARN,
+        **SLIDING,
+    },
+    "granite": {
+        "attention_multiplier": 0.5,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.5,
+        "attention_bias": True,
+    },
     "mistral": {"sliding_window": None},
     "mixtral": {"sliding_window": None, "num_local_experts": 3},
     "olmo": {"clip_qkv": 0.7},
+    "olmo3": {"rope_parameters": TWO_ROPES, "attention_bias": True, **SLIDING},
+    "phi": {"qk_layernorm": True, "partial_rotary_factor": 0.5},
     "phi3": {"sliding_window": None},
     "qwen3": {"head_dim": 16},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
@@ -44,10 +92,10 @@ def tiny(model_type: str = "llama", **overrides) -> PreTrainedModel:
     }
     settings |= OWN.get(model_type, {})
     torch.manual_seed(1)
-    config = AutoConfig.for_model(model_type, **settings | overrides)
+    config = AutoConfig.for_model(model_type, **copy.deepcopy(settings | overrides))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():  # biases and norms start as constants
-        if parameter.dim() == 1:
+        if parameter.dim() == 1 or "norm" in name or name.endswith("bias"):
             torch.nn.init.normal_(parameter.data, mean=0.0 if name.endswith("bias") else 1.0, std=0.3)
     return model
 

@@ -13,13 +13,19 @@ from transformers import (
     DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
+    initialization,
 )
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.masking_utils import create_masks_for_generate
 
 from linearize.cache import adopt
 from linearize.config import MixerConfig, MixerSettings, validated
 from linearize.errors import LinearizeError
 from linearize.families import FAMILIES, LINEARIZED, base_classes, base_model_type, family_of
-from linearize.mixer import LinearizedAttention
+from linearize.mixer import LinearizedAttention, parts
 from linearize.tokens import describe
 
 Layers = str | int | Iterable[int]
@@ -57,6 +63,10 @@ def check_convertible(model: PreTrainedModel, mixer: MixerSettings, layers: Laye
     family_of(model.config)
     chosen = choose_layers(layers, every, model.config.num_hidden_layers)
     for index in chosen:
+        if not getattr(attention_of(model, index), "is_causal", True):
+            raise LinearizeError(
+                f"layer {index} sees the tokens after its own (use_bidirectional_attention); valid: causal attention"
+            )
         _check_layer(model, index, mixer.layer(index, model.config.num_hidden_layers))
     return chosen
 
@@ -75,10 +85,17 @@ def _check_layer(model: PreTrainedModel, index: int, config: MixerConfig) -> Non
             f"{config.slots} slots share the gates of {size} key channels and would hold the same; "
             f"valid: 1-{size}, or more with gate_source learned or time_scales"
         )
-    native = getattr(attention_of(model, index), "sliding_window", None) or _model_window(model.config)
+    family = family_of(model.config)
+    if config.score != "softmax" and (family.softcap or family.null_logits):
+        raise LinearizeError(
+            f"score {config.score} has no place for the {family.softcap or family.null_logits} of "
+            f"{model.config.model_type}; valid: softmax"
+        )
+    native = native_window(model, index)
     if config.local != "none" and native is not None and native < config.window:
         raise LinearizeError(
-            f"layer {index} has a sliding window of {native} tokens of its own, less than window {config.window}"
+            f"layer {index} has a sliding window of {native} tokens of its own, less than window {config.window}; "
+            f"valid: window 1-{native}, or layers without it"
         )
 
 
@@ -88,7 +105,7 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     if not is_linearized(model):
         raise LinearizeError(f"a {model.config.model_type!r} model is not linearized; there is nothing to revert")
     for mixer in mixers(model):
-        for name in dict(mixer.original.named_children()):
+        for name in parts(mixer.original):
             setattr(mixer.original, name, getattr(mixer, name))
         decoder(model).layers[mixer.layer_idx].self_attn = mixer.original
     hooks = decoder(model)._forward_pre_hooks
@@ -124,6 +141,15 @@ def decoder(model: PreTrainedModel) -> Any:
 def attention_of(model: PreTrainedModel, layer: int) -> Any:
     """The attention module of one layer, converted or not."""
     return decoder(model).layers[layer].self_attn
+
+
+def native_window(model: PreTrainedModel, layer: int) -> int | None:
+    """The tokens that a layer's softmax attention sees, the current one included, where it does not see all."""
+    attention = attention_of(model, layer)
+    if isinstance(attention, LinearizedAttention):
+        attention = attention.original
+    holder = attention if hasattr(attention, "sliding_window") else model.config  # where all layers are alike
+    return getattr(holder, "sliding_window", None)
 
 
 def choose_layers(layers: Layers, softmax_every: int | None, count: int) -> list[int]:
@@ -164,11 +190,6 @@ def _ranges(text: str, count: int) -> Iterable[int]:
         yield from (start, *range(start, min(end, count)), end)
 
 
-def _model_window(config: PreTrainedConfig) -> int | None:
-    """The native window of a model whose layers are all alike."""
-    return getattr(config, "sliding_window", None) if getattr(config, "layer_types", None) is None else None
-
-
 @cache
 def linearized_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """The config and model classes of a converted family, which transformers' Auto classes know."""
@@ -190,6 +211,8 @@ def linearized_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[Pr
             super().initialize_weights()  # the decoder, a model with rules of its own, leaves mixing weights alone
             for mixer in mixers(self):
                 mixer.reset_parameters()  # keeps what was loaded
+                if mixer.family.null_logits is not None:  # as the original's, which the base class no longer finds
+                    initialization.normal_(getattr(mixer, mixer.family.null_logits), std=self.config.initializer_range)
 
     for new, base in ((Config, base_config), (Model, base_model)):
         new.__name__ = new.__qualname__ = f"Linearized{base.__name__}"
@@ -206,6 +229,8 @@ def register() -> None:
             globals()[new.__name__] = new  # where pickle looks for it
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+        if (conversion := get_checkpoint_conversion_mapping(model_type)) is not None:  # Mixtral's experts, one by one
+            register_checkpoint_conversion_mapping(config_class.model_type, conversion, overwrite=True)
 
 
 def _swap(model: PreTrainedModel) -> None:
@@ -262,6 +287,8 @@ def _prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         kwargs["tokens"] = tokens
     if len(plan["layers"]) == config.num_hidden_layers:  # nobody needs the quadratic mask: a 4-D one is taken as it is
         kwargs["attention_mask"] = inputs.new_zeros(1, 1, 1, 1)
+    elif tokens.document is not None:
+        kwargs["attention_mask"] = document_masks(module, inputs, positions)
     return (), kwargs
 
 
@@ -271,11 +298,26 @@ def most_sinks(plan: Mapping[str, Any]) -> int:
     return max(sinks) if isinstance(sinks, list | tuple) else sinks
 
 
-def _clamped_rope(module: Any, inputs: torch.Tensor, positions: torch.Tensor | None, start: int) -> Any:
-    """cos and sin that keep sinks within the length the model was trained at, however long the text."""
+def document_masks(model: PreTrainedModel, inputs: torch.Tensor, positions: torch.Tensor | None) -> Any:
+    """The attention masks that keep packed documents apart, for softmax layers of a family that makes none itself.
+
+    `inputs` is `[B, T, ...]`, ids or embeddings; `model` may be the decoder alone. None where nothing is to be done.
+    """
+    if positions is None or family_of(model.config).separates_documents:
+        return None
+    like = model.get_input_embeddings().weight.new_empty(*inputs.shape[:2], 0)  # of which only shape and type count
+    given = {"inputs_embeds": like, "attention_mask": None, "past_key_values": None, "position_ids": positions}
+    return create_masks_for_generate(model.config, **given)
+
+
+def _clamped_rope(module: Any, inputs: torch.Tensor, positions: torch.Tensor | None, start: int) -> list[Any]:
+    """cos and sin of each layer that keep sinks within the length the model was trained at, however long the text."""
     if positions is None:
         positions = torch.arange(start, start + inputs.shape[1], device=inputs.device)[None]
-    return module.rotary_emb(
-        module.get_input_embeddings().weight,
-        position_ids=positions.clamp(max=module.config.max_position_embeddings - 1),
-    )
+    positions = positions.clamp(max=module.config.max_position_embeddings - 1)
+    weight = module.get_input_embeddings().weight
+    if not hasattr(module.rotary_emb, "layer_types"):
+        return [module.rotary_emb(weight, position_ids=positions)] * module.config.num_hidden_layers
+    types = module.config.layer_types  # full and sliding layers rotate at different speeds
+    by_type = {name: module.rotary_emb(weight, position_ids=positions, layer_type=name) for name in set(types)}
+    return [by_type[name] for name in types]

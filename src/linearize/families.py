@@ -2,10 +2,13 @@
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from linearize.errors import LinearizeError
 
@@ -23,6 +26,19 @@ def separate_with_norms(attention: nn.Module, x: Tensor) -> Projected:
     a: Any = attention
     q, k, v = separate(a, x)
     return a.q_norm(q), a.k_norm(k), v
+
+
+def separate_with_optional_norms(attention: nn.Module, x: Tensor) -> Projected:
+    """As `separate_with_norms` where `config.use_qk_norm` says so, else as `separate`."""
+    a: Any = attention
+    return (separate_with_norms if a.original.use_qk_norm else separate)(attention, x)
+
+
+def separate_with_layernorms(attention: nn.Module, x: Tensor) -> Projected:
+    """As `separate`, with a LayerNorm over the head size of q and k where `config.qk_layernorm` says so."""
+    a: Any = attention
+    q, k, v = separate(a, x)
+    return (a.q_layernorm(q), a.k_layernorm(k), v) if a.original.qk_layernorm else (q, k, v)
 
 
 def separate_with_wide_norms(attention: nn.Module, x: Tensor) -> Projected:
@@ -47,26 +63,62 @@ def fused(attention: nn.Module, x: Tensor) -> Projected:
     return heads.split((a.num_heads, a.num_key_value_heads, a.num_key_value_heads), dim=-2)
 
 
-class Family(NamedTuple):
-    """A row: transformers' class names begin with `prefix`; `project` makes q, k and v as the family does."""
+def as_they_are(config: PreTrainedConfig, logits: Tensor) -> Tensor:
+    """What the output embedding gives."""
+    return logits
 
-    prefix: str
-    project: Callable[[nn.Module, Tensor], Projected]
+
+def softcapped(config: Any, logits: Tensor) -> Tensor:
+    """c · tanh(logits / c), c = `config.final_logit_softcapping`, where there is one."""
+    cap = config.final_logit_softcapping
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
+def divided(config: Any, logits: Tensor) -> Tensor:
+    """Divided by `config.logits_scaling`."""
+    return logits / config.logits_scaling
+
+
+def multiplied(config: Any, logits: Tensor) -> Tensor:
+    """Multiplied by `config.logit_scale`."""
+    return logits * config.logit_scale
+
+
+class Family(NamedTuple):
+    """A row: what differs from family to family, the most common as the default."""
+
+    prefix: str  # what transformers' class names begin with
+    project: Callable[[nn.Module, Tensor], Projected] = separate  # makes q, k and v as the family does
+    projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")  # linear layers, the output's last
+    logits: Callable[[Any, Tensor], Tensor] = as_they_are  # from the config and what the output embedding gives
+    softcap: str | None = None  # the attention's attribute that bounds its scores
+    null_logits: str | None = None  # the attention's parameter of one more score for each head
+    rotates_first: bool = False  # `apply_rotary_pos_emb` is for the first channels alone, as many as cos has
+    separates_documents: bool = True  # by position ids that start over, in its own softmax layers
 
 
 FAMILIES = {  # by transformers' model_type
-    "gemma": Family("Gemma", separate),
-    "glm4": Family("Glm4", separate),
-    "llama": Family("Llama", separate),
-    "mistral": Family("Mistral", separate),
-    "mixtral": Family("Mixtral", separate),
+    "cohere": Family("Cohere", separate_with_optional_norms, logits=multiplied),
+    "gemma": Family("Gemma"),
+    "gemma2": Family("Gemma2", logits=softcapped, softcap="attn_logit_softcapping"),
+    "gemma3_text": Family("Gemma3", separate_with_norms, logits=softcapped),  # its attention has a softcap unused
+    "glm4": Family("Glm4"),
+    "gpt_oss": Family("GptOss", null_logits="sinks", separates_documents=False),
+    "granite": Family("Granite", logits=divided),
+    "llama": Family("Llama"),
+    "mistral": Family("Mistral"),
+    "mixtral": Family("Mixtral"),
     "olmo": Family("Olmo", separate_clipped),
     "olmo2": Family("Olmo2", separate_with_wide_norms),
-    "phi3": Family("Phi3", fused),
-    "qwen2": Family("Qwen2", separate),
+    "olmo3": Family("Olmo3", separate_with_wide_norms),
+    "phi": Family(
+        "Phi", separate_with_layernorms, projections=("q_proj", "k_proj", "v_proj", "dense"), rotates_first=True
+    ),
+    "phi3": Family("Phi3", fused, projections=("qkv_proj", "o_proj")),
+    "qwen2": Family("Qwen2"),
     "qwen3": Family("Qwen3", separate_with_norms),
-    "smollm3": Family("SmolLM3", separate),
-    "starcoder2": Family("Starcoder2", separate),
+    "smollm3": Family("SmolLM3"),
+    "starcoder2": Family("Starcoder2"),
 }
 
 LINEARIZED = "linearized_"  # what a converted model's model_type begins with
@@ -85,19 +137,20 @@ def family_of(config: PreTrainedConfig) -> Family:
     made = getattr(config, "architectures", None) or []
     if model_type not in FAMILIES and made and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in made):
         raise LinearizeError(
-            f"{model_type!r} ({made[0]}) is no language model that decodes; valid: decoders of {', '.join(FAMILIES)}"
+            f"{model_type!r} ({made[0]}) is no decoder of text alone; valid: decoders of {', '.join(FAMILIES)}"
         )
     if model_type not in FAMILIES:
         raise LinearizeError(
-            f"no row for model type {model_type!r} in families.py (docs/families.md says what a row needs); "
-            f"valid: {', '.join(FAMILIES)}"
+            f"no row for model type {model_type!r} in families.py; a row needs the prefix of its class names and how "
+            f"q, k and v are made (docs/families.md); valid: {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
 
 
 def modeling(model_type: str) -> Any:
     """transformers' modeling module of a family."""
-    return importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    module = model_type_to_module_name(model_type)  # gemma3_text lives in gemma3
+    return importlib.import_module(f"transformers.models.{module}.modeling_{module}")
 
 
 def base_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
@@ -105,3 +158,31 @@ def base_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrain
     prefix = FAMILIES[model_type].prefix
     model = getattr(modeling(model_type), f"{prefix}ForCausalLM")
     return model.config_class, model
+
+
+def rotation(family: Family, model_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """How a family rotates q and k: `rotate(q, k, cos, sin, unsqueeze_dim=...)`."""
+    rotate = modeling(model_type).apply_rotary_pos_emb
+    return partial(_rotate_first, rotate) if family.rotates_first else rotate
+
+
+def _rotate_first(
+    rotate: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int
+) -> tuple[Tensor, Tensor]:
+    size = cos.shape[-1]
+    rotated = rotate(q[..., :size], k[..., :size], cos, sin, unsqueeze_dim=unsqueeze_dim)
+    q, k = (torch.cat([new, old[..., size:]], dim=-1) for new, old in zip(rotated, (q, k), strict=True))
+    return q, k
+
+
+class Head(nn.Module):
+    """The decoder's last hidden state `[..., hidden]` to the model's own logits `[..., vocab]`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.config, self.family = model.config, family_of(model.config)
+        self.output: Any = model.get_output_embeddings()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Scaled and capped as the family does, in the dtype of the output embedding."""
+        return self.family.logits(self.config, self.output(hidden))

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from linearize.assets import resolve_model
 from linearize.checkpoint import load, load_pretrained, unwrapped
 from linearize.config import MixerConfig
-from linearize.convert import attention_of, is_linearized, mixers
+from linearize.convert import attention_of, is_linearized, mixers, native_window
 from linearize.families import base_model_type
 from linearize.features import feature_size
 from linearize.files import MARKER
@@ -26,6 +26,7 @@ class Memory(NamedTuple):
     per_token: int  # what each further token adds
     window: int  # keys and values of window and sinks, which a sequence keeps however long it is
     states: int  # what the recurrence keeps
+    longest: int | None = None  # tokens after which a softmax layer with a window of its own grows no more
 
 
 class Inspection(NamedTuple):
@@ -40,7 +41,8 @@ class Inspection(NamedTuple):
 
     def cache_bytes(self, context: int, original: bool = False) -> int:
         """Bytes of one sequence of `context` tokens."""
-        return sum(m.per_token * context + m.window + m.states for m in (self.original if original else self.layers))
+        layers = self.original if original else self.layers
+        return sum(m.per_token * min(context, m.longest or context) + m.window + m.states for m in layers)
 
 
 def inspect(model: PreTrainedModel) -> Inspection:
@@ -49,7 +51,9 @@ def inspect(model: PreTrainedModel) -> Inspection:
     count = config.num_hidden_layers
     head = attention_of(model, 0).head_dim
     token = 2 * config.num_key_value_heads * head * CACHE_DTYPE_BYTES
-    original = [Memory(token, 0, 0)] * count
+    windows = [native_window(model, index) for index in range(count)]
+    longest = [None if window is None else window - 1 for window in windows]  # the token that is read is not yet kept
+    original = [Memory(token, 0, 0, tokens) for tokens in longest]
     layers = list(original)
     added = 0
     for mixer in mixers(model):

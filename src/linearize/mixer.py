@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from linearize.cache import Memory, MixerCacheLayer
 from linearize.config import MixerConfig
 from linearize.errors import LinearizeError
-from linearize.families import Family, base_model_type, modeling
+from linearize.families import Family, base_model_type, rotation
 from linearize.mixing import MIXINGS
 from linearize.ops.local import NEVER, Past, Scoring, Sinks, local_attention
 from linearize.recurrence import Recurrence
@@ -18,6 +18,11 @@ from linearize.tokens import Tokens
 
 def _unrotated(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     return q, k
+
+
+def parts(attention: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
+    """What an attention module holds itself, by name: its modules and its own parameters."""
+    return dict(attention.named_children()) | dict(attention.named_parameters(recurse=False))
 
 
 class LinearizedAttention(nn.Module):
@@ -31,17 +36,15 @@ class LinearizedAttention(nn.Module):
         super().__init__()
         base: Any = attention
         self.config, self.family, self._original = config, family, (attention,)
-        self.layer_idx, self.head_dim = base.layer_idx, base.head_dim
-        self.o_proj: nn.Module  # every family's; the others are known to `family.project`
-        for name, child in attention.named_children():
-            setattr(self, name, child)
+        self.layer_idx, self.head_dim, self.scaling = base.layer_idx, base.head_dim, base.scaling
+        for name, own in parts(attention).items():
+            setattr(self, name, own)
         self.num_heads = base.config.num_attention_heads
         self.num_key_value_heads = base.config.num_key_value_heads
-        self.rotate = modeling(base_model_type(base.config.model_type)).apply_rotary_pos_emb
+        self.softcap = None if family.softcap is None else getattr(base, family.softcap)
+        self.rotate = rotation(family, base_model_type(base.config.model_type))
         if config.rope == "none" or not getattr(base, "use_rope", True):  # SmolLM3 has layers without
             self.rotate = _unrotated
-        power = config.score_power if config.score == "softplus_reweighted" else None
-        self.scoring = Scoring(base.scaling, config.mixing == "shared_normalizer", power)
         place = base.layer_idx, base.config.num_hidden_layers, self.num_heads, self.num_key_value_heads
         layer = Layer(config, *place, base.head_dim, base.config.hidden_size)
         self.recurrence: nn.Module | None = None
@@ -87,7 +90,7 @@ class LinearizedAttention(nn.Module):
         rotated: tuple[Tensor, Tensor] = self.rotate(q, k, *position_embeddings, unsqueeze_dim=2)
         output = normalizer = sinks = None
         if self.config.local != "none":
-            sinks = self.sinks(q, rotated[1], v, tokens, cache)
+            sinks = self.document_sinks(q, rotated[1], v, tokens, cache)
             output, normalizer = self.local(*rotated, v, sinks, past, tokens)
         if self.recurrence is not None and not self.ablated:
             read, memory = self.recurrence(hidden_states, q, k, v, rotated, tokens, memory, past)
@@ -97,7 +100,15 @@ class LinearizedAttention(nn.Module):
             window = 0 if sinks is None else self.config.window
             cache.store(rotated[1], v, tokens.valid, window, (*kept, tokens.sink_time), tokens.real, memory)
         output = torch.zeros_like(q) if output is None else output
-        return self.o_proj(output.flatten(2).to(hidden_states.dtype)), None
+        output_projection = getattr(self, self.family.projections[-1])
+        return output_projection(output.flatten(2).to(hidden_states.dtype)), None
+
+    def scoring(self) -> Scoring:
+        """How queries and keys of the softmax branch become weights: as in the original, unless `score` says else."""
+        null_logits = None if self.family.null_logits is None else getattr(self, self.family.null_logits)
+        power = self.config.score_power if self.config.score == "softplus_reweighted" else None
+        shared = self.config.mixing == "shared_normalizer"
+        return Scoring(self.scaling, shared, self.softcap, null_logits, power)
 
     def local(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Sinks, past: Past | None, tokens: Tokens
@@ -106,7 +117,7 @@ class LinearizedAttention(nn.Module):
         window, first = self.config.window, None
         if self.config.local == "block":
             first = torch.arange(q.shape[1], device=q.device) - tokens.position % window
-        return local_attention(q, k, v, window, self.scoring, sinks, past, tokens.valid, tokens.document, first)
+        return local_attention(q, k, v, window, self.scoring(), sinks, past, tokens.valid, tokens.document, first)
 
     def mixed(self, read: Any, local: Tensor | None, normalizer: Tensor | None, hidden: Tensor) -> Tensor:
         """Both branches as one; the recurrence's output where it is the only one."""
@@ -116,11 +127,11 @@ class LinearizedAttention(nn.Module):
         log_ratio = None if normalizer is None or read.log_weight is None else read.log_weight - normalizer
         return self.mixing(read.output.to(local.dtype), local, hidden, log_ratio)
 
-    def sinks(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, cache: MixerCacheLayer | None) -> Sinks:
+    def document_sinks(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, cache: MixerCacheLayer | None) -> Sinks:
         """The sinks of every document, from this call and the cache; q before, k after RoPE."""
         sink_q = None
         if tokens.sink_rope is not None:
-            sink_q, _ = self.rotate(q, q, *tokens.sink_rope, unsqueeze_dim=2)
+            sink_q, _ = self.rotate(q, q, *tokens.sink_rope[self.layer_idx], unsqueeze_dim=2)
         if tokens.sink_index is None:
             assert cache is not None
             sink_k, sink_v = cache.sink_keys, cache.sink_values

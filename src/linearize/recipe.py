@@ -48,10 +48,10 @@ class LoraSettings(Settings):
     r: int = Field(32, ge=1, description="rank")
     alpha: float = Field(64, gt=0, description="adapters are scaled by alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="of the adapters' inputs")
-    targets: tuple[str, ...] = Field(
-        ("q_proj", "k_proj", "v_proj", "o_proj"),
+    targets: tuple[str, ...] | None = Field(
+        None,
         min_length=1,
-        description="names of the linear layers that get an adapter",
+        description="names of the linear layers that get an adapter; null: the family's for q, k, v and the output",
     )
 
 

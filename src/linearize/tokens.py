@@ -31,7 +31,7 @@ class Tokens:
     start: int  # time of the first token of this call
     length: int  # tokens of this call, T
     sinks: int  # slots of a document
-    sink_rope: tuple[Tensor, Tensor] | None = None  # cos and sin for the sinks' queries, where distances are clamped
+    sink_rope: Sequence[tuple[Tensor, Tensor]] | None = None  # where distances are clamped: each layer's cos and sin
 
     @cached_property
     def position(self) -> Int[Tensor, "B T"]:

@@ -47,6 +47,7 @@ def assert_is_the_equation(
     tensors = [q, k, v, sinks.k, sinks.v]
     tensors += [] if sinks.q is None else [sinks.q]
     tensors += [] if past is None else [past.k, past.v]
+    tensors += [] if scoring.null_logits is None else [scoring.null_logits]
     valid = kwargs.get("valid")
     weight, gradients = torch.randn(B, q.shape[1], KV * GROUPS, V), []
     if valid is not None:
@@ -57,7 +58,8 @@ def assert_is_the_equation(
         rest = iter(leaves[5:])
         own = sinks._replace(k=leaves[3], v=leaves[4], q=None if sinks.q is None else next(rest))
         before = None if past is None else past._replace(k=next(rest), v=next(rest))
-        output, normalizer = function(*leaves[:3], window, scoring, own, before, **kwargs)
+        rule = scoring if scoring.null_logits is None else scoring._replace(null_logits=next(rest))
+        output, normalizer = function(*leaves[:3], window, rule, own, before, **kwargs)
         assert torch.isfinite(output).all()
         loss = (output * weight).sum()
         if normalizer is not None and scoring.normalizer:
@@ -74,6 +76,67 @@ def assert_is_the_equation(
 def test_the_normalizer(T):
     assert_is_the_equation(*inputs(T), 8, sinks_of(range(2)), scoring=Scoring(SCALE, normalizer=True))
     assert_is_the_equation(*inputs(T), 8, sinks_of([-30, -2]), past_of(8), scoring=Scoring(SCALE, normalizer=True))
+
+
+@pytest.mark.parametrize("normalizer", [False, True])
+@pytest.mark.parametrize("null", [False, True])
+@pytest.mark.parametrize("softcap", [None, 0.8])
+@pytest.mark.parametrize("T", [1, 5, 29])
+def test_softcaps_and_null_logits(T, softcap, null, normalizer):
+    null_logits = 2 * torch.randn(KV * GROUPS) if null else None
+    scoring = Scoring(SCALE, normalizer, softcap, null_logits)
+    assert_is_the_equation(*inputs(T), 8, sinks_of(range(2)), scoring=scoring)
+    valid = torch.ones(B, 8, dtype=torch.bool)
+    valid[0, :3] = False
+    before = past_of(8, valid)
+    assert_is_the_equation(*inputs(T), 8, sinks_of([[-9, NEVER], [-30, -2]]), before, scoring=scoring)
+    q, k, v = inputs(T)
+    assert_is_the_equation(q, k, v, 8, sinks_of([-30, -2], q=torch.randn_like(q)), past_of(8), scoring=scoring)
+    assert_is_the_equation(q, k, v, 3, sinks_of(range(4)), scoring=scoring, valid=padded_left(0, T // 3, length=T))
+
+
+def test_softcaps_and_null_logits_are_their_equations():
+    """What one query over one key gives can be written down."""
+    q, k, v = (torch.full((B, 1, heads, 1), 2.0) for heads in (KV * GROUPS, KV, KV))
+    null_logits = torch.linspace(-1, 2, KV * GROUPS)
+    output, normalizer = local_attention(
+        q,
+        k,
+        v,
+        1,
+        Scoring(0.5, True, 1.5, null_logits),
+        sinks_of([])._replace(k=torch.zeros(B, 0, KV, 1), v=torch.zeros(B, 0, KV, 1)),
+    )
+    score = 1.5 * torch.tanh(torch.tensor(2 / 1.5))
+    expected = 2 * score.exp() / (score.exp() + null_logits.exp())
+    assert_close(output[0, 0, :, 0], expected)
+    assert_close(normalizer[0, 0], (score.exp() + null_logits.exp()).log())
+
+
+@pytest.mark.parametrize("power", [1, 3])
+@pytest.mark.parametrize("T", [1, 3, 29])
+def test_softplus_with_reweighting(T, power):
+    scoring = Scoring(SCALE, power=power)
+    q, k, v = inputs(T)
+    assert_is_the_equation(q, k, v, 8, sinks_of(range(2)), scoring=scoring)
+    assert_is_the_equation(q, k, v, 8, sinks_of([-30, -2]), past_of(8), scoring=scoring)
+    assert_is_the_equation(q, k, v, 8, sinks_of(range(2), q=torch.randn_like(q)), scoring=scoring)
+
+
+def test_equal_scores_are_not_reweighted_away():
+    q, k, v = inputs(20)
+    output, _ = local_attention(q, k[:, :1].expand_as(k), v, 8, Scoring(SCALE, power=3), sinks_of([]))
+    assert_close(output[:, 7, 0], v[:, :8, 0].mean(1))
+
+
+@pytest.mark.parametrize("T", [1, 5, 8, 29])
+@pytest.mark.parametrize("block", [1, 3, 8])
+def test_blocks_of_tokens(block, T):
+    """Rows whose blocks begin at different times, after a past and without one."""
+    t = torch.arange(T)
+    begins = torch.stack([t - t % block, t - (t + 2) % block])
+    assert_is_the_equation(*inputs(T), block, sinks_of(range(2)), first=begins)
+    assert_is_the_equation(*inputs(T), block, sinks_of([-30, -2]), past_of(block), first=begins)
 
 
 @pytest.mark.parametrize("sinks", [0, 4])

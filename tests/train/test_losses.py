@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import assert_close, ids, tiny
+from tiny import FAMILIES, assert_close, ids, tiny
 from torch import nn
 
 from linearize import convert
@@ -109,9 +109,9 @@ LENGTHS = (12, 5, 1, 18)
 
 
 @pytest.mark.parametrize("layers", ["all", "0,2"])
-@pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
-def test_distillation_does_not_leak_between_documents(kl_weight, layers):
-    teacher, student = tiny(), convert(tiny(), layers=layers, window=4, mixing_weight=0.4)
+@pytest.mark.parametrize(("kl_weight", "family"), [(0.0, "llama"), (0.3, "llama"), *((1.0, name) for name in FAMILIES)])
+def test_distillation_does_not_leak_between_documents(kl_weight, family, layers):
+    teacher, student = tiny(family), convert(tiny(family), layers=layers, window=4, mixing_weight=0.4)
     packed = batch(*LENGTHS)
     total = sum(
         distill_loss(student, teacher, part, kl_weight) * (part["targets"] != IGNORED).sum()
@@ -133,10 +133,11 @@ def attention_outputs(model, given: dict) -> list[torch.Tensor]:
     return seen
 
 
-def test_alignment_does_not_leak_between_documents():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alignment_does_not_leak_between_documents(family):
     """Mean over layers of the relative error, worked out from documents read one by one."""
-    teacher = tiny()
-    student = convert(tiny(), layers="0", window=4, mixing_weight=0.4)  # its first layer's input is the teacher's
+    teacher = tiny(family)
+    student = convert(tiny(family), layers="0", window=4, mixing_weight=0.4)  # its first layer's input is the teacher's
     packed = batch(*LENGTHS)
     pairs = [
         (attention_outputs(student, part)[0], attention_outputs(teacher, part)[0]) for part in alone(packed, LENGTHS)
@@ -145,9 +146,10 @@ def test_alignment_does_not_leak_between_documents():
     assert_close(align_loss(student, teacher, packed), relative_error(ours, theirs))
 
 
-def test_alignment_is_zero_where_nothing_is_lost():
-    student = convert(tiny(), window=64, mixing="fixed", mixing_weight=0)
-    assert align_loss(student, tiny(), batch(*LENGTHS)).item() < 1e-10
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alignment_is_zero_where_nothing_is_lost(family):
+    student = convert(tiny(family), window=64, mixing="fixed", mixing_weight=0)
+    assert align_loss(student, tiny(family), batch(*LENGTHS)).item() < 1e-10
 
 
 def test_no_gradient_of_alignment_runs_from_layer_to_layer():

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from linearize import LinearizeError, convert
 from linearize.checkpoint import unwrapped
 from linearize.convert import mixers
+from linearize.families import family_of
 from linearize.recipe import LoraSettings, StageSettings
 from linearize.train.align import align_loss
 from linearize.train.data import pack
@@ -109,7 +110,7 @@ def test_lora_shares_the_teacher_s_parameters_and_trains_few():
     shared = {p.data_ptr() for p in teacher.parameters()}
     assert all(p.data_ptr() in shared for p in student.parameters() if not p.requires_grad and p.numel() > 6)
     trained = {name.split(".self_attn.")[1] for name, p in student.named_parameters() if p.requires_grad}
-    adapters = {f"{p}.lora_{x}.default.weight" for p in LORA.targets for x in "AB"}
+    adapters = {f"{p}.lora_{x}.default.weight" for p in family_of(teacher.config).projections for x in "AB"}
     assert trained == adapters | {"mixing.modules_to_save.default.weight"}
 
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from linearize.convert import decoder
+from linearize.families import Head
 from linearize.results import EARLY, ModelResult
 
 
@@ -23,7 +24,7 @@ class Scores(NamedTuple):
 @torch.no_grad()
 def score(model: PreTrainedModel, sequences: Int[Tensor, "N T"], label: str = "", rows: int = 1024) -> Scores:
     """Losses and greedy choices of `model`; logits exist for `rows` tokens at a time."""
-    device, head = model.device, model.get_output_embeddings()
+    device, head = model.device, Head(model)
     losses, choices = [], []
     for ids in tqdm(sequences, desc=f"evaluate {label}", unit="sequence", delay=1):
         ids = ids.to(device)

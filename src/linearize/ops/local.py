@@ -20,6 +20,8 @@ class Scoring(NamedTuple):
 
     scale: float  # of their products
     normalizer: bool = False  # whether the logarithm of the sum of exponentials is wanted as well
+    softcap: float | None = None  # c · tanh(score / c) is what counts of a scaled score
+    null_logits: Float[Tensor, "H"] | None = None  # one more score for each query head, of a value that is nothing
     power: int | None = None  # of softplus attention with re-weighting, which has a scale of its own; None: softmax
 
 
@@ -86,7 +88,13 @@ def reference(
     if scoring.power is not None:
         weights = _reweighted_reference(scores * math.log(q.shape[-1]), mask[:, None], scoring.power)
         return torch.einsum("bhts,bshd->bthd", weights, values), torch.zeros(B, T, H)
-    scores = (scores * scoring.scale).masked_fill(~mask[:, None], -torch.inf)
+    scores = scores * scoring.scale
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    scores = scores.masked_fill(~mask[:, None], -torch.inf)
+    if scoring.null_logits is not None:
+        scores = torch.cat([scores, scoring.null_logits.double().view(1, H, 1, 1).expand(B, H, T, 1)], dim=-1)
+        values = F.pad(values, (0, 0, 0, 0, 0, 1))
     return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), values), scores.logsumexp(-1).transpose(1, 2)
 
 
@@ -140,9 +148,9 @@ def local_attention(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
-    """Plain attention: q `[B, KV, N, R, D]` over k, v `[B, KV, N, S, D]`, R queries of one group of heads; mask
-    `[B or 1, 1, N, R, S]`. Output and normaliser `[B, KV, N, R]`."""
-    if not scoring.normalizer and scoring.power is None:
+    """Plain attention: q `[B, KV, N, R, D]` over k, v `[B, KV, N, S, D]`, R queries of one group of heads, those of one
+    token side by side; mask `[B or 1, 1, N, R, S]`. Output and normaliser `[B, KV, N, R]`."""
+    if not scoring.normalizer and scoring.power is None and scoring.softcap is None and scoring.null_logits is None:
         q_, k_, v_ = (x.flatten(0, 2)[:, None] for x in (q, k, v))
         mask = mask.expand(*q.shape[:3], -1, -1).flatten(0, 2)[:, None]
         output = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask, scale=scoring.scale)
@@ -150,8 +158,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scoring: Scoring) -> t
     scores = scoring.scale * (q @ k.mT).float()
     if scoring.power is not None:
         return reweighted(scores, mask, scoring.power).to(v.dtype) @ v, None
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1).to(v.dtype) @ v, scores.logsumexp(-1)
+    if scoring.null_logits is not None:  # a group's heads follow one another in the rows of every token
+        null = scoring.null_logits.float().unflatten(0, (q.shape[1], -1))
+        null = null.repeat(1, q.shape[3] // null.shape[1])[:, None, :, None]
+        scores = torch.cat([scores, null.expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = scores.softmax(-1)[..., : v.shape[-2]]
+    return weights.to(v.dtype) @ v, scores.logsumexp(-1) if scoring.normalizer else None
 
 
 def reweighted(scores: Tensor, mask: Tensor, power: int) -> Tensor:

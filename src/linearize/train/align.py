@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from linearize.convert import attention_of, decoder, mixers, most_sinks
+from linearize.convert import attention_of, decoder, document_masks, mixers, most_sinks
 from linearize.mixer import LinearizedAttention
 from linearize.tokens import describe
 from linearize.train.losses import relative_error
@@ -56,7 +56,9 @@ def _watch(teacher: PreTrainedModel, layers: list[int], batch: dict[str, Tensor]
     handles = [attention_of(teacher, i).register_forward_hook(keep(i), with_kwargs=True) for i in layers]
     try:
         with torch.no_grad():
-            decoder(teacher)(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+            inputs, positions = batch["input_ids"], batch["position_ids"]
+            masks = document_masks(teacher, inputs, positions)
+            decoder(teacher)(input_ids=inputs, position_ids=positions, attention_mask=masks, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearize.convert import decoder
+from linearize.convert import decoder, document_masks
+from linearize.families import Head
 from linearize.train.losses import distillation_loss
 
 
@@ -16,7 +17,8 @@ def distill_loss(
     teacher_hidden = None
     if kl_weight > 0:
         with torch.no_grad():
-            teacher_hidden = decoder(teacher)(**inputs).last_hidden_state.flatten(0, 1)
+            masks = document_masks(teacher, batch["input_ids"], batch["position_ids"])
+            teacher_hidden = decoder(teacher)(**inputs, attention_mask=masks).last_hidden_state.flatten(0, 1)
     student_hidden = decoder(student)(**inputs).last_hidden_state.flatten(0, 1)
-    heads = student.get_output_embeddings(), teacher.get_output_embeddings()
+    heads = Head(student), Head(teacher)
     return distillation_loss(student_hidden, teacher_hidden, *heads, batch["targets"].flatten(), kl_weight)

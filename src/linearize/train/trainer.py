@@ -18,6 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from linearize.checkpoint import Student, unwrapped
 from linearize.errors import LinearizeError
+from linearize.families import family_of
 from linearize.files import MARKER, new_folder, verify_folder
 from linearize.recipe import LoraSettings, StageSettings
 from linearize.results import Curve
@@ -34,18 +35,17 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 def with_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     """`model` with LoRA on its projections; what the conversion added is trained in full and saved with the adapter."""
+    targets = settings.targets or family_of(model.config).projections
     added = [part for part in ADDED if any(f".{part}." in name for name, _ in model.named_parameters())]
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=list(settings.targets),
+        target_modules=list(targets),
         modules_to_save=added or None,
         task_type="CAUSAL_LM",
     )
-    missing = [
-        name for name in settings.targets if not any(key.endswith(f".{name}") for key, _ in model.named_modules())
-    ]
+    missing = [name for name in targets if not any(key.endswith(f".{name}") for key, _ in model.named_modules())]
     if missing:
         leaves = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         raise LinearizeError(f"lora targets {missing} are no modules of this model; valid: {', '.join(sorted(leaves))}")
