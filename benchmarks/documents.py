@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from pydantic import BaseModel
 
 from benchmarks.operators import median
 from linearize.config import MixerConfig
+from linearize.evaluate.state_tracking import table as tracking_table
+from linearize.evaluate.tracker import Result, Settings
 from linearize.recipe import Recipe
 from linearize.report import figures, table, verdict
 from linearize.results import Report
@@ -28,6 +31,7 @@ PAGES = (
     "docs/recipe.md",
     "docs/report.md",
     "docs/recovery.md",
+    "docs/state-tracking.md",
     "docs/structures.md",
 )
 PART = re.compile(r"(<!-- part: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -159,6 +163,28 @@ def structures() -> str:
     return "\n".join(lines)
 
 
+def tracking_settings() -> str:
+    """Every setting of the benchmark, with the defaults of the full preset's."""
+    return _keys(Settings)
+
+
+def tracking(name: str) -> str:
+    """Scaled accuracies by structure, task and format."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    results = [Result.model_validate(result) for result in data["results"]]
+    settings, defaults = data["settings"], Settings().model_dump()
+    changed = ", ".join(f"`{key}={value}`" for key, value in settings.items() if value != defaults[key])
+    longest = max(results, key=lambda result: result.seconds)
+    made = (
+        f"{data['hardware']}, {_versions(data['versions'])}; {sum(r.seconds for r in results):.0f} s of training, "
+        f"{longest.seconds:.0f} of them for {longest.task} with {longest.structure}."
+    )
+    return "\n".join([tracking_table(results), "", f"Settings: {changed or 'the defaults'}. {made}"])
+
+
 def _keys(model: type[BaseModel]) -> str:
     schema = model.model_json_schema()
     lines = ["| key | type | default | |", "| --- | --- | --- | --- |"]
@@ -213,6 +239,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "mixer-keys": mixer_keys,
     "report-keys": report_keys,
     "structures": structures,
+    "state-tracking-settings": tracking_settings,
+    "state-tracking-cpu": partial(tracking, "state-tracking-cpu"),
+    "state-tracking": partial(tracking, "state-tracking"),
 }
 
 

@@ -38,7 +38,7 @@ PRESETS = {
         ("parity",),
         ("direct",),
     ),
-    "full": Preset(Settings(), ("deltanet", "gla", "mamba2"), tuple(TASKS), FORMATS),
+    "full": Preset(Settings(curriculum=0.25), ("deltanet", "gla", "mamba2"), tuple(TASKS), FORMATS),
 }
 
 
@@ -95,9 +95,9 @@ def pairs(structures: Iterable[str], tasks: Iterable[str], formats: Iterable[str
     return [
         Pair(task, format_, structure, negative)
         for format_ in dict.fromkeys(formats)
-        for task in dict.fromkeys(tasks)
         for structure in dict.fromkeys(structures)
-        for negative in ((False, True) if structure.endswith("deltanet") else (False,))
+        for task in dict.fromkeys(tasks)
+        for negative in ((True, False) if structure.endswith("deltanet") else (False,))
     ]
 
 
@@ -108,14 +108,16 @@ def run(chosen: list[Pair], settings: Settings, out: Path, seconds: float | None
     graphs. Raises LinearizeError where `out` holds something else, or results of other settings.
     """
     deadline = time.monotonic() + (seconds or float("inf"))
-    _open(out, settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # tensors this small are slower on several
+    _open(out, settings)
     for number, pair in enumerate(chosen, 1):
         if (out / f"{pair.name}.json").exists():
             continue
         training = Training(pair, settings, out / f"{pair.name}.pt", device, graph)
         label = f"{number}/{len(chosen)} {pair.name}"
-        with tqdm(desc=label, total=settings.steps, initial=training.progress["step"], unit="step") as bar:
+        with tqdm(desc=label, total=training.steps, initial=training.progress["step"], unit="step") as bar:
             while not training.done:
                 if time.monotonic() > deadline:
                     return False

@@ -45,13 +45,14 @@ class Settings(BaseModel):
     hidden_size: int = Field(128, ge=1, description="of the model")
     heads: int = Field(4, ge=1, description="each with a key and a value of hidden_size / heads")
     layers: int = Field(3, ge=1, description="a recurrence and an MLP each")
-    steps: int = Field(20_000, ge=1, description="at most, for each pair of a structure and a task")
+    steps: int = Field(20_000, ge=1, description="at most, for direct parity and arithmetic")
+    other_steps: int = Field(5_000, ge=1, description="at most, for the other tasks and for scratchpads")
     batch: int = Field(256, ge=1, description="rows of a step")
     learning_rate: float = Field(1e-3, gt=0, description="AdamW's, after a warm-up of a tenth of the steps")
     shortest: int = Field(3, ge=3, description="symbols of a row in training")
     longest: int = Field(40, ge=3, description="symbols of a row in training; tests begin here")
     every: bool = Field(False, description="ask for the state after each symbol in direct training, not for the answer")
-    curriculum: int = Field(0, ge=0, description="steps over which the longest rows grow to that length")
+    curriculum: float = Field(0, ge=0, lt=1, description="share of the steps in which the longest rows grow to that")
     block: int = Field(250, ge=1, description="steps between two checks, each with a checkpoint")
     tests: int = Field(2048, ge=1, description="rows of a test")
     seed: int = Field(0, ge=0, description="of weights and data")
@@ -69,6 +70,11 @@ class Pair(NamedTuple):
     def name(self) -> str:
         """Of its files."""
         return "-".join([self.task, self.format, self.structure, *["negative"] * self.negative_eigenvalues])
+
+    def steps(self, settings: Settings) -> int:
+        """Of its training, at most; the published results are on direct parity and arithmetic."""
+        published = self.format == "direct" and self.task in ("parity", "arithmetic")
+        return settings.steps if published else min(settings.steps, settings.other_steps)
 
 
 class Result(BaseModel):
@@ -122,6 +128,7 @@ def _learn_gates(model: PreTrainedModel) -> None:
         def inputs(q: Tensor, k: Tensor, v: Tensor, mixer: Any = mixer) -> Any:
             map_ = FEATURE_MAPS[mixer.config.feature_map]
             gate = mixer.gate(mixer.seen).float().unflatten(-1, (mixer.num_key_value_heads, -1))
+            mixer.seen = None
             return mixer.structure.inputs(map_(q), map_(k), v, gate, mixer.layer)
 
         mixer.register_forward_pre_hook(see, with_kwargs=True)
@@ -202,12 +209,14 @@ class Step:
     def _capture(self, stream: torch.cuda.Stream, tokens: Tensor, targets: Tensor) -> None:
         self.static, graph = (tokens.clone(), targets.clone()), torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)
+        before = torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, stream=stream):  # records; nothing runs
                 self.loss = self._step(*self.static)
             self.graph = graph
         except RuntimeError as error:
             tqdm.write(f"no CUDA graph, so steps take longer: {str(error).splitlines()[0]}")
+            torch.cuda.set_stream(before)  # which a failed capture does not leave as it was
             self.stream = None
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -218,6 +227,7 @@ class Training:
     def __init__(self, pair: Pair, settings: Settings, path: Path, device: torch.device, capture: bool) -> None:
         self.pair, self.settings, self.path = pair, settings, path
         self.task, self.scratchpad = TASKS[pair.task], pair.format == "scratchpad"
+        self.steps = pair.steps(settings)
         self.model = build(pair, settings).to(device).train()
         on_gpu = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
@@ -240,12 +250,12 @@ class Training:
     def done(self) -> bool:
         """All steps, or two checks in a row at 0.999."""
         last = [accuracy for _, _, accuracy in self.progress["checks"][-2:]]
-        return self.progress["step"] >= self.settings.steps or (len(last) == 2 and min(last) >= 0.999)
+        return self.progress["step"] >= self.steps or (len(last) == 2 and min(last) >= 0.999)
 
     def block(self) -> None:
         """Train up to the next check, check, and write a checkpoint."""
         started, first = time.perf_counter(), self.progress["step"]
-        steps = min(self.settings.block, self.settings.steps - first)
+        steps = min(self.settings.block, self.steps - first)
         self.generator.manual_seed(self._seed(1 + first))
         rows, longest = steps * self.settings.batch, self._longest(first)
         symbols, states, lengths = draw(self.task, self.settings.shortest, longest, rows, self.generator)
@@ -259,13 +269,10 @@ class Training:
             losses[i] = self.step(*batch)
         loss = losses.mean().item()
         if not math.isfinite(loss):
-            raise LinearizeError(f"{self.pair.name} diverged at step {first + steps}; give a lower --learning-rate")
-        check = (
-            first + steps,
-            loss,
-            self.accuracy(self.settings.longest, self.task.longest, min(512, self.settings.tests), 0, free=False),
-        )
-        self.progress["checks"].append(check)
+            raise LinearizeError(f"{self.pair.name} diverged at step {first + steps}; give a lower --set learning_rate")
+        rows = min(512, self.settings.tests)
+        accuracy = self.accuracy(self.settings.longest, self.task.longest, rows, 0, free=False)
+        self.progress["checks"].append((first + steps, round(loss, 6), accuracy))
         self.progress["step"] = first + steps
         self.progress["seconds"] += time.perf_counter() - started
         self._save()
@@ -293,7 +300,7 @@ class Training:
         self.generator.manual_seed(self._seed(-1 - number))
         symbols, states, lengths = draw(self.task, shortest, longest, rows, self.generator)
         right = 0
-        for part in zip(*(x.split(512) for x in (symbols, states, lengths)), strict=True):
+        for part in zip(*(x.split(1024) for x in (symbols, states, lengths)), strict=True):
             answer = self._write(part[0], part[2]) if free and self.scratchpad else self._read(*part)
             right += int((answer == part[1].gather(1, part[2][:, None] - 1)[:, 0]).sum())
         self.model.train()
@@ -324,15 +331,15 @@ class Training:
         return (self.settings.seed << 32) + number % (1 << 32)
 
     def _longest(self, step: int) -> int:
-        shortest, longest, over = self.settings.shortest, self.settings.longest, self.settings.curriculum
-        return longest if step >= over else shortest + (longest - shortest) * step // over
+        shortest, longest, over = self.settings.shortest, self.settings.longest, self.settings.curriculum * self.steps
+        return longest if step >= over else shortest + int((longest - shortest) * step / over)
 
     def _rate(self, step: int) -> float:
         """A linear warm-up, then half a cosine down to a tenth."""
-        warm = max(1, self.settings.steps // 10)
+        warm = max(1, self.steps // 10)
         if step < warm:
             return self.settings.learning_rate * (step + 1) / warm
-        share = (step - warm) / max(1, self.settings.steps - warm)
+        share = (step - warm) / max(1, self.steps - warm)
         return self.settings.learning_rate * (0.55 + 0.45 * math.cos(math.pi * share))
 
     def _save(self) -> None:
