@@ -107,7 +107,7 @@ def run(chosen: list[Pair], settings: Settings, out: Path, seconds: float | None
     After `seconds` it stops at the next check. The same call goes on from there, and from a kill. `graph` allows CUDA
     graphs. Raises LinearizeError where `out` holds something else, or results of other settings.
     """
-    deadline = time.monotonic() + (seconds or float("inf"))
+    deadline = time.monotonic() + (float("inf") if seconds is None else seconds)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)  # tensors this small are slower on several
