@@ -144,7 +144,7 @@ def test_writing_reads_back_what_was_written(structure, tmp_path):
 def test_an_interrupted_pair_ends_the_same(tmp_path, monkeypatch):
     chosen = [PARITY, PARITY._replace(task="s5", structure="gla", negative_eigenvalues=False)]
     assert run(chosen, TINY, tmp_path / "whole")
-    assert not run(chosen, TINY, tmp_path / "parts", seconds=0)
+    assert not run(chosen, TINY, tmp_path / "parts", seconds=0.0)
     assert results(tmp_path / "parts") == []
     blocks, block = [], Training.block
 
