@@ -8,6 +8,7 @@ from transformers import DynamicCache
 from linearize import MixerConfig, convert
 from linearize.cache import MixerCacheLayer, cache_bytes
 from linearize.inspect import equal_memory_window, inspect, recurrent_bytes
+from linearize.structures import STRUCTURES
 
 BOOKKEEPING = ("valid", "sink_time", "real")  # a few bytes of masks and counts, not spoken of
 
@@ -27,6 +28,14 @@ def test_bytes_are_those_of_a_real_cache(family, layers, structure):
     model = convert(tiny(family).bfloat16(), structure=structure, layers=layers, window=5, sinks=3)
     for context in (16, 50):
         assert inspect(model).cache_bytes(context) == bytes_of(model, context)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_every_structure_s_states_weigh_what_is_said(family, structure):
+    slots = {"slots": 7} if structure == "gsa" else {}
+    model = convert(tiny(family).bfloat16(), structure=structure, window=5, sinks=3, **slots)
+    assert inspect(model).cache_bytes(16) == bytes_of(model, 16)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,6 +6,7 @@ from tiny import assert_close, tiny
 from transformers import DynamicCache
 
 from linearize import LinearizeError, MixerConfig, convert
+from linearize.evaluate.layers import layer_statistics
 from linearize.features import FEATURE_MAPS, READOUTS, SIGNED, softmax
 from linearize.gates import pooled
 from linearize.ops.gated_linear import reference
@@ -14,6 +15,7 @@ from linearize.structures.base import Layer
 from linearize.structures.lightning import rates
 
 NAMES = sorted(STRUCTURES)
+GATED = sorted(set(NAMES) - {"lightning", "deltanet", "kronecker"})  # by what the text says
 
 
 def layer(name: str, layer_idx: int = 1, heads: int = 2, **settings) -> Layer:
@@ -21,10 +23,12 @@ def layer(name: str, layer_idx: int = 1, heads: int = 2, **settings) -> Layer:
 
 
 def made(name: str, q, k, v, place: Layer | None = None):
-    """A structure's inputs with the softmax feature map and the gate from the key."""
+    """A structure's inputs with the softmax feature map, or features of its own, and the gate from the key."""
     structure, place = STRUCTURES[name], place or layer(name)
     gate = pooled(k, structure.gate_size(place.config, k.shape[-1])).repeat(1, 1, 1, structure.gates)
-    return structure.inputs(softmax(q), softmax(k), v, gate, place)
+    if not structure.own_features:
+        q, k = softmax(q), softmax(k)
+    return structure.inputs(q, k, v, gate, place)
 
 
 def projections(T: int = 9, scale: float = 1.0):
@@ -60,15 +64,26 @@ def test_padding_and_packing_change_nothing(name):
     assert_close(model(packed, position_ids=position_ids).logits[:, 7:], alone)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"kronecker"}))
 def test_gates_only_forget(name):
     for scale in (1.0, 30.0, 300.0):
+        assert (made(name, *projections(scale=scale)).log_g <= 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_finite_at_any_scale(name):
+    for scale in (0.0, 1.0, 30.0, 300.0):
         q, k, v = (x.requires_grad_() for x in projections(scale=scale))
-        inputs = made(name, q, k, v, layer(name))
-        assert (inputs.log_g <= 0).all()
-        output, _ = STRUCTURES[name].operator(*inputs)
+        output, _ = STRUCTURES[name].operator(*made(name, q, k, v))
         output.square().sum().backward()
+        assert torch.isfinite(output).all()
         assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_times_are_those_of_the_gates(name):
+    for row in layer_statistics(model_with(name), torch.randint(3, 90, (15,))):
+        assert all((0 < time < 1e5) == (name in {*GATED, "lightning"}) for time in row.decay_tokens)
 
 
 def test_they_are_different_structures():
@@ -82,7 +97,7 @@ def test_they_are_different_structures():
 
 
 def test_temperature_lengthens_memory():
-    for name in set(NAMES) - {"lightning", "deltanet"}:
+    for name in GATED:
         short, long = (made(name, *projections(), layer(name, gate_temperature=t)).log_g.mean() for t in (1, 100))
         assert short < long < 0
 
@@ -138,10 +153,41 @@ def test_negative_eigenvalues_double_beta():
     assert (whole < 2).all()
 
 
-@pytest.mark.parametrize("setting", [{"negative_eigenvalues": True}, {"decay_schedule": "alibi"}])
+@pytest.mark.parametrize("slots", [1, 8, 24])
+def test_gsa_is_softmax_over_its_slots(slots):
+    """Token by token, as attention over M keys and values that are running means."""
+    q, k, v = projections()
+    place = layer("gsa", gate_temperature=1, slots=slots)
+    output, state = STRUCTURES["gsa"].operator(*made("gsa", q, k, v, place))
+    alpha = pooled(k, slots).sigmoid()[..., None]
+    keys = values = torch.zeros(2, 2, slots, 8)
+    for t in range(q.shape[1]):
+        keys = alpha[:, t] * keys + (1 - alpha[:, t]) * softmax(k)[:, t, :, None]
+        values = alpha[:, t] * values + (1 - alpha[:, t]) * v[:, t, :, None]
+        read = torch.nn.functional.scaled_dot_product_attention(softmax(q)[:, t].unflatten(1, (2, 3)), keys, values)
+        assert_close(output[:, t], read.flatten(1, 2))
+    assert_close(state, torch.cat([keys, values], dim=-1))
+
+
+def test_kronecker_does_not_care_for_the_scale_of_queries_and_keys():
+    q, k, v = projections()
+    one, other = (made("kronecker", s * q, s * k, v) for s in (1, 100))
+    assert_close(one.q, other.q)
+    assert_close(one.k, other.k)
+    assert one.k.shape[-1] == 2 * 45
+    elsewhere = made("kronecker", q, k, v, layer("kronecker", 2))
+    assert not torch.allclose(one.k, elsewhere.k)
+
+
+@pytest.mark.parametrize("setting", [{"negative_eigenvalues": True}, {"decay_schedule": "alibi"}, {"slots": 8}])
 def test_settings_of_other_structures_are_refused(setting):
     with pytest.raises(LinearizeError, match=next(iter(setting))):
         convert(tiny(), structure="gla", **setting)
+
+
+def test_features_of_their_own_leave_no_say_to_feature_map():
+    with pytest.raises(LinearizeError, match="feature_map has no say in kronecker"):
+        convert(tiny(), structure="kronecker", feature_map="l2")
 
 
 @pytest.mark.parametrize("readout", ["rms", "denominator"])
@@ -198,6 +244,8 @@ def test_every_feature_map_changes_the_model(feature_map):
     ("settings", "message"),
     [
         ({"structure": "deltanet"}, "weights that add up, which deltanet has not"),
+        ({"structure": "gsa"}, "weights that add up, which gsa has not"),
+        ({"structure": "kronecker"}, "weights that add up, which kronecker has not"),
         ({"feature_map": "none"}, "never negative, and none may be"),
         ({"feature_map": "l2"}, "never negative, and l2 may be"),
     ],

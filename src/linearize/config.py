@@ -31,6 +31,7 @@ class MixerConfig(BaseModel):
         "paper", description="of lightning's fixed decays, by head and layer"
     )
     negative_eigenvalues: bool = Field(False, description="of the delta rule's transition: beta in [0, 2]")
+    slots: int = Field(64, ge=1, description="of gsa, for each key/value head: places that it writes to and attends to")
     mixing: Literal["fixed", "per_head"] = Field(
         "per_head", description="the recurrence's weight: a constant, or learned"
     )
@@ -56,7 +57,11 @@ class MixerConfig(BaseModel):
             raise LinearizeError(f"negative_eigenvalues is of deltanet and gated_deltanet, not of {self.structure}")
         if self.decay_schedule != "paper" and self.structure != "lightning":
             raise LinearizeError(f"decay_schedule is of lightning, not of {self.structure}")
-        if self.readout == "denominator" and self.structure.endswith("deltanet"):
+        if self.slots != type(self).model_fields["slots"].default and self.structure != "gsa":
+            raise LinearizeError(f"slots is of gsa, not of {self.structure}")
+        if self.feature_map != "softmax" and STRUCTURES[self.structure].own_features:
+            raise LinearizeError(f"feature_map has no say in {self.structure}, which has features of its own")
+        if self.readout == "denominator" and not STRUCTURES[self.structure].weighs:
             raise LinearizeError(f"readout denominator needs weights that add up, which {self.structure} has not")
         if self.readout == "denominator" and self.feature_map in SIGNED:
             raise LinearizeError(

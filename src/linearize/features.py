@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linearize.structures.base import DeltaInputs, Inputs
+from linearize.structures.base import AnyInputs
 
-Run = Callable[[Inputs | DeltaInputs], tuple[Tensor, Tensor]]  # an operator: inputs to output and final state
+Run = Callable[[AnyInputs], tuple[Tensor, Tensor]]  # an operator: inputs to output and final state
 EPSILON = 1e-6
 
 
@@ -41,18 +41,18 @@ FEATURE_MAPS = {"softmax": softmax, "l2": l2, "relu": relu, "elu": elu, "none": 
 SIGNED = ("l2", "none")  # maps whose values may be negative
 
 
-def plain(run: Run, inputs: Inputs | DeltaInputs) -> tuple[Tensor, Tensor]:
+def plain(run: Run, inputs: AnyInputs) -> tuple[Tensor, Tensor]:
     """The output as it is: it grows with what the state holds."""
     return run(inputs)
 
 
-def rms(run: Run, inputs: Inputs | DeltaInputs) -> tuple[Tensor, Tensor]:
+def rms(run: Run, inputs: AnyInputs) -> tuple[Tensor, Tensor]:
     """Each head's output divided by its root mean square (NormAttention, TransNormer, arXiv 2210.10340)."""
     output, state = run(inputs)
     return F.rms_norm(output.float(), output.shape[-1:], eps=EPSILON), state
 
 
-def denominator(run: Run, inputs: Inputs | DeltaInputs) -> tuple[Tensor, Tensor]:
+def denominator(run: Run, inputs: AnyInputs) -> tuple[Tensor, Tensor]:
     """A weighted mean of values (arXiv 2006.16236): one more value channel, always 1, adds the weights up."""
     ones = torch.ones_like(inputs.v[..., :1])
     output, state = run(inputs._replace(v=torch.cat([inputs.v, ones], dim=-1)))

@@ -13,7 +13,7 @@ from linearize.features import FEATURE_MAPS, READOUTS
 from linearize.gates import pooled
 from linearize.ops.local import Scoring, Sinks, local_attention
 from linearize.structures import STRUCTURES
-from linearize.structures.base import DeltaInputs, Inputs, Layer, Structure
+from linearize.structures.base import AnyInputs, Layer, Structure
 from linearize.tokens import Tokens
 
 
@@ -133,15 +133,16 @@ class LinearizedAttention(nn.Module):
         inputs = self.inputs(q, k, v)
         if tokens.valid is not None:  # padding neither decays nor writes
             real = tokens.valid[:, :, None, None]
-            inputs = inputs._replace(k=inputs.k * real, log_g=inputs.log_g * real)
+            names = {"k", "log_g"}.intersection(inputs._fields)  # not every structure decays
+            inputs = inputs._replace(**{name: getattr(inputs, name) * real for name in names})
         operator = self.structure.operator
         return self.readout(lambda given: operator(*given, state, tokens.document), inputs)
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> Inputs | DeltaInputs:
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> AnyInputs:
         """What the structure makes of the projections before RoPE."""
         assert self.structure is not None
-        map_, size = FEATURE_MAPS[self.config.feature_map], self.structure.gate_size(self.config, k.shape[-1])
-        gate = pooled(k, size)
+        map_ = FEATURE_MAPS["none" if self.structure.own_features else self.config.feature_map]
+        gate = pooled(k, self.structure.gate_size(self.config, k.shape[-1]))
         return self.structure.inputs(map_(q), map_(k), v, gate.repeat(1, 1, 1, self.structure.gates), self.layer)
 
     def sinks(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, cache: MixerCacheLayer | None) -> Sinks:

@@ -7,7 +7,7 @@ from tiny import assert_close
 from torch import Tensor
 
 from linearize.ops import gated_linear as module
-from linearize.ops.gated_linear import chunked, gated_linear, reference, step
+from linearize.ops.gated_linear import chunked, gated_linear, reference, reference_with_bonus, step, with_bonus
 
 
 def inputs(T: int, B: int = 2, KV: int = 2, groups: int = 3, K: int = 12, V: int = 8, decay: float | None = None):
@@ -140,3 +140,69 @@ def test_shapes_are_checked_here():
     q, k, v, log_g, _ = inputs(4)
     with pytest.raises(TypeCheckError):
         gated_linear(q, k, v, log_g[:, :3])
+
+
+def assert_bonus_is_the_equation(given: list[Tensor], document: Tensor | None = None) -> None:
+    """Outputs, final states and gradients of all six inputs."""
+    bonus = torch.randn(*given[1].shape[2:])
+    given = [*given[:4], bonus, given[4]]
+    ours = [x.clone().requires_grad_() for x in given]
+    truth = [x.double().requires_grad_() for x in given]
+    results, expected = with_bonus(*ours, document), reference_with_bonus(*truth, document)
+    weights = [torch.randn_like(x) for x in expected]
+    for result, other in zip(results, expected, strict=True):
+        assert_close(result, other)
+    sum((w * x.double()).sum() for w, x in zip(weights, results, strict=True)).backward()
+    sum((w * x).sum() for w, x in zip(weights, expected, strict=True)).backward()
+    for x, other in zip(ours, truth, strict=True):
+        assert_close(x.grad, other.grad)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("T", [1, 2, 5, 63, 64, 65, 130])
+def test_bonus_is_the_equation(T, groups):
+    assert_bonus_is_the_equation(inputs(T, groups=groups))
+
+
+@pytest.mark.parametrize("starts", [[64], [63], [65], [64, 128], [1], [10, 11, 12], [129], [5, 70]], ids=str)
+def test_bonus_in_documents(starts):
+    assert_bonus_is_the_equation(inputs(130), torch.cat([documents(130, starts), documents(130, [100])]))
+
+
+@pytest.mark.parametrize("decay", [0.0, -8.0, -20.0, -1e4])
+def test_bonus_with_any_decay(decay):
+    assert_bonus_is_the_equation(inputs(130, decay=decay), documents(130, [64, 100]).expand(2, -1))
+
+
+@pytest.mark.parametrize("splits", [[1], [64], [63, 64, 65], [7, 100], range(1, 130)], ids=str)
+def test_bonus_with_any_split(splits):
+    *given, state = inputs(130)
+    bonus = torch.randn(2, 12)
+    expected, last = with_bonus(*given, bonus, state)
+    parts = []
+    for part in zip(*(x.tensor_split(list(splits), dim=1) for x in given), strict=True):
+        output, state = with_bonus(*part, bonus, state)
+        parts.append(output)
+    assert_close(torch.cat(parts, 1), expected)
+    assert_close(state, last)
+
+
+def test_bonus_without_a_state_and_one_decay_a_head():
+    q, k, v, log_g, state = inputs(70)
+    given = [q, k, v, log_g[..., :1], torch.randn(2, 12)]
+    for result, other in zip(with_bonus(*given), reference_with_bonus(*given, 0 * state), strict=True):
+        assert_close(result, other)
+
+
+def test_a_bonus_of_one_without_decay_is_the_plain_read():
+    q, k, v, log_g, state = inputs(70, decay=0.0)
+    for one, other in zip(
+        with_bonus(q, k, v, log_g, torch.ones(2, 12), state), chunked(q, k, v, log_g, state), strict=True
+    ):
+        assert_close(one, other)
+
+
+def test_bonus_in_bfloat16():
+    *given, state = (x.bfloat16() for x in inputs(70))
+    output, last = with_bonus(*given, torch.randn(2, 12), state.float())
+    assert (output.dtype, last.dtype) == (torch.bfloat16, torch.float32)

@@ -17,7 +17,8 @@ def layer_statistics(model: PreTrainedModel, ids: Int[Tensor, "T"]) -> list[Laye
     rows: list[Layer] = []
 
     def watch(mixer: Any, _: Any, kwargs: dict[str, Any]) -> None:
-        log_g = mixer.inputs(*mixer.family.project(mixer, kwargs["hidden_states"])).log_g.double()
+        inputs = mixer.inputs(*mixer.family.project(mixer, kwargs["hidden_states"]))
+        log_g = getattr(inputs, "log_g", torch.zeros_like(inputs.v)).double()  # without a decay nothing is forgotten
         decay = (-1 / log_g.mean(dim=(0, 1)).clamp(max=-1e-9)).mean(-1)
         rows.append(Layer(layer=mixer.layer_idx, mixing=mixer.mixing_weights().tolist(), decay_tokens=decay.tolist()))
 

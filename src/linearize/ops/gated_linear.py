@@ -81,7 +81,82 @@ def chunked(
     from the key to the boundary)`. Both exponents are at most 0 whatever the gates are, and both sums grow with the
     blocks, so nothing overflows, nothing is clamped and no large sums are subtracted.
     """
-    B, T, H, K = q.shape
+    return _chunked(q, k, v, log_g, state, document, chunk, by_value=False)
+
+
+def chunked_by_value(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T KV K"],
+    v: Float[Tensor, "B T KV V"],
+    log_g: Float[Tensor, "B T KV #V"],
+    state: Float[Tensor, "B KV K V"],
+    document: Int[Tensor, "B T"] | None = None,
+    chunk: int = 64,
+) -> Output:
+    """As `chunked`, with a decay for each value channel: `S_t = S_{t-1} diag(exp(log_g_t)) + k_tᵀ v_t`.
+
+    The same merges; the two factors are on the values of the left block and on what the right one reads.
+    """
+    return _chunked(q, k, v, log_g, state, document, chunk, by_value=True)
+
+
+def with_bonus(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T KV K"],
+    v: Float[Tensor, "B T KV V"],
+    log_g: Float[Tensor, "B T KV #K"],
+    bonus: Float[Tensor, "KV K"],
+    state: Float[Tensor, "B KV K V"] | None = None,
+    document: Int[Tensor, "B T"] | None = None,
+) -> Output:
+    """RWKV6's read (arXiv 2404.05892): `o_t = q_t (S_{t-1} + diag(bonus) k_tᵀ v_t)`, the state as in `gated_linear`.
+
+    `S_{t-1}`, before the decay of token t, is what `gated_linear` reads at t when keys, values and decays come one
+    token late; the last token is then written on its own.
+    """
+    if state is None:
+        state = q.new_zeros(q.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        q_, k_, v_, log_g_ = (x.float() for x in (q, k, v, log_g))
+        late_k, late_v, late_g = (torch.nn.functional.pad(x, (0, 0, 0, 0, 1, -1)) for x in (k_, v_, log_g_))
+        if document is not None:  # a document begins with an empty state: the token before it is of another one
+            same = document == torch.cat([document[:, :1], document[:, :-1]], dim=1)
+            late_k = late_k * same[:, :, None, None]
+        output, state = gated_linear(q_, late_k, late_v, late_g, state, document)
+        grouped = q_.unflatten(2, (k.shape[2], -1))
+        weight = (grouped * (bonus.float() * k_)[:, :, :, None]).sum(-1, keepdim=True)
+        output = output + (weight * v_[:, :, :, None]).flatten(2, 3)
+        state = log_g_[:, -1].exp()[..., None] * state + k_[:, -1, :, :, None] * v_[:, -1, :, None]
+    return output.to(q.dtype), state
+
+
+def reference_with_bonus(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T KV K"],
+    v: Float[Tensor, "B T KV V"],
+    log_g: Float[Tensor, "B T KV #K"],
+    bonus: Float[Tensor, "KV K"],
+    state: Float[Tensor, "B KV K V"],
+    document: Int[Tensor, "B T"] | None = None,
+) -> Output:
+    """The equation of `with_bonus`, token by token, in float64."""
+    q, k, v, log_g, bonus, state = (x.double() for x in (q, k, v, log_g, bonus, state))
+    groups = q.shape[2] // k.shape[2]
+    outputs = []
+    for t in range(q.shape[1]):
+        if document is not None and t > 0:
+            state = state * (document[:, t] == document[:, t - 1])[:, None, None, None]
+        written = k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append((q[:, t].unflatten(1, (-1, groups)) @ (state + bonus[..., None] * written)).flatten(1, 2))
+        state = log_g[:, t].exp()[..., None] * state + written
+    return torch.stack(outputs, dim=1), state
+
+
+def _chunked(
+    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, state: Tensor, document: Tensor | None, chunk: int, by_value: bool
+) -> tuple[Tensor, Tensor]:
+    """`chunked`, or `chunked_by_value`."""
+    B, T, H, _ = q.shape
     KV, V = k.shape[2], v.shape[3]
     while chunk // 2 >= T:
         chunk //= 2
@@ -95,18 +170,24 @@ def chunked(
     if document is not None:
         document = torch.cat([document, document[:, -1:].expand(-1, pad)], dim=1).repeat_interleave(KV, dim=0)
 
-    output, to_query, to_end = _within_chunks(q_, k_, v_, g_, document, chunk)
-    carried, state = _between_chunks(k_ * to_end.exp(), v_, to_query, state.flatten(0, 1), document, chunk)
-    q_ = (q_ * to_query.exp()[:, :, None]).unflatten(1, (-1, chunk))
+    output, to_query, to_end = _within_chunks(q_, k_, v_, g_, document, chunk, by_value)
+    from_start = to_query.exp()[:, :, None]
+    if by_value:
+        v_ = v_ * to_end.exp()
+    else:
+        q_, k_ = q_ * from_start, k_ * to_end.exp()
+    carried, state = _between_chunks(k_, v_, to_query, state.flatten(0, 1), document, chunk, by_value)
+    q_ = q_.unflatten(1, (-1, chunk))
     if document is not None:  # the carried state belongs to the document of the token before the chunk
         q_ = q_ * continues(document, chunk)[..., None, None]
-    output = output + (q_.flatten(2, 3) @ carried).view_as(output)
+    read = (q_.flatten(2, 3) @ carried).view_as(output)
+    output = output + (read * from_start if by_value else read)
     output = output[:, :T].unflatten(0, (B, KV)).transpose(1, 2).reshape(B, T, H, V)
     return output.to(q.dtype), state.unflatten(0, (B, KV))
 
 
 def _within_chunks(
-    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, document: Tensor | None, chunk: int
+    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, document: Tensor | None, chunk: int, by_value: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What each token reads from its own chunk `[N, T, G, V]`, and two sums of log_g `[N, T, K]` in the chunk: up to
     and with the token, and after it."""
@@ -117,13 +198,19 @@ def _within_chunks(
         pairs = (-1, 2, size)
         left_to_query, right_to_query = to_query.unflatten(1, pairs).unbind(2)
         left_to_end, right_to_end = to_end.unflatten(1, pairs).unbind(2)
-        right_q = q.unflatten(1, pairs)[:, :, 1] * right_to_query.exp()[:, :, :, None]
-        left_k = k.unflatten(1, pairs)[:, :, 0] * left_to_end.exp()
+        right_q, left_k, left_v = (x.unflatten(1, pairs)[:, :, i] for x, i in ((q, 1), (k, 0), (v, 0)))
+        to_boundary, from_boundary = left_to_end.exp(), right_to_query.exp()[:, :, :, None]
+        if by_value:
+            left_v = left_v * to_boundary
+        else:
+            right_q, left_k = right_q * from_boundary, left_k * to_boundary
         scores = (right_q.flatten(2, 3) @ left_k.mT).unflatten(2, (size, -1))
         if document is not None:
             left, right = document.unflatten(1, pairs).unbind(2)
             scores = scores * (right[:, :, :, None, None] == left[:, :, None, None, :])
-        read = (scores.flatten(2, 3) @ v.unflatten(1, pairs)[:, :, 0]).unflatten(2, (size, -1))
+        read = (scores.flatten(2, 3) @ left_v).unflatten(2, (size, -1))
+        if by_value:
+            read = read * from_boundary
         left_out, right_out = output.unflatten(1, pairs).unbind(2)
         output = torch.stack([left_out, right_out + read], dim=2).flatten(1, 3)
         to_query = torch.stack([left_to_query, right_to_query + left_to_query[:, :, -1:]], dim=2).flatten(1, 3)
@@ -133,21 +220,21 @@ def _within_chunks(
 
 
 def _between_chunks(
-    k: Tensor, v: Tensor, to_query: Tensor, state: Tensor, document: Tensor | None, chunk: int
+    k: Tensor, v: Tensor, to_query: Tensor, state: Tensor, document: Tensor | None, chunk: int, by_value: bool
 ) -> tuple[Tensor, Tensor]:
-    """The state before every chunk `[N, T/chunk, K, V]` and the one after the last `[N, K, V]`; `k` decayed to its
-    chunk's end."""
+    """The state before every chunk `[N, T/chunk, K, V]` and the one after the last `[N, K, V]`; `k` (or, by value,
+    `v`) decayed to its chunk's end."""
     k, v = k.unflatten(1, (-1, chunk)), v.unflatten(1, (-1, chunk))
     decay = to_query.unflatten(1, (-1, chunk))[:, :, -1].exp()
     if document is not None:
         last = document.unflatten(1, (-1, chunk))
         k = k * (last == last[:, :, -1:])[..., None]
         decay = decay * continues(document, chunk)[:, :, -1:]
-    written = k.mT @ v
+    written, decay = k.mT @ v, decay.unsqueeze(-2 if by_value else -1)
     states = []
     for n in range(k.shape[1]):
         states.append(state)
-        state = decay[:, n, :, None] * state + written[:, n]
+        state = decay[:, n] * state + written[:, n]
     return torch.stack(states, dim=1), state
 
 

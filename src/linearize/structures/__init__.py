@@ -3,7 +3,9 @@
 from linearize.structures.base import Structure
 from linearize.structures.delta import DELTANET, GATED_DELTANET
 from linearize.structures.gla import GLA
+from linearize.structures.gsa import GSA
 from linearize.structures.hgrn2 import HGRN2
+from linearize.structures.kronecker import KRONECKER
 from linearize.structures.lightning import LIGHTNING
 from linearize.structures.mamba2 import MAMBA2
 from linearize.structures.mlstm import MLSTM
@@ -21,4 +23,6 @@ STRUCTURES: dict[str, Structure] = {
     "lightning": LIGHTNING,
     "deltanet": DELTANET,
     "gated_deltanet": GATED_DELTANET,
+    "gsa": GSA,
+    "kronecker": KRONECKER,
 }

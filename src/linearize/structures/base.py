@@ -41,6 +41,26 @@ class DeltaInputs(NamedTuple):
     beta: Float[Tensor, "B T KV 1"]
 
 
+class SlotInputs(NamedTuple):
+    """What gated slots take: a decay for each slot; what is not kept is written."""
+
+    q: Float[Tensor, "B T H K"]
+    k: Float[Tensor, "B T KV K"]
+    v: Float[Tensor, "B T KV V"]
+    log_g: Float[Tensor, "B T KV M"]
+
+
+class KroneckerInputs(NamedTuple):
+    """What third-order attention takes: features, two for each key, and no decay. Padding has a k of 0."""
+
+    q: Float[Tensor, "B T H F"]
+    k: Float[Tensor, "B T KV 2*F"]
+    v: Float[Tensor, "B T KV V"]
+
+
+AnyInputs = Inputs | DeltaInputs | SlotInputs | KroneckerInputs
+
+
 def per_channel(config: MixerConfig, key_size: int) -> int:
     """A gate for each channel of the key."""
     return key_size
@@ -74,6 +94,7 @@ class Structure(NamedTuple):
     gates: int = 1
     state_shape: Callable[[MixerConfig, int, int], tuple[int, ...]] = matrix  # of one key/value head
     weighs: bool = True  # whether the output is a sum of values by weights as positive as q and k are
+    own_features: bool = False  # whether q and k come as they are, because it has features of its own
 
     def state_bytes(self, config: MixerConfig, key_size: int, value_size: int, heads: int) -> int:
         """Bytes of one sequence's states in one layer, in fp32."""
