@@ -216,6 +216,8 @@ REFUSED = [
     ("--set foo=1", "'foo' hidden_size, heads, layers"),
     ("--set heads", "'heads' key=value hidden_size"),
     ("--set heads=3", "hidden_size 8 3 heads"),
+    ("--set own={foo:{}}", "task 'foo' valid: arithmetic"),
+    ("--set 'own={parity: {batch: 0}}'", "batch 0 greater than or equal to 1"),
     ("--set longest=4 --set shortest=5", "longest is 4 shortest 5"),
     ("--out file", "file new, empty or linearize's"),
 ]
@@ -256,3 +258,6 @@ def test_parity_needs_negative_eigenvalues(seed, tmp_path):
 def test_presets_hold_together():
     for preset in PRESETS.values():
         assert state_tracking.pairs(preset.structures, preset.tasks, preset.formats)
+        assert all(preset.settings.of(task).own == {} for task in TASKS)
+    assert PRESETS["full"].settings.of("parity").layers == 1
+    assert PRESETS["full"].settings.of("arithmetic").layers == 3

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from linearize.config import validated
 from linearize.convert import convert, mixers
 from linearize.errors import LinearizeError
 from linearize.evaluate.tasks import TASKS, Task
@@ -48,7 +49,8 @@ class Settings(BaseModel):
     steps: int = Field(20_000, ge=1, description="at most, for direct parity and arithmetic")
     other_steps: int = Field(5_000, ge=1, description="at most, for the other tasks and for scratchpads")
     batch: int = Field(256, ge=1, description="rows of a step")
-    learning_rate: float = Field(1e-3, gt=0, description="AdamW's, after a warm-up of a tenth of the steps")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW's")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     shortest: int = Field(3, ge=3, description="symbols of a row in training")
     longest: int = Field(40, ge=3, description="symbols of a row in training; tests begin here")
     every: bool = Field(False, description="ask for the state after each symbol in direct training, not for the answer")
@@ -56,6 +58,19 @@ class Settings(BaseModel):
     block: int = Field(250, ge=1, description="steps between two checks, each with a checkpoint")
     tests: int = Field(2048, ge=1, description="rows of a test")
     seed: int = Field(0, ge=0, description="of weights and data")
+    own: dict[str, dict[str, Any]] = Field({}, description="settings of single tasks, in place of those above")
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> "Settings":
+        if self.hidden_size % (2 * self.heads):
+            raise LinearizeError(f"hidden_size {self.hidden_size} is not {self.heads} heads of an even size")
+        if self.longest < self.shortest:
+            raise LinearizeError(f"longest is {self.longest}, less than shortest {self.shortest}")
+        return self
+
+    def of(self, task: str) -> "Settings":
+        """Those of one task."""
+        return validated(Settings, {**self.model_dump(), **self.own.get(task, {}), "own": {}}, f"{task} settings")
 
 
 class Pair(NamedTuple):
@@ -336,7 +351,7 @@ class Training:
 
     def _rate(self, step: int) -> float:
         """A linear warm-up, then half a cosine down to a tenth."""
-        warm = max(1, self.steps // 10)
+        warm = max(1, int(self.settings.warmup * self.steps))
         if step < warm:
             return self.settings.learning_rate * (step + 1) / warm
         share = (step - warm) / max(1, self.steps - warm)
