@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +15,8 @@ from pydantic import BaseModel
 
 from benchmarks.operators import median
 from linearize.config import MixerConfig, MixerSettings
+from linearize.evaluate.state_tracking import table as tracking_table
+from linearize.evaluate.tracker import Result, Settings
 from linearize.families import FAMILIES, Family
 from linearize.recipe import Recipe
 from linearize.report import figures, table, verdict
@@ -31,6 +34,7 @@ PAGES = (
     "docs/report.md",
     "docs/recovery.md",
     "docs/settings.md",
+    "docs/state-tracking.md",
     "docs/structures.md",
 )
 PART = re.compile(r"(<!-- part: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -186,7 +190,7 @@ def refusals() -> str:
 
 def _grid() -> Iterator[tuple[str, Any]]:
     """Every setting with each of its named values, or one other than its default."""
-    numbers = {"gate_temperature": 256, "time_scales": 4096, "slots": 32}
+    numbers = {"gate_temperature": 256, "time_scales": 4096, "convolution": 4, "slots": 32}
     for name, field in MixerConfig.model_fields.items():
         if name in ("structure", "window", "sinks", "mixing_weight", "score_power"):
             continue  # numbers that every structure takes
@@ -223,6 +227,28 @@ def families() -> str:
 def _first(function: Callable[..., Any]) -> str:
     said = (inspect.getdoc(function) or "").split("\n")[0].rstrip(".")
     return said[0].lower() + said[1:]
+
+
+def tracking_settings() -> str:
+    """Every setting of the benchmark, with the defaults of the full preset's."""
+    return _keys(Settings)
+
+
+def tracking(name: str) -> str:
+    """Scaled accuracies by structure, task and format."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    results = [Result.model_validate(result) for result in data["results"]]
+    settings, defaults = data["settings"], Settings().model_dump()
+    changed = ", ".join(f"`{key}={value}`" for key, value in settings.items() if value != defaults[key])
+    longest = max(results, key=lambda result: result.seconds)
+    made = (
+        f"{data['hardware']}, {_versions(data['versions'])}; {sum(r.seconds for r in results):.0f} s of training, "
+        f"{longest.seconds:.0f} of them for {longest.task} with {longest.structure}."
+    )
+    return "\n".join([tracking_table(results), "", f"Settings: {changed or 'the defaults'}. {made}"])
 
 
 def _keys(model: type[BaseModel]) -> str:
@@ -284,6 +310,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "refusals": refusals,
     "structures": structures,
     "families": families,
+    "state-tracking-settings": tracking_settings,
+    "state-tracking-cpu": partial(tracking, "state-tracking-cpu"),
+    "state-tracking": partial(tracking, "state-tracking"),
 }
 
 

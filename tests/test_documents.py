@@ -30,5 +30,6 @@ def test_commands_of_the_readme_exist():
     from linearize.cli import app
 
     names = {command.name or command.callback.__name__ for command in app.registered_commands}
+    names |= {group.name for group in app.registered_groups}
     readme = (documents.ROOT / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `linearize (\w+)", readme, re.MULTILINE)) == names

@@ -10,13 +10,14 @@ from linearize.errors import LinearizeError
 from linearize.ops.local import Past
 
 _WINDOW = ("keys", "values", "valid", "sink_keys", "sink_values", "sink_time", "real")
-_TENSORS = (*_WINDOW, "state", "late_keys", "late_gates")
+_TENSORS = (*_WINDOW, "state", "recent", "late_keys", "late_gates")
 
 
 class Memory(NamedTuple):
     """What a recurrence carries to the next token, in fp32; keys and gates wait where it runs behind the window."""
 
     state: Tensor
+    recent: Tensor | None = None  # [B, size - 1, 2 KV, D]: the last keys and values, for a short convolution
     late_keys: Tensor | None = None  # [B, W, KV, K]: of the tokens in the window, oldest first
     late_gates: Tensor | None = None  # [B, W, KV, K or 1]
 
@@ -26,7 +27,7 @@ class MixerCacheLayer(CacheLayerMixin):
 
     keys, values `[B, W, KV, D]`: the last W tokens, rotated. valid `[B, W]`: False at padding and before the first.
     sink_keys, sink_values `[B, S, KV, D]`, sink_time `[B, S]`: see `tokens.Tokens`. real `[B]`: real tokens seen.
-    state, late_keys, late_gates: see `Memory`; None where there is none.
+    state, recent, late_keys, late_gates: see `Memory`; None where there is none.
     """
 
     is_compileable = False
@@ -40,6 +41,7 @@ class MixerCacheLayer(CacheLayerMixin):
     sink_time: Any
     real: Any
     state: Any
+    recent: Any
     late_keys: Any
     late_gates: Any
 
@@ -67,7 +69,7 @@ class MixerCacheLayer(CacheLayerMixin):
     @property
     def memory(self) -> Memory | None:
         """What the recurrence carries, if there is anything yet."""
-        return None if self.state is None else Memory(self.state, self.late_keys, self.late_gates)
+        return None if self.state is None else Memory(self.state, self.recent, self.late_keys, self.late_gates)
 
     def store(
         self,
@@ -93,7 +95,7 @@ class MixerCacheLayer(CacheLayerMixin):
         self.keys, self.values, self.valid = (x[:, x.shape[1] - window :].clone() for x in (k, v, valid))
         self.sink_keys, self.sink_values, self.sink_time = sinks
         self.real = real
-        self.state, self.late_keys, self.late_gates = memory or (None, None, None)
+        self.state, self.recent, self.late_keys, self.late_gates = memory or (None, None, None, None)
         self.seen += T
         self.is_initialized = True
         self.batch_size = B

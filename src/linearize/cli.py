@@ -18,6 +18,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+bench = typer.Typer(help="Measure what models of a kind can do, apart from any checkpoint.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
 Out = Annotated[Path, typer.Option(help="Folder for the result: new, empty, or written by linearize.")]
 Checkpoint = Annotated[Path, typer.Argument(help="Folder of a checkpoint that linearize wrote.")]
 Set = Annotated[
@@ -194,6 +197,46 @@ def inspect_(
     from linearize.inspect import show
 
     show(model, context)
+
+
+@bench.command("state-tracking")
+def state_tracking(
+    structure: Annotated[
+        list[str],
+        typer.Option(metavar="NAME", help="Train this structure; the delta rule's with both eigenvalue ranges."),
+    ] = [],  # noqa: B006
+    task: Annotated[list[str], typer.Option(metavar="NAME", help="parity, arithmetic, brackets or s5.")] = [],  # noqa: B006
+    format_: Annotated[
+        list[str], typer.Option("--format", metavar="NAME", help="direct: answer alone; scratchpad: states as well.")
+    ] = [],  # noqa: B006
+    preset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="small, for a CPU, or full, for a GPU; by default as there is one."),
+    ] = None,
+    set_: Set = [],  # noqa: B006
+    steps: Annotated[int | None, typer.Option(help="Training steps of each pair.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of a step.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights and data.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so long; the same command then goes on.")
+    ] = None,
+    no_graph: Annotated[bool, typer.Option("--no-graph", help="Use no CUDA graphs.")] = False,
+    out: Out = Path("out/state-tracking"),
+) -> None:
+    """Train small models on parity, modular arithmetic and S5.
+
+    Prints scaled accuracy on rows longer than in training, and in brackets on rows as long: 0 is chance, 1 is all
+    right. Results that are in the folder are kept.
+    """
+    from linearize.evaluate import state_tracking as tracking
+
+    given = {"steps": steps, "batch": batch, "seed": seed}
+    settings, chosen = tracking.choose(preset, set_, given, structure, task, format_)
+    done = tracking.run(chosen, settings, out, seconds, graph=not no_graph)
+    print(tracking.table(tracking.results(out)))
+    if not done:
+        print("\ntime is up; the same command goes on from here")
+    print(f"\n{out / 'state-tracking.json'}")
 
 
 FLAGS = {  # of a recipe's keys: flag -> key

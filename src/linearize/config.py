@@ -50,6 +50,9 @@ class MixerConfig(BaseModel):
         "paper", description="of lightning's fixed decays, by head and layer"
     )
     negative_eigenvalues: bool = Field(False, description="of the delta rule's transition: beta in [0, 2]")
+    convolution: int | None = Field(
+        None, ge=2, description="tokens of a short causal convolution over the recurrence's k and v; null: none"
+    )
     bonus: bool = Field(
         False, description="of rwkv6: a learned weight for the current token, which is read before the decay"
     )
@@ -122,7 +125,7 @@ class MixerConfig(BaseModel):
             elif self.feature_map in SIGNED:
                 found.append(f"{what} needs a feature map that is never negative, and {self.feature_map} may be")
         if shared:
-            for name in ("readout", "bonus", "score"):
+            for name in ("readout", "bonus", "score", "convolution"):
                 if getattr(self, name) != _default(name):
                     found.append(f"mixing shared_normalizer goes with {name} {_default(name)} only")
             if self.local != "window":

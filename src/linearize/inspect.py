@@ -78,7 +78,8 @@ def recurrent_bytes(config: MixerConfig, heads: int, head_dim: int) -> int:
     behind = config.mixing == "shared_normalizer" and config.local != "none"
     value_size = head_dim + (behind or config.readout == "denominator")  # its sum of weights is one more channel
     late = key_size + structure.gate_size(config, key_size) if behind else 0  # of each token in the window
-    return structure.state_bytes(config, key_size, value_size, heads) + 4 * heads * late * config.window
+    recent = 2 * heads * head_dim * CACHE_DTYPE_BYTES * ((config.convolution or 1) - 1)
+    return recent + structure.state_bytes(config, key_size, value_size, heads) + 4 * heads * late * config.window
 
 
 def equal_memory_window(config: MixerConfig, heads: int, head_dim: int) -> int:

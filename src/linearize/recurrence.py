@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from linearize.cache import Memory
+from linearize.convolution import ShortConvolution
 from linearize.features import feature_map, feature_size
 from linearize.gates import Gate
 from linearize.ops import gated_linear
@@ -34,6 +35,8 @@ class Recurrence(nn.Module):
         key_size = feature_size(config.feature_map, layer.head_dim)
         self.gate = Gate(self.structure, layer, key_size)
         self.readout = READOUTS["denominator" if self.behind else config.readout](layer)
+        if config.convolution is not None:
+            self.convolution = ShortConvolution(config.convolution, 2 * layer.num_key_value_heads, layer.head_dim)
         if config.bonus:
             self.bonus = nn.Parameter(torch.empty(layer.num_key_value_heads, key_size))
 
@@ -54,7 +57,7 @@ class Recurrence(nn.Module):
         past: Past | None,
     ) -> tuple[Read, Memory]:
         """q `[B, T, H, D]`, k and v `[B, T, KV, D]` before RoPE, q and k `rotated` by it; `past` is the window's."""
-        inputs = self.inputs(hidden, q, k, v, rotated)
+        inputs, recent = self.inputs(hidden, q, k, v, rotated, tokens, memory)
         if tokens.valid is not None:  # padding neither decays nor writes
             inputs = _masked(inputs, tokens.valid)
         keys = gates = None
@@ -65,14 +68,27 @@ class Recurrence(nn.Module):
             operator = partial(gated_linear.with_bonus, bonus=self.bonus.float())
         state = None if memory is None else memory.state
         read = self.readout(lambda given: operator(*given, state=state, document=tokens.document), inputs, hidden)
-        return read, Memory(read.state, keys, gates)
+        return read, Memory(read.state, recent, keys, gates)
 
-    def inputs(self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, rotated: tuple[Tensor, Tensor]) -> AnyInputs:
-        """What the operator takes but for state and document."""
-        gate = self.gate(hidden, q, k, v)
+    def inputs(
+        self,
+        hidden: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotated: tuple[Tensor, Tensor],
+        tokens: Tokens,
+        memory: Memory | None,
+    ) -> tuple[AnyInputs, Tensor | None]:
+        """What the operator takes but for state and document, and the keys and values that the next call convolves."""
+        gate, recent = self.gate(hidden, q, k, v), None
         if self.layer.config.rope == "both":
             q, k = rotated
-        return self.structure.inputs(self.map_q(q), self.map_k(k), v, gate, self.layer)
+        if hasattr(self, "convolution"):
+            both, before = torch.cat([k, v], dim=2), memory and memory.recent
+            both, recent = self.convolution(both, before, tokens.valid, tokens.document)
+            k, v = both.chunk(2, dim=2)
+        return self.structure.inputs(self.map_q(q), self.map_k(k), v, gate, self.layer), recent
 
     def _delayed(
         self, inputs: Any, tokens: Tokens, memory: Memory | None, past: Past | None

@@ -18,7 +18,7 @@ def layer_statistics(model: PreTrainedModel, ids: Int[Tensor, "T"]) -> list[Laye
 
     def watch(mixer: Any) -> Any:
         def hook(recurrence: Any, arguments: tuple[Any, ...]) -> None:
-            inputs = recurrence.inputs(*arguments[:5])
+            inputs, _ = recurrence.inputs(*arguments[:7])
             log_g = getattr(inputs, "log_g", torch.zeros_like(inputs.k)).double()
             decay = (-1 / log_g.mean(dim=(0, 1)).clamp(max=-1e-9)).mean(-1)
             row = Layer(layer=mixer.layer_idx, mixing=mixer.mixing_weights().tolist(), decay_tokens=decay.tolist())
