@@ -31,18 +31,25 @@ class Preset(NamedTuple):
     formats: tuple[str, ...]
 
 
-PARITY = {"hidden_size": 32, "heads": 2, "layers": 1, "batch": 64, "learning_rate": 1e-2, "warmup": 0.005} | {
-    "curriculum": 0.0  # a model that learns short rows soon stays with a rule that wears off (docs/log.md)
-}
+SMALL = {"hidden_size": 32, "heads": 2, "layers": 1, "batch": 64, "learning_rate": 1e-2}
+PARITY = {
+    **SMALL,
+    "warmup": 0.005,
+    "convolution": None,
+    "curriculum": 0.0,
+}  # larger models learn what wears off: log.md
 PRESETS = {
     "small": Preset(
-        Settings(hidden_size=32, heads=2, layers=1, steps=1000, batch=64, learning_rate=1e-2, block=100, tests=512),
+        Settings(**SMALL, steps=1000, block=100, tests=512),
         ("deltanet",),
         ("parity",),
         ("direct",),
     ),
     "full": Preset(
-        Settings(curriculum=0.25, own={"parity": PARITY}), ("deltanet", "gla", "mamba2"), tuple(TASKS), FORMATS
+        Settings(convolution=4, curriculum=0.25, own={"parity": PARITY}),
+        ("deltanet", "gla", "mamba2"),
+        tuple(TASKS),
+        FORMATS,
     ),
 }
 

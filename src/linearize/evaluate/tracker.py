@@ -44,6 +44,7 @@ class Settings(BaseModel):
     hidden_size: int = Field(128, ge=1, description="of the model")
     heads: int = Field(4, ge=1, description="each with a key and a value of hidden_size / heads")
     layers: int = Field(3, ge=1, description="a recurrence and an MLP each")
+    convolution: int | None = Field(None, ge=2, description="tokens of a short convolution over keys and values")
     steps: int = Field(20_000, ge=1, description="at most, for direct parity and arithmetic")
     other_steps: int = Field(5_000, ge=1, description="at most, for the other tasks and for scratchpads")
     batch: int = Field(256, ge=1, description="rows of a step")
@@ -121,7 +122,11 @@ def build(pair: Pair, settings: Settings) -> PreTrainedModel:
         bos_token_id=None,
         eos_token_id=None,
     )
-    chosen = {"structure": pair.structure, "negative_eigenvalues": pair.negative_eigenvalues}
+    chosen = {
+        "structure": pair.structure,
+        "negative_eigenvalues": pair.negative_eigenvalues,
+        "convolution": settings.convolution,
+    }
     return convert(LlamaForCausalLM(config), **drop_idle(MIXER, chosen)[0])
 
 
