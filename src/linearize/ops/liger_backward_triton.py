@@ -30,6 +30,7 @@ from linearize.ops.liger_triton import (
     merged_at,
     product,
     rotate_back,
+    running_sum,
     sink_mask,
     sink_rows,
     store_tile,
@@ -41,7 +42,7 @@ from linearize.ops.liger_triton import (
 def state_gradients_kernel(
     q, k, doutput, mixing, first, decay, initial, dstates, final, products, T, SEGMENT, rate, lower,
     KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
-    FEATURE: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, STORE: tl.constexpr,
+    FEATURE: tl.constexpr, SCALAR: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """`states_kernel` run backwards: dS ← exp(total of log_g) dS + Σ over the group (query decayed from the chunk's
     start)ᵀ w doutput. The gradient of the state after every chunk goes to `dstates`."""
@@ -65,7 +66,7 @@ def state_gradients_kernel(
             tl.store(place, dstate.to(dstates.dtype.element_ty), mask=inside)
         x = load_tile(k, rows, channels, T, KV * D, D).to(tl.float32)
         _, log_g = key_and_gate(x, rows < T, channels, fixed, rate, lower, D, GATE, FEATURE)
-        passed, from_start = tl.exp(tl.sum(log_g, 0)), tl.exp(tl.cumsum(log_g, 0))
+        passed, from_start = tl.exp(tl.sum(log_g, 0)), tl.exp(running_sum(log_g, SCALAR))
         if PACKED:
             begins = tl.maximum(chunk * CHUNK, 1)
             reads = (load_first(first, rows, T, PACKED) < begins).to(tl.float32)
@@ -162,7 +163,7 @@ def query_gradients_kernel(
 
     x = load_tile(k, rows, columns, T, KV * D, D).to(tl.float32)
     key, log_g = key_and_gate(x, rows < T, columns, tl.load(decay + head), rate, lower, D, GATE, FEATURE)
-    to_query, total = tl.cumsum(log_g, 0), tl.sum(log_g, 0)
+    to_query, total = running_sum(log_g, SCALAR), tl.sum(log_g, 0)
     fast = tl.min(total) > LIMIT
     centred = to_query - 0.5 * total[None, :]
     near_key = (key * tl.exp(tl.minimum(-centred, -LIMIT))).to(DTYPE)
@@ -254,7 +255,7 @@ def key_gradients_kernel(
 
     raw = load_tile(k, rows, columns, T, KV * D, D).to(tl.float32)
     key, log_g = key_and_gate(raw, rows < T, columns, tl.load(decay + head), rate, lower, D, GATE, FEATURE)
-    to_query, total = tl.cumsum(log_g, 0), tl.sum(log_g, 0)
+    to_query, total = running_sum(log_g, SCALAR), tl.sum(log_g, 0)
     fast = tl.min(total) > LIMIT
     centred = to_query - 0.5 * total[None, :]
     near_key = (key * tl.exp(tl.minimum(-centred, -LIMIT))).to(DTYPE)
@@ -319,9 +320,9 @@ def key_gradients_kernel(
     held = tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1) * passed
     if SCALAR:
         written, held = tl.sum(written, 1, keep_dims=True), tl.sum(held, 0)
-        dlog_g = tl.cumsum(terms - written, 0, reverse=True) + tl.sum(written, 0)[None, :] + held
+        dlog_g = running_sum(terms - written, SCALAR, True) + tl.sum(written, 0)[None, :] + held
     else:
-        dlog_g = tl.cumsum(terms - written, 0, reverse=True) + (tl.sum(written, 0) + held)[None, :]
+        dlog_g = running_sum(terms - written, SCALAR, True) + (tl.sum(written, 0) + held)[None, :]
     dkey += dended * to_end
     dlog_g = tl.where(log_g > GONE, dlog_g, 0.0)  # else the sum's rounding, times the slope of a steep gate
     draw = key_and_gate_backward(raw, dkey, dlog_g, columns, rate, lower, D, GATE, FEATURE)

@@ -84,14 +84,14 @@ class Call(NamedTuple):
 
     def gating(self) -> dict[str, Any]:
         """How kernels are told what becomes of a key."""
+        scalar = self.gate in ONE_DECAY_A_HEAD
         dtype = tl.float32 if self.dtype == torch.float32 else tl.bfloat16
-        return {"GATE": self.gate, "FEATURE": self.feature_map, "PACKED": self.packed, "DTYPE": dtype}
+        return {"GATE": self.gate, "FEATURE": self.feature_map, "PACKED": self.packed, "DTYPE": dtype, "SCALAR": scalar}
 
     def attending(self) -> dict[str, Any]:
         """How kernels that see the window are told about it."""
         groups = self.q.shape[2] // self.k.shape[2]
-        scalar = self.gate in ONE_DECAY_A_HEAD
-        return self.heads() | self.gating() | {"GROUPS": groups, "R": self.rotary, "W": self.window, "SCALAR": scalar}
+        return self.heads() | self.gating() | {"GROUPS": groups, "R": self.rotary, "W": self.window}
 
 
 def padded(D: int) -> int:
@@ -114,7 +114,7 @@ def segments_of(call: Call, blocks: int) -> tuple[int, int]:
     return triton.cdiv(call.chunks, size), size
 
 
-def pass_over_states(call: Call, name: str, kernel: Any, inputs: tuple, initial: Tensor, scalar: dict) -> tuple:
+def pass_over_states(call: Call, name: str, kernel: Any, inputs: tuple, initial: Tensor, groups: dict) -> tuple:
     """The state (or its gradient) at every chunk, and what comes out at the end, fp32.
 
     Where there are too few programs, the sequence is cut into segments: first what each of them adds, then what
@@ -126,7 +126,7 @@ def pass_over_states(call: Call, name: str, kernel: Any, inputs: tuple, initial:
     segments, size = segments_of(call, blocks)
     states = call.q.new_empty(call.pairs, call.chunks, D, D, dtype=call.dtype)
     final = torch.empty_like(initial)
-    settings = call.heads() | call.gating() | scalar | {"BV": BV} | launch(name, D)
+    settings = call.heads() | call.gating() | groups | {"BV": BV} | launch(name, D)
     grid = (blocks, segments, call.pairs)
     rest = (call.q.shape[1], size, call.rate, call.lower)
     if segments == 1:
@@ -146,9 +146,8 @@ def pass_over_states(call: Call, name: str, kernel: Any, inputs: tuple, initial:
 def forward(call: Call, initial: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, final state, the state before every chunk, and the window's log-sum-exp."""
     B, T, H, D = call.q.shape
-    scalar = {"SCALAR": call.gate in ONE_DECAY_A_HEAD}
     inputs = (call.k, call.v, call.first, call.decay)
-    states, final = pass_over_states(call, "states", kernels.states_kernel, inputs, initial, scalar)
+    states, final = pass_over_states(call, "states", kernels.states_kernel, inputs, initial, {})
     output, lse = torch.empty_like(call.q), call.q.new_empty(B, H, T, dtype=torch.float32)
     kernels.output_kernel[(call.chunks, call.pairs)](
         call.q, call.k, call.v, call.cos, call.sin, call.mixing, call.first, call.decay, states, output, lse,

@@ -53,8 +53,8 @@ def load_one_first(first, row, PACKED: tl.constexpr):
 
 @triton.jit
 def product(x, y, DTYPE: tl.constexpr):
-    """x y, from operands in DTYPE, summed in fp32."""
-    return tl.dot(x.to(DTYPE), y.to(DTYPE), input_precision="ieee")
+    """x y, from operands in DTYPE, summed in fp32; fp32 itself by three products in tf32."""
+    return tl.dot(x.to(DTYPE), y.to(DTYPE), input_precision="tf32x3")
 
 
 @triton.jit
@@ -219,6 +219,17 @@ def key_and_gate_backward(
 
 
 @triton.jit
+def running_sum(x, SCALAR: tl.constexpr, REVERSE: tl.constexpr = False):
+    """The sum of x `[C, K]` up to and with each token, or from it on. (Triton cannot scan a tile of width 1.)"""
+    if SCALAR:
+        i, t = tl.arange(0, CHUNK)[None, :], tl.arange(0, CHUNK)[:, None]
+        sums = tl.sum(tl.where(t >= i if REVERSE else t <= i, x, 0.0), 0)[:, None]
+    else:
+        sums = tl.cumsum(x, 0, reverse=REVERSE)
+    return sums
+
+
+@triton.jit
 def decay_to_end(log_g, to_query, fast, DTYPE: tl.constexpr, SCALAR: tl.constexpr):
     """The log decay from each key to the end of its chunk, of the tokens after it."""
     if SCALAR:
@@ -312,7 +323,7 @@ def states_kernel(
         values = load_tile(v, rows, columns, T, KV * D, D)
         key, log_g = key_and_gate(x, rows < T, channels, fixed, rate, lower, D, GATE, FEATURE)
         total = tl.sum(log_g, 0)
-        to_end = decay_to_end(log_g, tl.cumsum(log_g, 0), tl.min(total) > LIMIT, DTYPE, SCALAR)
+        to_end = decay_to_end(log_g, running_sum(log_g, SCALAR), tl.min(total) > LIMIT, DTYPE, SCALAR)
         passed = tl.exp(total)
         last_first = load_one_first(first, tl.minimum(chunk * CHUNK + CHUNK, T) - 1, PACKED)
         if PACKED:  # what the chunk's last token still sees
@@ -367,7 +378,7 @@ def output_kernel(
 
     x = load_tile(k, rows, columns, T, KV * D, D).to(tl.float32)
     key, log_g = key_and_gate(x, rows < T, columns, tl.load(decay + head), rate, lower, D, GATE, FEATURE)
-    to_query, total = tl.cumsum(log_g, 0), tl.sum(log_g, 0)
+    to_query, total = running_sum(log_g, SCALAR), tl.sum(log_g, 0)
     fast = tl.min(total) > LIMIT
     centred = to_query - 0.5 * total[None, :]
     near_key = (key * tl.exp(tl.minimum(-centred, -LIMIT))).to(DTYPE)  # not clamped where `fast`
