@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linearize.ops import liger_backward_triton as backward_kernels
-from linearize.ops import liger_triton as kernels
+from linearize.ops import liger_backward_triton as gradients
+from linearize.ops import liger_forward_triton as kernels
+from linearize.ops import liger_steep_triton as steep
 from linearize.ops.liger import Rope, Settings, no_state
 
-CHUNK, SINK_ROWS = 64, 16
+CHUNK = 64
 ONE_DECAY_A_HEAD = ("mlstm", "mamba2", "lightning")
 MULTIPROCESSORS = 132  # programs that a pass over the states needs to be busy; H100
 
@@ -26,14 +27,16 @@ class Launch(NamedTuple):
 
 # by padded head size; measured on an H100
 LAUNCHES: dict[str, dict[int, Launch]] = {
-    "states": {16: Launch(1, 1, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(8, 2), 256: Launch(8, 1)},
-    "output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1), 256: Launch(8, 1)},
-    "state_gradients": {
-        16: Launch(1, 1, 16), 32: Launch(2, 2, 32), 64: Launch(4, 2), 128: Launch(8, 2), 256: Launch(8, 1),
-    },
-    "query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1), 256: Launch(8, 1)},
-    "key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1), 256: Launch(8, 1)},
-}  # fmt: skip
+    "prepare": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
+    "output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
+    "state_gradients": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
+    "query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "window_gradients": {16: Launch(4, 2), 32: Launch(4, 2), 64: Launch(4, 2), 128: Launch(8, 2)},
+    "add_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "add_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+}
 
 
 class Call(NamedTuple):
@@ -77,21 +80,25 @@ class Call(NamedTuple):
         """Of the operands of matrix products; fp16 has not the range for decayed keys."""
         return torch.float32 if self.q.dtype == torch.float32 else torch.bfloat16
 
-    def heads(self) -> dict[str, int]:
-        """How kernels are told the shapes."""
-        D = self.q.shape[3]
-        return {"KV": self.k.shape[2], "D": D, "DP": padded(D)}
+    def heads(self) -> dict[str, Any]:
+        """How kernels are told the shapes and the type of operands."""
+        D, KV = self.q.shape[3], self.k.shape[2]
+        dtype = tl.float32 if self.dtype == torch.float32 else tl.bfloat16
+        return {"KV": KV, "GROUPS": self.q.shape[2] // KV, "D": D, "DP": padded(D), "DTYPE": dtype}
 
     def gating(self) -> dict[str, Any]:
         """How kernels are told what becomes of a key."""
-        scalar = self.gate in ONE_DECAY_A_HEAD
-        dtype = tl.float32 if self.dtype == torch.float32 else tl.bfloat16
-        return {"GATE": self.gate, "FEATURE": self.feature_map, "PACKED": self.packed, "DTYPE": dtype, "SCALAR": scalar}
+        return {"GATE": self.gate, "FEATURE": self.feature_map, "SCALAR": self.gate in ONE_DECAY_A_HEAD}
 
-    def attending(self) -> dict[str, Any]:
-        """How kernels that see the window are told about it."""
-        groups = self.q.shape[2] // self.k.shape[2]
-        return self.heads() | self.gating() | {"GROUPS": groups, "R": self.rotary, "W": self.window}
+
+class Operands(NamedTuple):
+    """What `prepare_kernel` makes of queries and keys."""
+
+    near_query: Tensor
+    turned_query: Tensor
+    near_key: Tensor
+    turned_key: Tensor
+    totals: Tensor
 
 
 def padded(D: int) -> int:
@@ -114,7 +121,7 @@ def segments_of(call: Call, blocks: int) -> tuple[int, int]:
     return triton.cdiv(call.chunks, size), size
 
 
-def pass_over_states(call: Call, name: str, kernel: Any, inputs: tuple, initial: Tensor, groups: dict) -> tuple:
+def pass_over_states(call: Call, name: str, kernel: Any, inputs: tuple, initial: Tensor, told: dict) -> tuple:
     """The state (or its gradient) at every chunk, and what comes out at the end, fp32.
 
     Where there are too few programs, the sequence is cut into segments: first what each of them adds, then what
@@ -126,57 +133,87 @@ def pass_over_states(call: Call, name: str, kernel: Any, inputs: tuple, initial:
     segments, size = segments_of(call, blocks)
     states = call.q.new_empty(call.pairs, call.chunks, D, D, dtype=call.dtype)
     final = torch.empty_like(initial)
-    settings = call.heads() | call.gating() | groups | {"BV": BV} | launch(name, D)
+    told = told | {"BV": BV, "PACKED": call.packed} | launch(name, D)
     grid = (blocks, segments, call.pairs)
-    rest = (call.q.shape[1], size, call.rate, call.lower)
+    rest = (call.q.shape[1], size)
     if segments == 1:
-        kernel[grid](*inputs, initial, states, final, final, *rest, STORE=True, **settings)
+        kernel[grid](*inputs, initial, states, final, final, *rest, STORE=True, **told)
         return states, final
     starts = initial.new_empty(call.pairs, segments, D, D)
     finals, products = torch.empty_like(starts), initial.new_empty(call.pairs, segments, D)
-    kernel[grid](*inputs, torch.zeros_like(starts), states, finals, products, *rest, STORE=False, **settings)
-    reverse = kernel is backward_kernels.state_gradients_kernel
+    kernel[grid](*inputs, torch.zeros_like(starts), states, finals, products, *rest, STORE=False, **told)
+    reverse = kernel is gradients.state_gradients_kernel
     kernels.carry_kernel[(blocks, call.pairs)](
         initial, finals, products, starts, final, segments, D=D, DP=padded(D), BV=BV, REVERSE=reverse, num_warps=4
     )
-    kernel[grid](*inputs, starts, states, finals, products, *rest, STORE=True, **settings)
+    kernel[grid](*inputs, starts, states, finals, products, *rest, STORE=True, **told)
     return states, final
 
 
-def forward(call: Call, initial: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, final state, the state before every chunk, and the window's log-sum-exp."""
-    B, T, H, D = call.q.shape
-    inputs = (call.k, call.v, call.first, call.decay)
-    states, final = pass_over_states(call, "states", kernels.states_kernel, inputs, initial, {})
-    output, lse = torch.empty_like(call.q), call.q.new_empty(B, H, T, dtype=torch.float32)
-    kernels.output_kernel[(call.chunks, call.pairs)](
-        call.q, call.k, call.v, call.cos, call.sin, call.mixing, call.first, call.decay, states, output, lse,
-        T, call.rope_stride, call.rate, call.lower, call.scale, SINKS=call.sinks, **call.attending(),
-        **launch("output", D),
+def prepare(call: Call) -> Operands:
+    """Operands of the matrix products; without RoPE, the window's are the projections themselves."""
+    D, turns, heads = call.q.shape[3], call.rotary > 0, call.heads()
+    near_query, near_key = (torch.empty_like(x, dtype=call.dtype) for x in (call.q, call.k))
+    turned_query, turned_key = (torch.empty_like(x, dtype=call.dtype) if turns else x for x in (call.q, call.k))
+    totals = call.q.new_empty(call.pairs, call.chunks, D, dtype=torch.float32)
+    made = Operands(near_query, turned_query, near_key, turned_key, totals)
+    kernels.prepare_kernel[(call.chunks, call.pairs)](
+        call.q, call.k, call.cos, call.sin, call.decay, *made, call.q.shape[1], call.rope_stride, call.rate,
+        call.lower, R=call.rotary, **heads, **call.gating(), **launch("prepare", D),
     )  # fmt: skip
-    return output, final, states, lse
+    return made
 
 
-def backward(call: Call, states: Tensor, lse: Tensor, doutput: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
+def forward(call: Call, initial: Tensor) -> tuple[Tensor, Tensor, Operands, Tensor, Tensor]:
+    """Output, final state, operands, the state before every chunk, and the window's log-sum-exp."""
+    B, T, H, D = call.q.shape
+    made, told = prepare(call), call.heads()
+    told_states = {name: value for name, value in told.items() if name != "GROUPS"}
+    inputs = (made.near_key, call.v, call.first, made.totals)
+    states, final = pass_over_states(call, "states", kernels.states_kernel, inputs, initial, told_states)
+    output, lse = torch.empty_like(call.q), call.q.new_empty(B, H, T, dtype=torch.float32)
+    kernels.output_kernel[(call.chunks, B * H)](
+        *made[:4], call.v, call.mixing, call.first, made.totals, states, output, lse, T, call.scale,
+        W=call.window, SINKS=call.sinks, PACKED=call.packed, **told, **launch("output", D),
+    )  # fmt: skip
+    steep.add_output_kernel[(triton.cdiv(call.chunks, steep.STEP.value), call.pairs)](
+        call.q, call.k, call.v, call.mixing, call.first, call.decay, made.totals, output, T, call.rate, call.lower,
+        PACKED=call.packed, **told, **call.gating(), **launch("add_output", D),
+    )  # fmt: skip
+    return output, final, made, states, lse
+
+
+def backward(
+    call: Call, made: Operands, states: Tensor, lse: Tensor, doutput: Tensor, dfinal: Tensor
+) -> tuple[Tensor, ...]:
     """The gradients of q, k, v, the mixing weights and the initial state."""
     B, T, H, D = call.q.shape
     dq, dk, dv = torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v)
     delta, dmixing = torch.empty_like(lse), lse.new_empty(B, H, call.chunks)
-    sinks = [lse.new_empty(call.pairs, call.chunks, call.sinks, D) for _ in range(2)]
-    groups = {"GROUPS": H // call.k.shape[2]}
-    inputs = (call.q, call.k, doutput, call.mixing, call.first, call.decay)
-    kernel = backward_kernels.state_gradients_kernel
-    dstates, dinitial = pass_over_states(call, "state_gradients", kernel, inputs, dfinal, groups)
-    shared = (call.q, call.k, call.v, call.cos, call.sin, call.mixing, call.first, call.decay, states)
-    rest = (T, call.rope_stride, call.rate, call.lower, call.scale)
-    grid = (call.chunks, call.pairs)
-    backward_kernels.query_gradients_kernel[grid](
-        *shared, lse, doutput, dq, delta, dmixing, *sinks, *rest, SINKS=call.sinks, **call.attending(),
-        **launch("query_gradients", D),
+    sinks = [lse.new_empty(B, H, call.chunks, call.sinks, D) for _ in range(2)]
+    told = call.heads() | {"PACKED": call.packed}
+    turning, gate, gating = (call.cos, call.sin), (call.rate, call.lower), call.gating()
+    inputs = (made.near_query, doutput, call.mixing, call.first, made.totals)
+    kernel = gradients.state_gradients_kernel
+    dstates, dinitial = pass_over_states(call, "state_gradients", kernel, inputs, dfinal, call.heads())
+    gradients.query_gradients_kernel[(call.chunks, B * H)](
+        call.q, call.k, *made[:4], call.v, *turning, call.mixing, call.first, call.decay, made.totals, states, lse,
+        doutput, dq, delta, dmixing, *sinks, T, call.rope_stride, *gate, call.scale,
+        R=call.rotary, W=call.window, SINKS=call.sinks, **told, **gating, **launch("query_gradients", D),
     )  # fmt: skip
-    backward_kernels.key_gradients_kernel[grid](
-        *shared, dstates, lse, delta, doutput, dk, dv, *rest, **call.attending(), **launch("key_gradients", D)
-    )
+    grid = (call.chunks, call.pairs)
+    gradients.key_gradients_kernel[grid](
+        call.k, made.near_query, made.near_key, call.v, call.mixing, call.first, call.decay, made.totals, states,
+        dstates, doutput, dk, dv, T, *gate, **told, **gating, **launch("key_gradients", D),
+    )  # fmt: skip
+    gradients.window_gradients_kernel[grid](
+        made.turned_query, made.turned_key, call.v, *turning, call.mixing, call.first, lse, delta, doutput, dk, dv,
+        T, call.rope_stride, call.scale, R=call.rotary, W=call.window, **told, **launch("window_gradients", D),
+    )  # fmt: skip
+    steep.add_gradients_kernel[(triton.cdiv(call.chunks, steep.STEP.value), call.pairs)](
+        call.q, call.k, call.v, call.mixing, call.first, call.decay, made.totals, doutput, dq, dk, dv, dmixing, T,
+        *gate, **told, **gating, **launch("add_gradients", D),
+    )  # fmt: skip
     if call.sinks > 0:
         add_sink_gradients(call, dk, dv, *sinks)
     return dq, dk, dv, dmixing.sum((0, 2)), dinitial
@@ -185,7 +222,8 @@ def backward(call: Call, states: Tensor, lse: Tensor, doutput: Tensor, dfinal: T
 def add_sink_gradients(call: Call, dk: Tensor, dv: Tensor, dsink_key: Tensor, dsink_values: Tensor) -> None:
     """What every chunk adds to the gradients of its document's sinks, the keys' taken back through RoPE."""
     B, T, KV, D = dk.shape
-    dkey, dvalues = (x.unflatten(0, (B, KV)).permute(0, 2, 3, 1, 4) for x in (dsink_key, dsink_values))
+    # [B, chunks, sinks, KV, D], of a group's heads together
+    dkey, dvalues = (x.unflatten(1, (KV, -1)).sum(2).permute(0, 2, 3, 1, 4) for x in (dsink_key, dsink_values))
     if call.packed:
         begin = call.first[:, ::CHUNK]
     else:
@@ -216,17 +254,17 @@ class LigerAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, initial: Tensor, call: Call) -> Any:
         call = call._replace(q=q, k=k, v=v, mixing=mixing)
-        output, final, states, lse = forward(call, initial)
-        ctx.save_for_backward(q, k, v, mixing, states, lse)
+        output, final, made, states, lse = forward(call, initial)
+        ctx.save_for_backward(q, k, v, mixing, *made, states, lse)
         nothing: Any = None
         ctx.call = call._replace(q=nothing, k=nothing, v=nothing, mixing=nothing)
         return output, final
 
     @staticmethod
     def backward(ctx: Any, doutput: Tensor, dfinal: Tensor) -> Any:
-        q, k, v, mixing, states, lse = ctx.saved_tensors
+        q, k, v, mixing, *made, states, lse = ctx.saved_tensors
         call = ctx.call._replace(q=q, k=k, v=v, mixing=mixing)
-        return (*backward(call, states, lse, doutput.contiguous(), dfinal.contiguous()), None)
+        return (*backward(call, Operands(*made), states, lse, doutput.contiguous(), dfinal.contiguous()), None)
 
 
 def run(
