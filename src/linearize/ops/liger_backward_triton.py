@@ -137,14 +137,14 @@ def query_gradients_kernel(
     if PACKED:  # a document that began here has no state
         dout = tl.where((starts < tl.maximum(start, 1))[:, None], dout, 0.0)
     dquery += product(dout, tl.trans(load_state(states, pair * chunks + chunk, columns, D)), DTYPE)
-    query = load_tile(near_query + ours, rows, columns, T, H * D, D).to(tl.float32)
-    tl.store(dmixing + index * chunks + chunk, tl.sum(tl.sum(query * dquery, 1) - read, 0))
+    paired = load_tile(near_query + ours, rows, columns, T, H * D, D).to(tl.float32) * dquery
+    tl.store(dmixing + index * chunks + chunk, tl.sum(tl.sum(paired, 1) - read, 0))
     x = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
     fixed = tl.load(decay + query_head // GROUPS)
     _, log_g = key_and_gate(x, rows < T, columns, fixed, rate, lower, D, GATE, FEATURE)
     for_query, _ = decays(log_g, total, DTYPE, SCALAR)
     raw = load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32)
-    draw = feature_backward(raw, w * dquery * for_query, columns, D, FEATURE)
+    draw = feature_backward(raw, w * dquery * for_query, w * paired, columns, D, FEATURE)
     draw += rotate_back(dturned, rows, columns, cos + batch * rope_stride, sin + batch * rope_stride, T, R)
     store_tile(dq + ours, rows, columns, draw, T, H * D, D)
 
@@ -188,8 +188,8 @@ def key_gradients_kernel(
         terms += tl.sum(gate_terms, 1, keep_dims=True) if SCALAR else gate_terms
 
     _, whole = state_factors(total)
-    gate_terms = key.to(tl.float32) * dkey
-    terms -= tl.sum(gate_terms, 1, keep_dims=True) if SCALAR else gate_terms
+    paired = key.to(tl.float32) * dkey
+    terms -= tl.sum(paired, 1, keep_dims=True) if SCALAR else paired
     if PACKED:  # what the chunk's last token still sees
         last_first = load_one_first(first + batch * T, tl.minimum(start + CHUNK, T) - 1, PACKED)
         whole = tl.where(last_first < begins, whole, 0.0)
@@ -202,6 +202,7 @@ def key_gradients_kernel(
     dended = product(values, tl.trans(dstate), DTYPE)
     dkey += dended
     written = key.to(tl.float32) * dended
+    paired += written
     if SCALAR:
         written, held = tl.sum(written, 1, keep_dims=True), tl.sum(held, 0)
         dlog_g = running_sum(terms - written, SCALAR, True) + tl.sum(written, 0)[None, :] + held
@@ -211,7 +212,7 @@ def key_gradients_kernel(
     _, log_g = key_and_gate(raw, rows < T, columns, tl.load(decay + head), rate, lower, D, GATE, FEATURE)
     _, for_key = decays(log_g, total, DTYPE, SCALAR)
     dlog_g = tl.where(log_g > GONE, dlog_g, 0.0)  # else the sum's rounding, times the slope of a steep gate
-    draw = key_and_gate_backward(raw, dkey * for_key, dlog_g, columns, rate, lower, D, GATE, FEATURE)
+    draw = key_and_gate_backward(raw, dkey * for_key, paired, dlog_g, columns, rate, lower, D, GATE, FEATURE)
     store_tile(dk + theirs, rows, columns, draw, T, KV * D, D)
 
 
@@ -238,9 +239,10 @@ def window_gradients_kernel(
         norm = tl.load(lse + sums, mask=times < T, other=0.0)
         read = tl.load(delta + sums, mask=times < T, other=0.0)
         share = 1.0 - tl.load(mixing + query_head)
-        seen = window_mask(times, rows, load_first(first + batch * T, times, T, PACKED), W)
-        p = product(key, tl.trans(query), DTYPE) * scale  # [key, query]
-        p = share * tl.exp(tl.where(tl.trans(seen), p, -float("inf")) - norm[None, :])
+        starts, age = load_first(first + batch * T, times, T, PACKED), times[None, :] - rows[:, None]
+        seen = (age >= 0) & (age < W) & (rows[:, None] >= starts[None, :])  # [key, query]
+        p = product(key, tl.trans(query), DTYPE) * scale
+        p = share * tl.exp(tl.where(seen, p, -float("inf")) - norm[None, :])
         dp = product(values, tl.trans(dout), DTYPE)
         dvalues += product(p, dout, DTYPE)
         dkey += product(p * (dp - read[None, :]), query, DTYPE)

@@ -39,9 +39,11 @@ def prepare_kernel(
     batch, head, H = pair // KV, pair % KV, KV * GROUPS
     rows, columns = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
     at, partners = (batch * T * KV + head) * D, partner_of(columns, R)
+    cos += batch * rope_stride
+    sin += batch * rope_stride
     raw = load_tile(k + at, rows, columns, T, KV * D, D)
     if R > 0:
-        c, s = load_rope(cos + batch * rope_stride, sin + batch * rope_stride, rows, columns, T, R)
+        c, s = load_rope(cos, sin, rows, columns, T, R)
         turned = rotated(raw, load_tile(k + at, rows, partners, T, KV * D, D), c, s)
         store_tile(turned_key + at, rows, columns, turned, T, KV * D, D)
     x = raw.to(tl.float32)
@@ -54,6 +56,7 @@ def prepare_kernel(
         at = (batch * T * H + head * GROUPS + group) * D
         y = load_tile(q + at, rows, columns, T, H * D, D)
         if R > 0:
+            c, s = load_rope(cos, sin, rows, columns, T, R)
             turned = rotated(y, load_tile(q + at, rows, partners, T, H * D, D), c, s)
             store_tile(turned_query + at, rows, columns, turned, T, H * D, D)
         query = feature(y.to(tl.float32), columns, D, FEATURE) * for_query

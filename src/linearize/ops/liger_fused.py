@@ -23,6 +23,7 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
     block: int = 64  # value channels of one program, in the passes over the states
+    registers: int = 0  # of a thread at most; 0 for what the compiler likes
 
 
 # by padded head size; measured on an H100
@@ -109,7 +110,8 @@ def padded(D: int) -> int:
 def launch(kernel: str, D: int) -> dict[str, int]:
     """Keyword arguments of a launch."""
     settings = LAUNCHES[kernel][padded(D)]
-    return {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
+    limit = {"maxnreg": settings.registers} if settings.registers else {}
+    return {"num_warps": settings.num_warps, "num_stages": settings.num_stages, **limit}
 
 
 def segments_of(call: Call, blocks: int) -> tuple[int, int]:

@@ -162,18 +162,26 @@ def feature(x, columns, D: tl.constexpr, FEATURE: tl.constexpr):
 
 
 @triton.jit
-def feature_backward(x, dy, columns, D: tl.constexpr, FEATURE: tl.constexpr):
-    """The gradient of `feature`'s input."""
+def feature_backward(x, dy, paired, columns, D: tl.constexpr, FEATURE: tl.constexpr):
+    """The gradient of `feature`'s input, from that of the result, or, for softmax, from result · gradient, `paired`:
+    what decays a key or query divides its gradient, so that the product needs no decay."""
     if FEATURE == "softmax":
-        y = feature(x, columns, D, FEATURE)
-        dy = y * (dy - tl.sum(y * dy, 1)[:, None])
-    return dy
+        dx = paired - feature(x, columns, D, FEATURE) * tl.sum(paired, 1)[:, None]
+    else:
+        dx = dy
+    return dx
 
 
 @triton.jit
 def log_sigmoid(x):
     """log σ(x), without overflow."""
     return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def sigmoid(x):
+    """σ(x), without overflow."""
+    return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 80.0)))
 
 
 @triton.jit
@@ -205,29 +213,30 @@ def key_and_gate(k, inside, columns, decay, rate, lower, D: tl.constexpr, GATE: 
 
 @triton.jit
 def key_and_gate_backward(
-    k, dkey, dlog_g, columns, rate, lower, D: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr
+    k, dkey, paired, dlog_g, columns, rate, lower, D: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr
 ):
-    """The gradient of the key projection."""
+    """The gradient of the key projection; `paired` is key · dkey, as in `feature_backward`."""
     if GATE == "gla":
-        dk = feature_backward(k, dkey, columns, D, FEATURE) + dlog_g * tl.exp(log_sigmoid(-k)) * rate
+        dk = feature_backward(k, dkey, paired, columns, D, FEATURE) + dlog_g * sigmoid(-k) * rate
     elif GATE == "rwkv6":
         slope = tl.where(k <= 10.0, -tl.exp(tl.minimum(k, 10.0)) * rate, 0.0)
-        dk = feature_backward(k, dkey, columns, D, FEATURE) + dlog_g * slope
+        dk = feature_backward(k, dkey, paired, columns, D, FEATURE) + dlog_g * slope
     elif GATE == "hgrn2":
         kept = tl.exp(log_sigmoid(k) * rate)
-        slope = -(1.0 - lower) * kept * tl.exp(log_sigmoid(-k)) * rate
+        slope = -(1.0 - lower) * kept * sigmoid(-k) * rate
         dk = (dkey - dlog_g / (1.0 - (1.0 - lower) * (1.0 - kept))) * slope
     elif GATE == "lightning":
-        dk = feature_backward(k, dkey, columns, D, FEATURE)
+        dk = feature_backward(k, dkey, paired, columns, D, FEATURE)
     else:
         pooled = tl.sum(k, 1, keep_dims=True) / D
         if GATE == "mlstm":
-            dpooled = dlog_g * tl.exp(log_sigmoid(-pooled)) * rate
+            dpooled = dlog_g * sigmoid(-pooled) * rate
         else:  # mamba2
-            dstep = tl.sum(feature(k, columns, D, FEATURE) * dkey, 1, keep_dims=True) - dlog_g * rate
-            dpooled = dstep * tl.exp(log_sigmoid(pooled))
-            dkey = dkey * -log_sigmoid(-pooled)
-        dk = feature_backward(k, dkey, columns, D, FEATURE) + dpooled / D
+            step = -log_sigmoid(-pooled)
+            dstep = tl.where(step > 0.0, tl.sum(paired, 1, keep_dims=True) / step, 0.0) - dlog_g * rate
+            dpooled = dstep * sigmoid(pooled)
+            dkey = dkey * step
+        dk = feature_backward(k, dkey, paired, columns, D, FEATURE) + dpooled / D
     return dk
 
 
