@@ -53,13 +53,17 @@ def state_gradients_kernel(
     dstate = tl.load(initial + (pair * segments + segment) * D * D + offsets, mask=inside, other=0.0)
     passed = tl.full([DP], 1.0, tl.float32)
     begin, end = segment * SEGMENT, tl.minimum(chunks, (segment + 1) * SEGMENT)
+    total = load_total(totals, pair, chunks, end - 1, channels, D)
     for n in range((end - begin) * GROUPS):  # one loop over chunks and query heads, for its loads to be prefetched
         chunk, group = end - 1 - n // GROUPS, n % GROUPS
         rows = chunk * CHUNK + tl.arange(0, CHUNK)
         at = (batch * T * H + head * GROUPS + group) * D
         query = load_tile(near_query + at, rows, channels, T, H * D, D)
         dout = load_tile(doutput + at, rows, columns, T, H * D, D)
-        half, whole = state_factors(load_total(totals, pair, chunks, chunk, channels, D))
+        half, whole = state_factors(total)
+        total = load_total(
+            totals, pair, chunks, tl.maximum(end - 1 - (n + 1) // GROUPS, 0), channels, D
+        )  # the next one
         if PACKED:
             begins = tl.maximum(chunk * CHUNK, 1)
             query = tl.where((load_first(first, rows, T, PACKED) < begins)[:, None], query, 0.0)
@@ -105,11 +109,15 @@ def query_gradients_kernel(
     dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
     key = load_tile(turned_key + theirs, rows, columns, T, KV * D, D)
     key_before = load_tile(turned_key + theirs, before, columns, T, KV * D, D)
+    values = load_tile(v + theirs, rows, columns, T, KV * D, D)
+    values_before = load_tile(v + theirs, before, columns, T, KV * D, D)
     own, past = product(query, tl.trans(key), DTYPE) * scale, product(query, tl.trans(key_before), DTYPE) * scale
+    down, dpast = product(dout, tl.trans(values), DTYPE), product(dout, tl.trans(values_before), DTYPE)
+    # loads well before their use, which then does not wait
+    recurrent_key = load_tile(near_key + theirs, rows, columns, T, KV * D, D)
+    total = load_total(totals, pair, chunks, chunk, columns, D)
     own = tl.exp(tl.where(window_mask(rows, rows, starts, W), own, -float("inf")) - norm)
     past = tl.exp(tl.where(window_mask(rows, before, starts, W), past, -float("inf")) - norm)
-    down = product(dout, tl.trans(load_tile(v + theirs, rows, columns, T, KV * D, D)), DTYPE)
-    dpast = product(dout, tl.trans(load_tile(v + theirs, before, columns, T, KV * D, D)), DTYPE)
     read = tl.sum(own * down, 1) + tl.sum(past * dpast, 1)
     if SINKS > 0:
         chunk_first = load_one_first(first + batch * T, start, PACKED)
@@ -122,6 +130,7 @@ def query_gradients_kernel(
     tl.store(delta + index * T + rows, read, mask=rows < T)
     dturned = product(share * own * (down - read[:, None]), key, DTYPE)
     dturned += product(share * past * (dpast - read[:, None]), key_before, DTYPE)
+    state = load_state(states, pair * chunks + chunk, columns, D)
     if SINKS > 0:
         dfar = share * far * (dfar - read[:, None])
         dturned += product(dfar, sink_key, DTYPE)
@@ -131,12 +140,11 @@ def query_gradients_kernel(
         dfar_values = tl.trans(product(tl.trans(dout), (1.0 - w) * far, DTYPE))
         store_tile(dsink_values + at, slots, columns, dfar_values, SINKS, D, D)
 
-    total = load_total(totals, pair, chunks, chunk, columns, D)
     da = tl.where(read_mask(rows, starts, total), down, 0.0)
-    dquery = product(da, load_tile(near_key + theirs, rows, columns, T, KV * D, D), DTYPE)
+    dquery = product(da, recurrent_key, DTYPE)
     if PACKED:  # a document that began here has no state
         dout = tl.where((starts < tl.maximum(start, 1))[:, None], dout, 0.0)
-    dquery += product(dout, tl.trans(load_state(states, pair * chunks + chunk, columns, D)), DTYPE)
+    dquery += product(dout, tl.trans(state), DTYPE)
     paired = load_tile(near_query + ours, rows, columns, T, H * D, D).to(tl.float32) * dquery
     tl.store(dmixing + index * chunks + chunk, tl.sum(tl.sum(paired, 1) - read, 0))
     x = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)

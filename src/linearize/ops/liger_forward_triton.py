@@ -84,11 +84,13 @@ def states_kernel(
     offsets = channels[:, None] * D + columns[None, :]
     state = tl.load(initial + (pair * segments + segment) * D * D + offsets, mask=inside, other=0.0)
     passed = tl.full([DP], 1.0, tl.float32)
+    total = load_total(totals, pair, chunks, segment * SEGMENT, channels, D)
     for chunk in range(segment * SEGMENT, tl.minimum(chunks, (segment + 1) * SEGMENT)):
         rows = chunk * CHUNK + tl.arange(0, CHUNK)
         key = load_tile(near_key, rows, channels, T, KV * D, D)
         values = load_tile(v, rows, columns, T, KV * D, D)
-        half, whole = state_factors(load_total(totals, pair, chunks, chunk, channels, D))
+        half, whole = state_factors(total)
+        total = load_total(totals, pair, chunks, tl.minimum(chunk + 1, chunks - 1), channels, D)  # the next one
         if PACKED:  # what the chunk's last token still sees
             last_first = load_one_first(first, tl.minimum(chunk * CHUNK + CHUNK, T) - 1, PACKED)
             key = tl.where((rows >= last_first)[:, None], key, 0.0)
@@ -145,13 +147,21 @@ def output_kernel(
     key_before = load_tile(turned_key + theirs, before, columns, T, KV * D, D)
     own = product(query, tl.trans(key), DTYPE) * scale
     past = product(query, tl.trans(key_before), DTYPE) * scale
-    own = tl.where(window_mask(rows, rows, starts, W), own, -float("inf"))
-    past = tl.where(window_mask(rows, before, starts, W), past, -float("inf"))
-    largest = tl.maximum(tl.max(own, 1), tl.max(past, 1))
     if SINKS > 0:
         chunk_first = load_one_first(first + batch * T, start, PACKED)
         sinks = sink_rows(chunk_first, SINKS)
         far = product(query, tl.trans(load_tile(turned_key + theirs, sinks, columns, T, KV * D, D)), DTYPE) * scale
+        sink_values = load_tile(v + theirs, sinks, columns, T, KV * D, D)
+    # loads well before their use, which then does not wait
+    values_before = load_tile(v + theirs, before, columns, T, KV * D, D)
+    query = load_tile(near_query + ours, rows, columns, T, H * D, D)
+    key = load_tile(near_key + theirs, rows, columns, T, KV * D, D)
+    total = load_total(totals, pair, chunks, chunk, columns, D)
+
+    own = tl.where(window_mask(rows, rows, starts, W), own, -float("inf"))
+    past = tl.where(window_mask(rows, before, starts, W), past, -float("inf"))
+    largest = tl.maximum(tl.max(own, 1), tl.max(past, 1))
+    if SINKS > 0:
         far = tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf"))
         largest = tl.maximum(largest, tl.max(far, 1))
         far = tl.exp(far - largest[:, None])
@@ -161,16 +171,15 @@ def output_kernel(
         weight += tl.sum(far, 1)
     share = ((1.0 - w) / weight)[:, None]
     tl.store(lse + index * T + rows, largest + tl.log(weight), mask=rows < T)
-    out = product(share * past, load_tile(v + theirs, before, columns, T, KV * D, D), DTYPE)
-    if SINKS > 0:
-        out += product(share * far, load_tile(v + theirs, sinks, columns, T, KV * D, D), DTYPE)
 
-    query = load_tile(near_query + ours, rows, columns, T, H * D, D)
-    key = load_tile(near_key + theirs, rows, columns, T, KV * D, D)
-    within = product(query, tl.trans(key), DTYPE)
-    within = tl.where(read_mask(rows, starts, load_total(totals, pair, chunks, chunk, columns, D)), within, 0.0)
-    out += product(w * within + share * own, load_tile(v + theirs, rows, columns, T, KV * D, D), DTYPE)
+    values = load_tile(v + theirs, rows, columns, T, KV * D, D)
+    state = load_state(states, pair * chunks + chunk, columns, D)
+    within = tl.where(read_mask(rows, starts, total), product(query, tl.trans(key), DTYPE), 0.0)
+    out = product(share * past, values_before, DTYPE)
+    if SINKS > 0:
+        out += product(share * far, sink_values, DTYPE)
+    out += product(w * within + share * own, values, DTYPE)
     if PACKED:  # a document that began here has no state
         query = tl.where((starts < tl.maximum(start, 1))[:, None], query, 0.0)
-    out += w * product(query, load_state(states, pair * chunks + chunk, columns, D), DTYPE)
+    out += w * product(query, state, DTYPE)
     store_tile(output + ours, rows, columns, out, T, H * D, D)
