@@ -150,7 +150,9 @@ def query_gradients_kernel(
     x = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
     fixed = tl.load(decay + query_head // GROUPS)
     _, log_g = key_and_gate(x, rows < T, columns, fixed, rate, lower, D, GATE, FEATURE)
-    for_query, _ = decays(log_g, total, DTYPE, SCALAR)
+    for_query, _ = decays(
+        log_g, total, k + theirs, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, SCALAR
+    )
     raw = load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32)
     draw = feature_backward(raw, w * dquery * for_query, w * paired, columns, D, FEATURE)
     draw += rotate_back(dturned, rows, columns, cos + batch * rope_stride, sin + batch * rope_stride, T, R)
@@ -217,8 +219,11 @@ def key_gradients_kernel(
     else:
         dlog_g = running_sum(terms - written, SCALAR, True) + (tl.sum(written, 0) + held)[None, :]
     raw = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
-    _, log_g = key_and_gate(raw, rows < T, columns, tl.load(decay + head), rate, lower, D, GATE, FEATURE)
-    _, for_key = decays(log_g, total, DTYPE, SCALAR)
+    fixed = tl.load(decay + head)
+    _, log_g = key_and_gate(raw, rows < T, columns, fixed, rate, lower, D, GATE, FEATURE)
+    _, for_key = decays(
+        log_g, total, k + theirs, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, SCALAR
+    )
     dlog_g = tl.where(log_g > GONE, dlog_g, 0.0)  # else the sum's rounding, times the slope of a steep gate
     draw = key_and_gate_backward(raw, dkey * for_key, paired, dlog_g, columns, rate, lower, D, GATE, FEATURE)
     store_tile(dk + theirs, rows, columns, draw, T, KV * D, D)

@@ -42,19 +42,24 @@ def prepare_kernel(
     cos += batch * rope_stride
     sin += batch * rope_stride
     raw = load_tile(k + at, rows, columns, T, KV * D, D)
+    queries = (batch * T * H + head * GROUPS) * D
+    next_query = load_tile(q + queries, rows, columns, T, H * D, D)  # well before its use, which then does not wait
     if R > 0:
         c, s = load_rope(cos, sin, rows, columns, T, R)
         turned = rotated(raw, load_tile(k + at, rows, partners, T, KV * D, D), c, s)
         store_tile(turned_key + at, rows, columns, turned, T, KV * D, D)
-    x = raw.to(tl.float32)
-    key, log_g = key_and_gate(x, rows < T, columns, tl.load(decay + head), rate, lower, D, GATE, FEATURE)
+    x, fixed = raw.to(tl.float32), tl.load(decay + head)
+    key, log_g = key_and_gate(x, rows < T, columns, fixed, rate, lower, D, GATE, FEATURE)
     total = tl.where(columns < D, tl.sum(log_g, 0), 0.0)
-    for_query, for_key = decays(log_g, total, DTYPE, SCALAR)
-    store_tile(near_key + at, rows, columns, key * for_key, T, KV * D, D)
     tl.store(totals + (pair * tl.num_programs(0) + chunk) * D + columns, total, mask=columns < D)
+    for_query, for_key = decays(
+        log_g, total, k + at, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, SCALAR
+    )
+    store_tile(near_key + at, rows, columns, key * for_key, T, KV * D, D)
     for group in range(GROUPS):
-        at = (batch * T * H + head * GROUPS + group) * D
-        y = load_tile(q + at, rows, columns, T, H * D, D)
+        at, y = queries + group * D, next_query
+        if GROUPS > 1:
+            next_query = load_tile(q + queries + tl.minimum(group + 1, GROUPS - 1) * D, rows, columns, T, H * D, D)
         if R > 0:
             c, s = load_rope(cos, sin, rows, columns, T, R)
             turned = rotated(y, load_tile(q + at, rows, partners, T, H * D, D), c, s)

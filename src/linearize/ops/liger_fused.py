@@ -28,7 +28,7 @@ class Launch(NamedTuple):
 
 # by padded head size; measured on an H100
 LAUNCHES: dict[str, dict[int, Launch]] = {
-    "prepare": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "prepare": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1), 128: Launch(16, 1)},
     "states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
     "output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
     "state_gradients": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},

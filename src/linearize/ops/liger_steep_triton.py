@@ -18,7 +18,6 @@ from linearize.ops.liger_triton import (
     load_first,
     load_tile,
     load_total,
-    masked_sums,
     product,
     running_sum,
     store_tile,
@@ -35,6 +34,17 @@ def decay_between(log_g):
     """exp(log decay from key j to query i) `[C, C]` for one decay a head; each sum starts from its own key."""
     i = tl.arange(0, CHUNK)
     return tl.exp(tl.cumsum(tl.where(i[:, None] > i[None, :], log_g, 0.0), 0))
+
+
+@triton.jit
+def masked_sums(mask, x, DTYPE: tl.constexpr):
+    """mask x with fp32's precision: in bf16, the mask is exact and x is split in two."""
+    if tl.float32 == DTYPE:
+        sums = product(mask, x, DTYPE)
+    else:
+        high = x.to(DTYPE)
+        sums = product(mask, high, DTYPE) + product(mask, x - high.to(tl.float32), DTYPE)
+    return sums
 
 
 @triton.jit

@@ -70,17 +70,6 @@ def product(x, y, DTYPE: tl.constexpr):
     return tl.dot(x.to(DTYPE), y.to(DTYPE), input_precision="tf32x3")
 
 
-@triton.jit
-def masked_sums(mask, x, DTYPE: tl.constexpr):
-    """mask x with fp32's precision: in bf16, the mask is exact and x is split in two."""
-    if tl.float32 == DTYPE:
-        sums = product(mask, x, DTYPE)
-    else:
-        high = x.to(DTYPE)
-        sums = product(mask, high, DTYPE) + product(mask, x - high.to(tl.float32), DTYPE)
-    return sums
-
-
 # --- rotary position embedding, as rotate-half over the first R channels ---
 
 
@@ -255,7 +244,10 @@ def running_sum(x, SCALAR: tl.constexpr, REVERSE: tl.constexpr = False):
 
 
 @triton.jit
-def decays(log_g, total, DTYPE: tl.constexpr, SCALAR: tl.constexpr):
+def decays(
+    log_g, total, k, rows, columns, T, fixed, rate, lower,
+    STRIDE: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr, SCALAR: tl.constexpr,
+):  # fmt: skip
     """What makes near queries of queries and near keys of keys, `[C, K]` each; `total` `[DP]` as `load_total`."""
     to_query = running_sum(log_g, SCALAR)
     if tl.min(total) > LIMIT:
@@ -263,20 +255,13 @@ def decays(log_g, total, DTYPE: tl.constexpr, SCALAR: tl.constexpr):
         for_query = tl.exp(to_query - middle)
         for_key = tl.exp(middle - to_query)
     else:  # large sums are not subtracted: one -1e4 would swallow its neighbours
+        later = rows + 1
+        x = load_tile(k, later, columns, T, STRIDE, D).to(tl.float32)
+        inside = (later < T) & (later % CHUNK != 0)
+        _, log_after = key_and_gate(x, inside, columns, fixed, rate, lower, D, GATE, FEATURE)
         for_query = tl.exp(to_query)
-        for_key = tl.exp(sum_after(log_g, DTYPE, SCALAR))
+        for_key = tl.exp(running_sum(log_after, SCALAR, True))
     return for_query, for_key
-
-
-@triton.jit
-def sum_after(log_g, DTYPE: tl.constexpr, SCALAR: tl.constexpr):
-    """The log decay of the tokens after each, to the end of the chunk."""
-    i = tl.arange(0, CHUNK)
-    if SCALAR:
-        after = tl.sum(tl.where(i[:, None] > i[None, :], log_g, 0.0), 0)[:, None]
-    else:
-        after = masked_sums(i[None, :] > i[:, None], log_g, DTYPE)
-    return after
 
 
 @triton.jit
