@@ -107,9 +107,11 @@ def padded(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
-def launch(kernel: str, D: int) -> dict[str, int]:
-    """Keyword arguments of a launch."""
-    settings = LAUNCHES[kernel][padded(D)]
+def launch(kernel: str, call: Call) -> dict[str, int]:
+    """Keyword arguments of a launch; operands in fp32 take twice the memory."""
+    settings = LAUNCHES[kernel][padded(call.q.shape[3])]
+    if call.dtype == torch.float32:
+        settings = settings._replace(num_stages=1, num_warps=8 if call.q.shape[3] > 64 else settings.num_warps)
     limit = {"maxnreg": settings.registers} if settings.registers else {}
     return {"num_warps": settings.num_warps, "num_stages": settings.num_stages, **limit}
 
@@ -135,7 +137,7 @@ def pass_over_states(call: Call, name: str, kernel: Any, inputs: tuple, initial:
     segments, size = segments_of(call, blocks)
     states = call.q.new_empty(call.pairs, call.chunks, D, D, dtype=call.dtype)
     final = torch.empty_like(initial)
-    told = told | {"BV": BV, "PACKED": call.packed} | launch(name, D)
+    told = told | {"BV": BV, "PACKED": call.packed} | launch(name, call)
     grid = (blocks, segments, call.pairs)
     rest = (call.q.shape[1], size)
     if segments == 1:
@@ -161,14 +163,14 @@ def prepare(call: Call) -> Operands:
     made = Operands(near_query, turned_query, near_key, turned_key, totals)
     kernels.prepare_kernel[(call.chunks, call.pairs)](
         call.q, call.k, call.cos, call.sin, call.decay, *made, call.q.shape[1], call.rope_stride, call.rate,
-        call.lower, R=call.rotary, **heads, **call.gating(), **launch("prepare", D),
+        call.lower, R=call.rotary, **heads, **call.gating(), **launch("prepare", call),
     )  # fmt: skip
     return made
 
 
 def forward(call: Call, initial: Tensor) -> tuple[Tensor, Tensor, Operands, Tensor, Tensor]:
     """Output, final state, operands, the state before every chunk, and the window's log-sum-exp."""
-    B, T, H, D = call.q.shape
+    B, T, H, _ = call.q.shape
     made, told = prepare(call), call.heads()
     told_states = {name: value for name, value in told.items() if name != "GROUPS"}
     inputs = (made.near_key, call.v, call.first, made.totals)
@@ -176,11 +178,11 @@ def forward(call: Call, initial: Tensor) -> tuple[Tensor, Tensor, Operands, Tens
     output, lse = torch.empty_like(call.q), call.q.new_empty(B, H, T, dtype=torch.float32)
     kernels.output_kernel[(call.chunks, B * H)](
         *made[:4], call.v, call.mixing, call.first, made.totals, states, output, lse, T, call.scale,
-        W=call.window, SINKS=call.sinks, PACKED=call.packed, **told, **launch("output", D),
+        W=call.window, SINKS=call.sinks, PACKED=call.packed, **told, **launch("output", call),
     )  # fmt: skip
     steep.add_output_kernel[(triton.cdiv(call.chunks, steep.STEP.value), call.pairs)](
         call.q, call.k, call.v, call.mixing, call.first, call.decay, made.totals, output, T, call.rate, call.lower,
-        PACKED=call.packed, **told, **call.gating(), **launch("add_output", D),
+        PACKED=call.packed, **told, **call.gating(), **launch("add_output", call),
     )  # fmt: skip
     return output, final, made, states, lse
 
@@ -201,20 +203,20 @@ def backward(
     gradients.query_gradients_kernel[(call.chunks, B * H)](
         call.q, call.k, *made[:4], call.v, *turning, call.mixing, call.first, call.decay, made.totals, states, lse,
         doutput, dq, delta, dmixing, *sinks, T, call.rope_stride, *gate, call.scale,
-        R=call.rotary, W=call.window, SINKS=call.sinks, **told, **gating, **launch("query_gradients", D),
+        R=call.rotary, W=call.window, SINKS=call.sinks, **told, **gating, **launch("query_gradients", call),
     )  # fmt: skip
     grid = (call.chunks, call.pairs)
     gradients.key_gradients_kernel[grid](
         call.k, made.near_query, made.near_key, call.v, call.mixing, call.first, call.decay, made.totals, states,
-        dstates, doutput, dk, dv, T, *gate, **told, **gating, **launch("key_gradients", D),
+        dstates, doutput, dk, dv, T, *gate, **told, **gating, **launch("key_gradients", call),
     )  # fmt: skip
     gradients.window_gradients_kernel[grid](
         made.turned_query, made.turned_key, call.v, *turning, call.mixing, call.first, lse, delta, doutput, dk, dv,
-        T, call.rope_stride, call.scale, R=call.rotary, W=call.window, **told, **launch("window_gradients", D),
+        T, call.rope_stride, call.scale, R=call.rotary, W=call.window, **told, **launch("window_gradients", call),
     )  # fmt: skip
     steep.add_gradients_kernel[(triton.cdiv(call.chunks, steep.STEP.value), call.pairs)](
         call.q, call.k, call.v, call.mixing, call.first, call.decay, made.totals, doutput, dq, dk, dv, dmixing, T,
-        *gate, **told, **gating, **launch("add_gradients", D),
+        *gate, **told, **gating, **launch("add_gradients", call),
     )  # fmt: skip
     if call.sinks > 0:
         add_sink_gradients(call, dk, dv, *sinks)
