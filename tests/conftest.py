@@ -8,7 +8,16 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-CHECKED = ("ops", "structures", "tokens", "cache", "mixer", "train.losses", "evaluate")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; read when Triton is imported
+
+CHECKED = ("structures", "tokens", "cache", "mixer", "train.losses", "evaluate")
+CHECKED += (
+    "ops.local",
+    "ops.gated_linear",
+    "ops.gated_delta",
+    "ops.liger",
+)  # not kernels: Triton reads their source
 install_import_hook([f"linearize.{name}" for name in CHECKED], "beartype.beartype")  # before linearize is imported
 torch.set_num_threads(1)  # tiny models, and other tests may run beside these
 

@@ -1,0 +1,161 @@
+"""Liger Attention on a GPU: fused, unfused, and causal softmax attention (FlashAttention), all in one process.
+
+    python -m benchmarks.kernels --out docs/results/kernels_h100.json --seconds 300
+
+bf16, window 64, 4 sinks, random inputs, gradients of everything; the median of many runs by device events. The floor
+is the time to move what must be moved, at the copy speed measured here: forward reads q, k, v and writes the output;
+backward reads those and the output's gradient, and writes three gradients.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linearize.ops.liger import Settings, fused, unfused
+
+
+class Shape(NamedTuple):
+    """One layer's attention."""
+
+    B: int
+    T: int
+    H: int
+    KV: int
+    D: int
+
+
+SHAPES = [
+    Shape(4, 8192, 32, 32, 128),
+    Shape(4, 8192, 32, 8, 128),
+    Shape(4, 8192, 32, 8, 64),
+    Shape(4, 8192, 9, 3, 64),  # SmolLM2-135M
+    Shape(16, 8192, 32, 8, 128),
+    Shape(1, 131072, 32, 8, 128),
+]
+GATES = ["gla", "mamba2", "rwkv6"]
+UNFUSED = [SHAPES[0], SHAPES[2]]  # one for each head size; slow, and more tokens do not fit
+
+
+def main() -> None:
+    """Time every shape until the time is up, and write what there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=300, help="begin nothing after this long")
+    arguments = parser.parse_args()
+    stop = time.perf_counter() + arguments.seconds
+    torch.manual_seed(0)
+    copy = copy_speed()
+    print(f"{torch.cuda.get_device_name()}, copy {copy / 1e12:.2f} TB/s", flush=True)
+    rows: list[dict[str, Any]] = []
+    runs = [(shape, *side) for shape in SHAPES for side in sides(shape).items()]
+    for shape, name, operator in sorted(runs, key=lambda run: run[1] == "unfused gla"):  # the slow ones last
+        for backward in (False, True):
+            if time.perf_counter() > stop:
+                print(f"no time for {name} of {tuple(shape)}")
+                continue
+            row = {**shape._asdict(), "operator": name, "backward": backward, **measure(operator, shape, backward)}
+            row["floor"] = moved(shape, backward) / copy
+            rows.append(row)
+            print(describe(row), flush=True)
+    from benchmarks.results import provenance, write
+
+    write(arguments.out, {**provenance(), "copy_bytes_per_second": copy, "rows": rows})
+
+
+def sides(shape: Shape) -> dict[str, Callable[..., Tensor]]:
+    """What is compared, each of q, k, v, mixing weights and angles."""
+
+    def liger(run: Callable[..., tuple[Tensor, Tensor]], gate: str) -> Callable[..., Tensor]:
+        fixed = Settings(gate, shape.D**-0.5)
+        return lambda q, k, v, mixing, rope: run(q, k, v, mixing, fixed, rope)[0]
+
+    def softmax(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shape.H != shape.KV).transpose(1, 2)
+
+    found: dict[str, Callable[..., Tensor]] = {f"fused {gate}": liger(fused, gate) for gate in GATES}
+    found["causal softmax"] = softmax
+    if shape in UNFUSED:
+        found["unfused gla"] = liger(unfused, "gla")
+    return found
+
+
+def measure(operator: Callable[..., Tensor], shape: Shape, backward: bool) -> dict[str, Any]:
+    """Seconds of the first call, which compiles what Triton has not in its cache, and of later ones; peak memory
+    beyond the inputs, in bytes."""
+    B, T, H, KV, D = shape
+    q, k, v = (torch.randn(B, T, n, D, device="cuda", dtype=torch.bfloat16) for n in (H, KV, KV))
+    angles = torch.arange(T, device="cuda")[:, None] * 10000 ** (-torch.arange(0, D, 2, device="cuda") / D)
+    rope = tuple(x.repeat(1, 2).bfloat16() for x in (angles.cos(), angles.sin()))
+    leaves = [x.requires_grad_(backward) for x in (q, k, v, torch.full((H,), 0.3, device="cuda"))]
+    doutput = torch.randn_like(q)
+
+    def call() -> None:
+        output = operator(*leaves, rope)
+        if backward:
+            torch.autograd.grad(output, leaves[:3], doutput)
+
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    try:
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        first_call = time.perf_counter() - start
+        return {"first_call": first_call, "seconds": times(call), "bytes": torch.cuda.max_memory_allocated() - held}
+    except torch.OutOfMemoryError:
+        return {"first_call": None, "seconds": [], "bytes": None}
+
+
+def times(call: Callable[[], None], budget: float = 0.6) -> list[float]:
+    """Seconds of at least 5 and at most 50 calls, after warming up, by device events."""
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    runs = min(50, max(5, int(budget / (time.perf_counter() - start))))
+    for _ in range(max(2, runs // 5)):
+        call()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
+    for begin, end in events:
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) / 1000 for begin, end in events]
+
+
+def moved(shape: Shape, backward: bool) -> int:
+    """Bytes that cannot be avoided."""
+    queries, keys = (2 * shape.B * shape.T * heads * shape.D for heads in (shape.H, shape.KV))
+    return 2 * queries + 2 * keys + backward * (3 * queries + 4 * keys)
+
+
+def copy_speed() -> float:
+    """Bytes read and written per second by a device copy."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / statistics.median(times(lambda: (target.copy_(source), None)[1]))
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A line for the terminal."""
+    what = f"{row['B']}x{row['T']} H={row['H']} KV={row['KV']} D={row['D']} {row['operator']:16}"
+    what += " forward + backward" if row["backward"] else " forward           "
+    if not row["seconds"]:
+        return f"{what} out of memory"
+    median = 1000 * statistics.median(row["seconds"])
+    rest = (
+        f"floor {1000 * row['floor']:6.2f} ms, first call {row['first_call']:5.1f} s, {row['bytes'] / 2**30:5.2f} GiB"
+    )
+    return f"{what} {median:8.3f} ms, {rest}"
+
+
+if __name__ == "__main__":
+    main()

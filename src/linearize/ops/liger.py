@@ -1,0 +1,262 @@
+"""Liger Attention as one operator: a gated recurrence and a softmax window on one set of projections
+(arXiv 2503.01496, eq. 8-10).
+
+    o_t = w · φ(q_t) S_t + (1 - w) · softmax(scale · R q_t (R k_j)ᵀ) v_j
+    S_t = diag(exp(log_g_t)) S_{t-1} + k'_tᵀ v_t
+
+R is RoPE; j runs over the last W tokens and the sinks that have left the window; the gate log_g and the recurrence's
+key k' are functions of k alone, which `GATES` names. Shapes: q `[B, T, H, D]`; k, v `[B, T, KV, D]`, before RoPE and
+unrepeated; the mixing weights w `[H]`; state `[B, KV, D, D]` in fp32. `first` `[B, T]` is the index of the first token
+of each token's document (`first_tokens` makes it): neither branch sees across, sinks are each document's own. A
+padding token is a document of its own.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from linearize.ops import gated_linear, local
+from linearize.ops.local import NEVER, Sinks
+
+Output = tuple[Float[Tensor, "B T H D"], Float[Tensor, "B KV D D"]]
+Rope = tuple[Float[Tensor, "... T R"], Float[Tensor, "... T R"]]  # cos and sin, as rotate-half takes them
+
+
+class Settings(NamedTuple):
+    """What is fixed in a layer; the names are those of `MixerConfig`."""
+
+    gate: str
+    scale: float
+    temperature: float = 16.0
+    feature_map: str = "softmax"
+    window: int = 64
+    sinks: int = 4
+    lower: float = 0.0  # hgrn2's least decay
+
+
+def liger_attention(
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B T KV D"],
+    v: Float[Tensor, "B T KV D"],
+    mixing: Float[Tensor, "H"],
+    settings: Settings,
+    rope: Rope | None = None,
+    state: Float[Tensor, "B KV D D"] | None = None,
+    first: Int[Tensor, "B T"] | None = None,
+    decay: Float[Tensor, "KV"] | None = None,
+) -> Output:
+    """By the fused kernels where they can, else composed of `local_attention` and `gated_linear`: output in q's dtype,
+    final state in fp32. `decay` is lightning's log decay of each head."""
+    reason = why_not_fused(q, k, v, settings, first, rope)
+    if reason is None:
+        return fused(q, k, v, mixing, settings, rope, state, first, decay)
+    if q.is_cuda:
+        warn_once(f"Liger Attention runs unfused, several times slower: {reason}")
+    return unfused(q, k, v, mixing, settings, rope, state, first, decay)
+
+
+def why_not_fused(
+    q: Tensor, k: Tensor, v: Tensor, settings: Settings, first: Tensor | None, rope: Rope | None
+) -> str | None:
+    """What the kernels lack for these inputs; None if nothing."""
+    B, T, H, D = q.shape
+    R = 0 if rope is None else rope[0].shape[-1]
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if not q.is_cuda:
+        return "the tensors are not on a CUDA device"
+    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "the device is older than compute capability 8.0"
+    unsupported = {
+        f"gate {settings.gate}": settings.gate not in GATES,
+        f"feature map {settings.feature_map}": settings.feature_map not in FEATURES,
+        f"a window of {settings.window}": settings.window > 64,
+        f"a window of {settings.window} over packed documents": settings.window < 64 and first is not None,
+        f"{settings.sinks} sinks": settings.sinks > 16,
+        f"head size {D}": D > 128,
+        f"value heads of size {v.shape[-1]} with key heads of size {D}": v.shape[-1] != D,
+        f"{R} rotated channels": R % 2 == 1 or R > D,
+        f"{q.dtype}, {k.dtype} and {v.dtype} together": not q.dtype == k.dtype == v.dtype,
+        f"{q.dtype}": q.dtype not in (torch.bfloat16, torch.float16, torch.float32),
+        f"{T} tokens": T * H * D >= 2**31,
+    }
+    reasons = [name for name, true in unsupported.items() if true]
+    return f"no kernel for {', '.join(reasons)}" if reasons else None
+
+
+@cache
+def warn_once(message: str) -> None:
+    """A warning the first time; then silence, whatever the filters."""
+    warnings.warn(message, stacklevel=3)
+
+
+def fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixing: Tensor,
+    settings: Settings,
+    rope: Rope | None = None,
+    state: Tensor | None = None,
+    first: Tensor | None = None,
+    decay: Tensor | None = None,
+) -> Output:
+    """By the Triton kernels, whatever `why_not_fused` says."""
+    from linearize.ops.liger_fused import run
+
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    return run(q, k, v, mixing, settings, rope, state, first, decay)
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixing: Tensor,
+    settings: Settings,
+    rope: Rope | None = None,
+    state: Tensor | None = None,
+    first: Tensor | None = None,
+    decay: Tensor | None = None,
+) -> Output:
+    """The equations in float64, token by token: what the kernels are tested against."""
+    q, k, v, mixing = (x.double() for x in (q, k, v, mixing))
+    rope = None if rope is None else (rope[0].double(), rope[1].double())
+    state = no_state(k).double() if state is None else state
+    operators = gated_linear.reference, local.reference
+    return compose(q, k, v, mixing, settings, rope, state, first, decay, *operators)
+
+
+def unfused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixing: Tensor,
+    settings: Settings,
+    rope: Rope | None = None,
+    state: Tensor | None = None,
+    first: Tensor | None = None,
+    decay: Tensor | None = None,
+) -> Output:
+    """The two branches one after the other, in PyTorch."""
+    operators = gated_linear.gated_linear, local.local_attention
+    return compose(q, k, v, mixing, settings, rope, state, first, decay, *operators)
+
+
+def compose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixing: Tensor,
+    settings: Settings,
+    rope: Rope | None,
+    state: Tensor | None,
+    first: Tensor | None,
+    decay: Tensor | None,
+    recurrence: Callable[..., tuple[Tensor, Tensor]],
+    attention: Callable[..., Tensor],
+) -> Output:
+    """Both branches by the given operators, and their mixture."""
+    key, log_g = GATES[settings.gate](wide(k), settings, decay)
+    document = None if first is None else F.pad((first[:, 1:] != first[:, :-1]).cumsum(1), (1, 0))
+    recurrent, state = recurrence(FEATURES[settings.feature_map](wide(q)), key, v, log_g, state, document)
+    q, k = (x if rope is None else rotate(x, *rope) for x in (q, k))
+    sinks = sinks_of(k, v, settings.sinks, document)
+    windowed = attention(q, k, v, settings.window, settings.scale, sinks, document=document)
+    w = mixing[:, None].to(windowed.dtype)
+    return w * recurrent.to(windowed.dtype) + (1 - w) * windowed, state
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE over the first R channels, as `rotate_half` has it."""
+    R = cos.shape[-1]
+    turned, rest = x[..., :R], x[..., R:]
+    left, right = turned.chunk(2, dim=-1)
+    turned = turned * cos.unsqueeze(-2) + torch.cat([-right, left], dim=-1) * sin.unsqueeze(-2)
+    return torch.cat([turned.to(x.dtype), rest], dim=-1)
+
+
+def sinks_of(k: Tensor, v: Tensor, sinks: int, document: Tensor | None) -> Sinks:
+    """The first tokens of every document, of k after RoPE and v."""
+    B, T = k.shape[:2]
+    document = torch.zeros(B, T, dtype=torch.long, device=k.device) if document is None else document
+    number = torch.arange(int(document.max()) + 1, device=k.device).expand(B, -1).contiguous()
+    begin, end = torch.searchsorted(document, number), torch.searchsorted(document, number, right=True)
+    index = begin[..., None] + torch.arange(sinks, device=k.device)
+    time = torch.where(index < end[..., None], index, NEVER).flatten(1)
+    owner, index = number[..., None].expand_as(index).flatten(1), index.flatten(1).clamp(max=T - 1)
+    key, value = (x.gather(1, index[..., None, None].expand(-1, -1, *x.shape[2:])) for x in (k, v))
+    return Sinks(key, value, time, owner)
+
+
+def first_tokens(document: Int[Tensor, "B T"] | None, valid: Bool[Tensor, "B T"] | None) -> Int[Tensor, "B T"] | None:
+    """`first` from document numbers and from what is not padding."""
+    if document is None and valid is None:
+        return None
+    given = document if document is not None else valid
+    assert given is not None
+    position = torch.arange(given.shape[1], device=given.device).expand(given.shape)
+    begins = position == 0
+    for labels in (document, valid):
+        if labels is not None:
+            begins = begins | F.pad(labels[:, 1:] != labels[:, :-1], (1, 0))
+    if valid is not None:
+        begins = begins | ~valid
+    return torch.where(begins, position, 0).cummax(1).values
+
+
+def no_state(k: Tensor) -> Tensor:
+    """Before the first token, fp32."""
+    return k.new_zeros(k.shape[0], k.shape[2], k.shape[3], k.shape[3], dtype=torch.float32)
+
+
+# --- from the key projection to the recurrence's key and log decay, `[B, T, KV, D]` and `[B, T, KV, D or 1]` ---
+
+
+def wide(x: Tensor) -> Tensor:
+    """In fp32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def gla(k: Tensor, settings: Settings, decay: Tensor | None) -> tuple[Tensor, Tensor]:
+    """σ(k)^(1/temperature), one decay for each channel."""
+    return FEATURES[settings.feature_map](k), F.logsigmoid(k) / settings.temperature
+
+
+def rwkv6(k: Tensor, settings: Settings, decay: Tensor | None) -> tuple[Tensor, Tensor]:
+    """exp(-exp(k) / temperature), one decay for each channel; e^-e^10 is 0, and above exp(k) would overflow."""
+    return FEATURES[settings.feature_map](k), -k.clamp(max=10.0).exp() / settings.temperature
+
+
+def hgrn2(k: Tensor, settings: Settings, decay: Tensor | None) -> tuple[Tensor, Tensor]:
+    """lower + (1 - lower) σ(k)^(1/temperature); what it forgets is the key."""
+    key = (1 - settings.lower) * -torch.expm1(F.logsigmoid(k) / settings.temperature)
+    return key, torch.log1p(-key)
+
+
+def mlstm(k: Tensor, settings: Settings, decay: Tensor | None) -> tuple[Tensor, Tensor]:
+    """σ(mean of k)^(1/temperature), one decay for each head."""
+    return FEATURES[settings.feature_map](k), F.logsigmoid(k.mean(-1, keepdim=True)) / settings.temperature
+
+
+def mamba2(k: Tensor, settings: Settings, decay: Tensor | None) -> tuple[Tensor, Tensor]:
+    """exp(-Δ / temperature) with Δ = softplus(mean of k), which also scales the key."""
+    step = F.softplus(k.mean(-1, keepdim=True))
+    return step * FEATURES[settings.feature_map](k), -step / settings.temperature
+
+
+def lightning(k: Tensor, settings: Settings, decay: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A fixed decay for each head."""
+    assert decay is not None
+    return FEATURES[settings.feature_map](k), wide(decay)[:, None].to(k.dtype).expand(*k.shape[:3], 1)
+
+
+GATES = {"gla": gla, "rwkv6": rwkv6, "hgrn2": hgrn2, "mlstm": mlstm, "mamba2": mamba2, "lightning": lightning}
+FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"softmax": lambda x: x.softmax(-1), "none": lambda x: x}

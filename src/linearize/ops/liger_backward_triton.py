@@ -1,0 +1,266 @@
+"""Backward kernels of Liger Attention; shapes and names as in `liger_triton`.
+
+The gradients of the states, from the last chunk to the first; then for every chunk at once the gradients of its
+queries, and those of its keys and values, first from the recurrence, then from the window.
+
+The gate's gradient is a sum over the chunk of query · dquery - key · dkey, in which most terms cancel: it is taken of
+the operands exactly as rounded for the matrix products, in fp32, so that they do.
+"""
+
+import triton
+import triton.language as tl
+
+from linearize.ops.liger_triton import (
+    CHUNK,
+    GONE,
+    SINK_ROWS,
+    decays,
+    feature_backward,
+    key_and_gate,
+    key_and_gate_backward,
+    load_first,
+    load_one_first,
+    load_state,
+    load_tile,
+    load_total,
+    product,
+    read_mask,
+    rotate_back,
+    running_sum,
+    sink_mask,
+    sink_rows,
+    state_factors,
+    store_tile,
+    window_mask,
+)
+
+
+@triton.jit(do_not_specialize=["T", "SEGMENT"])
+def state_gradients_kernel(
+    near_query, doutput, mixing, first, totals, initial, dstates, final, products, T, SEGMENT,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr,
+    DTYPE: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """`states_kernel` run backwards: dS ← exp(total of log_g) dS + Σ over the group (query decayed from the chunk's
+    start)ᵀ w doutput. The gradient of near keysᵀ values goes to `dstates`."""
+    block, segment, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    segments, chunks, H = tl.num_programs(1), tl.cdiv(T, CHUNK), KV * GROUPS
+    batch, head = pair // KV, pair % KV
+    first += batch * T
+    channels, columns = tl.arange(0, DP), block * BV + tl.arange(0, BV)
+    inside = (channels < D)[:, None] & (columns < D)[None, :]
+    offsets = channels[:, None] * D + columns[None, :]
+    dstate = tl.load(initial + (pair * segments + segment) * D * D + offsets, mask=inside, other=0.0)
+    passed = tl.full([DP], 1.0, tl.float32)
+    begin, end = segment * SEGMENT, tl.minimum(chunks, (segment + 1) * SEGMENT)
+    total = load_total(totals, pair, chunks, end - 1, channels, D)
+    for n in range((end - begin) * GROUPS):  # one loop over chunks and query heads, for its loads to be prefetched
+        chunk, group = end - 1 - n // GROUPS, n % GROUPS
+        rows = chunk * CHUNK + tl.arange(0, CHUNK)
+        at = (batch * T * H + head * GROUPS + group) * D
+        query = load_tile(near_query + at, rows, channels, T, H * D, D)
+        dout = load_tile(doutput + at, rows, columns, T, H * D, D)
+        half, whole = state_factors(total)
+        total = load_total(
+            totals, pair, chunks, tl.maximum(end - 1 - (n + 1) // GROUPS, 0), channels, D
+        )  # the next one
+        if PACKED:
+            begins = tl.maximum(chunk * CHUNK, 1)
+            query = tl.where((load_first(first, rows, T, PACKED) < begins)[:, None], query, 0.0)
+            last_first = load_one_first(first, tl.minimum(chunk * CHUNK + CHUNK, T) - 1, PACKED)
+            whole = tl.where(last_first < begins, whole, 0.0)
+        leaving, entering = group == 0, group == GROUPS - 1  # the chunk, from its end to its start
+        dstate *= tl.where(leaving, half, 1.0)[:, None]
+        if STORE:
+            place = dstates + (pair * chunks + chunk) * D * D + offsets
+            tl.store(place, dstate.to(dstates.dtype.element_ty), mask=inside & leaving)
+        dstate *= tl.where(leaving, whole, 1.0)[:, None]
+        dstate += tl.load(mixing + head * GROUPS + group) * product(tl.trans(query), dout, DTYPE)
+        dstate *= tl.where(entering, half, 1.0)[:, None]
+        passed *= tl.where(leaving, half * whole * half, 1.0)
+    tl.store(final + (pair * segments + segment) * D * D + offsets, dstate, mask=inside)
+    if not STORE:
+        tl.store(products + (pair * segments + segment) * D + channels, passed, mask=channels < D)
+
+
+@triton.jit(do_not_specialize=["T", "rope_stride"])
+def query_gradients_kernel(
+    q, k, near_query, turned_query, near_key, turned_key, v, cos, sin, mixing, first, decay, totals, states, lse,
+    doutput, dq, delta, dmixing, dsink_key, dsink_values, T, rope_stride, rate, lower, scale,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    SINKS: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr, SCALAR: tl.constexpr, PACKED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a chunk's queries of one head; besides, for each query doutput · window output, `delta`
+    `[B, H, T]`, and what the chunk adds to the gradients of the mixing weights, `dmixing` `[B, H, chunks]`, and of
+    the sinks, after RoPE, `[B, H, chunks, SINKS, D]`."""
+    chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
+    index = tl.program_id(1).to(tl.int64)  # of a query head among all sequences
+    batch, query_head, pair = index // H, index % H, index // GROUPS
+    ours, theirs = (batch * T * H + query_head) * D, (batch * T * KV + query_head // GROUPS) * D
+    start = chunk * CHUNK
+    rows, before, columns = start + tl.arange(0, CHUNK), start - CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
+    starts = load_first(first + batch * T, rows, T, PACKED)
+    w = tl.load(mixing + query_head)
+    share = (1.0 - w) * scale
+    norm = tl.load(lse + index * T + rows, mask=rows < T, other=0.0)[:, None]
+
+    query = load_tile(turned_query + ours, rows, columns, T, H * D, D)
+    dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
+    key = load_tile(turned_key + theirs, rows, columns, T, KV * D, D)
+    key_before = load_tile(turned_key + theirs, before, columns, T, KV * D, D)
+    values = load_tile(v + theirs, rows, columns, T, KV * D, D)
+    values_before = load_tile(v + theirs, before, columns, T, KV * D, D)
+    own, past = product(query, tl.trans(key), DTYPE) * scale, product(query, tl.trans(key_before), DTYPE) * scale
+    down, dpast = product(dout, tl.trans(values), DTYPE), product(dout, tl.trans(values_before), DTYPE)
+    # loads well before their use, which then does not wait
+    recurrent_key = load_tile(near_key + theirs, rows, columns, T, KV * D, D)
+    total = load_total(totals, pair, chunks, chunk, columns, D)
+    own = tl.exp(tl.where(window_mask(rows, rows, starts, W), own, -float("inf")) - norm)
+    past = tl.exp(tl.where(window_mask(rows, before, starts, W), past, -float("inf")) - norm)
+    read = tl.sum(own * down, 1) + tl.sum(past * dpast, 1)
+    if SINKS > 0:
+        chunk_first = load_one_first(first + batch * T, start, PACKED)
+        sinks = sink_rows(chunk_first, SINKS)
+        sink_key = load_tile(turned_key + theirs, sinks, columns, T, KV * D, D)
+        far = product(query, tl.trans(sink_key), DTYPE) * scale
+        far = tl.exp(tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf")) - norm)
+        dfar = product(dout, tl.trans(load_tile(v + theirs, sinks, columns, T, KV * D, D)), DTYPE)
+        read += tl.sum(far * dfar, 1)
+    tl.store(delta + index * T + rows, read, mask=rows < T)
+    dturned = product(share * own * (down - read[:, None]), key, DTYPE)
+    dturned += product(share * past * (dpast - read[:, None]), key_before, DTYPE)
+    state = load_state(states, pair * chunks + chunk, columns, D)
+    if SINKS > 0:
+        dfar = share * far * (dfar - read[:, None])
+        dturned += product(dfar, sink_key, DTYPE)
+        slots, at = tl.arange(0, SINK_ROWS), (index * chunks + chunk) * SINKS * D
+        dfar_key = tl.trans(product(tl.trans(query), dfar, DTYPE))
+        store_tile(dsink_key + at, slots, columns, dfar_key, SINKS, D, D)
+        dfar_values = tl.trans(product(tl.trans(dout), (1.0 - w) * far, DTYPE))
+        store_tile(dsink_values + at, slots, columns, dfar_values, SINKS, D, D)
+
+    da = tl.where(read_mask(rows, starts, total), down, 0.0)
+    dquery = product(da, recurrent_key, DTYPE)
+    if PACKED:  # a document that began here has no state
+        dout = tl.where((starts < tl.maximum(start, 1))[:, None], dout, 0.0)
+    dquery += product(dout, tl.trans(state), DTYPE)
+    paired = load_tile(near_query + ours, rows, columns, T, H * D, D).to(tl.float32) * dquery
+    tl.store(dmixing + index * chunks + chunk, tl.sum(tl.sum(paired, 1) - read, 0))
+    x = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
+    fixed = tl.load(decay + query_head // GROUPS)
+    _, log_g = key_and_gate(x, rows < T, columns, fixed, rate, lower, D, GATE, FEATURE)
+    for_query, _ = decays(
+        log_g, total, k + theirs, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, SCALAR
+    )
+    raw = load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32)
+    draw = feature_backward(raw, w * dquery * for_query, w * paired, columns, D, FEATURE)
+    draw += rotate_back(dturned, rows, columns, cos + batch * rope_stride, sin + batch * rope_stride, T, R)
+    store_tile(dq + ours, rows, columns, draw, T, H * D, D)
+
+
+@triton.jit(do_not_specialize=["T"])
+def key_gradients_kernel(
+    k, near_query, near_key, v, mixing, first, decay, totals, states, dstates, doutput, dk, dv, T, rate, lower,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GATE: tl.constexpr,
+    FEATURE: tl.constexpr, SCALAR: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a chunk's keys (as keys of the recurrence and as the gate) and values, from its own queries
+    and from the state after it."""
+    chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
+    pair = tl.program_id(1).to(tl.int64)
+    batch, head = pair // KV, pair % KV
+    theirs = (batch * T * KV + head) * D
+    start = chunk * CHUNK
+    rows, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP)
+    starts, begins = load_first(first + batch * T, rows, T, PACKED), tl.maximum(start, 1)
+    total = load_total(totals, pair, chunks, chunk, columns, D)
+    seen = read_mask(rows, starts, total)
+    key = load_tile(near_key + theirs, rows, columns, T, KV * D, D)
+    values = load_tile(v + theirs, rows, columns, T, KV * D, D)
+    state = load_state(states, pair * chunks + chunk, columns, D)
+
+    dkey, dvalues = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
+    terms = tl.zeros([CHUNK, 1 if SCALAR else DP], tl.float32)
+    for group in range(GROUPS):
+        ours = (batch * T * H + head * GROUPS + group) * D
+        w = tl.load(mixing + head * GROUPS + group)
+        query = load_tile(near_query + ours, rows, columns, T, H * D, D)
+        dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
+        a = tl.where(seen, w * product(query, tl.trans(key), DTYPE), 0.0).to(DTYPE)
+        da = tl.where(seen, w * product(dout, tl.trans(values), DTYPE), 0.0).to(DTYPE)
+        dvalues += product(tl.trans(a), dout, DTYPE)
+        dkey += product(tl.trans(da), query, DTYPE)
+        dquery = product(da, key, DTYPE)
+        if PACKED:  # a document that began here has no state
+            dout = tl.where((starts < begins)[:, None], dout, 0.0)
+        gate_terms = query.to(tl.float32) * (dquery + w * product(dout, tl.trans(state), DTYPE))
+        terms += tl.sum(gate_terms, 1, keep_dims=True) if SCALAR else gate_terms
+
+    _, whole = state_factors(total)
+    paired = key.to(tl.float32) * dkey
+    terms -= tl.sum(paired, 1, keep_dims=True) if SCALAR else paired
+    if PACKED:  # what the chunk's last token still sees
+        last_first = load_one_first(first + batch * T, tl.minimum(start + CHUNK, T) - 1, PACKED)
+        whole = tl.where(last_first < begins, whole, 0.0)
+        ends = (rows >= last_first)[:, None]
+        key, values = tl.where(ends, key, 0.0), tl.where(ends, values, 0.0)
+    dstate = load_state(dstates, pair * chunks + chunk, columns, D)
+    held = tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1) * whole
+    dvalues += product(key, dstate, DTYPE)
+    store_tile(dv + theirs, rows, columns, dvalues, T, KV * D, D)
+    dended = product(values, tl.trans(dstate), DTYPE)
+    dkey += dended
+    written = key.to(tl.float32) * dended
+    paired += written
+    if SCALAR:
+        written, held = tl.sum(written, 1, keep_dims=True), tl.sum(held, 0)
+        dlog_g = running_sum(terms - written, SCALAR, True) + tl.sum(written, 0)[None, :] + held
+    else:
+        dlog_g = running_sum(terms - written, SCALAR, True) + (tl.sum(written, 0) + held)[None, :]
+    raw = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
+    fixed = tl.load(decay + head)
+    _, log_g = key_and_gate(raw, rows < T, columns, fixed, rate, lower, D, GATE, FEATURE)
+    _, for_key = decays(
+        log_g, total, k + theirs, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, SCALAR
+    )
+    dlog_g = tl.where(log_g > GONE, dlog_g, 0.0)  # else the sum's rounding, times the slope of a steep gate
+    draw = key_and_gate_backward(raw, dkey * for_key, paired, dlog_g, columns, rate, lower, D, GATE, FEATURE)
+    store_tile(dk + theirs, rows, columns, draw, T, KV * D, D)
+
+
+@triton.jit(do_not_specialize=["T", "rope_stride"])
+def window_gradients_kernel(
+    turned_query, turned_key, v, cos, sin, mixing, first, lse, delta, doutput, dk, dv, T, rope_stride, scale,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    PACKED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """To the gradients of a chunk's keys and values, those from the window of its queries and the next chunk's."""
+    chunk, H = tl.program_id(0), KV * GROUPS
+    pair = tl.program_id(1).to(tl.int64)
+    batch, head = pair // KV, pair % KV
+    theirs = (batch * T * KV + head) * D
+    rows, columns = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
+    key = load_tile(turned_key + theirs, rows, columns, T, KV * D, D)
+    values = load_tile(v + theirs, rows, columns, T, KV * D, D)
+    dkey, dvalues = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
+    for n in range(2 * GROUPS):
+        query_head, times = head * GROUPS + n // 2, rows + n % 2 * CHUNK
+        ours, sums = (batch * T * H + query_head) * D, (batch * H + query_head) * T + times
+        query = load_tile(turned_query + ours, times, columns, T, H * D, D)
+        dout = load_tile(doutput + ours, times, columns, T, H * D, D)
+        norm = tl.load(lse + sums, mask=times < T, other=0.0)
+        read = tl.load(delta + sums, mask=times < T, other=0.0)
+        share = 1.0 - tl.load(mixing + query_head)
+        starts, age = load_first(first + batch * T, times, T, PACKED), times[None, :] - rows[:, None]
+        seen = (age >= 0) & (age < W) & (rows[:, None] >= starts[None, :])  # [key, query]
+        p = product(key, tl.trans(query), DTYPE) * scale
+        p = share * tl.exp(tl.where(seen, p, -float("inf")) - norm[None, :])
+        dp = product(values, tl.trans(dout), DTYPE)
+        dvalues += product(p, dout, DTYPE)
+        dkey += product(p * (dp - read[None, :]), query, DTYPE)
+    dkey = rotate_back(scale * dkey, rows, columns, cos + batch * rope_stride, sin + batch * rope_stride, T, R)
+    dkey += load_tile(dk + theirs, rows, columns, T, KV * D, D).to(tl.float32)
+    store_tile(dk + theirs, rows, columns, dkey, T, KV * D, D)
+    dvalues += load_tile(dv + theirs, rows, columns, T, KV * D, D).to(tl.float32)
+    store_tile(dv + theirs, rows, columns, dvalues, T, KV * D, D)

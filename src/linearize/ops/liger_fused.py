@@ -1,0 +1,297 @@
+"""Liger Attention by its Triton kernels: launch settings and the autograd function."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from linearize.ops import liger_backward_triton as gradients
+from linearize.ops import liger_forward_triton as kernels
+from linearize.ops import liger_steep_triton as steep
+from linearize.ops.liger import Rope, Settings, no_state
+
+CHUNK = 64
+ONE_DECAY_A_HEAD = ("mlstm", "mamba2", "lightning")
+MULTIPROCESSORS = 132  # programs that a pass over the states needs to be busy; H100
+
+
+class Launch(NamedTuple):
+    """How a kernel runs."""
+
+    num_warps: int
+    num_stages: int
+    block: int = 64  # value channels of one program, in the passes over the states
+    registers: int = 0  # of a thread at most; 0 for what the compiler likes
+
+
+# by padded head size; measured on an H100
+LAUNCHES: dict[str, dict[int, Launch]] = {
+    "prepare": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1), 128: Launch(16, 1)},
+    "states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
+    "output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
+    "state_gradients": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
+    "query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
+    "key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "window_gradients": {16: Launch(4, 2), 32: Launch(4, 2), 64: Launch(4, 2), 128: Launch(8, 2)},
+    "add_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "add_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+}
+
+
+class Call(NamedTuple):
+    """One call: its tensors, contiguous, and what the kernels are compiled for."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cos: Tensor
+    sin: Tensor
+    mixing: Tensor
+    first: Tensor
+    decay: Tensor
+    rate: float
+    lower: float
+    scale: float
+    rotary: int
+    window: int
+    sinks: int
+    gate: str
+    feature_map: str
+    packed: bool
+
+    @property
+    def chunks(self) -> int:
+        """In a sequence."""
+        return triton.cdiv(self.q.shape[1], CHUNK)
+
+    @property
+    def pairs(self) -> int:
+        """Sequences times key/value heads: how many states there are."""
+        return self.k.shape[0] * self.k.shape[2]
+
+    @property
+    def rope_stride(self) -> int:
+        """From one sequence's angles to the next one's."""
+        return self.cos[0].numel() if self.cos.dim() == 3 and self.cos.shape[0] > 1 else 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the operands of matrix products; fp16 has not the range for decayed keys."""
+        return torch.float32 if self.q.dtype == torch.float32 else torch.bfloat16
+
+    def heads(self) -> dict[str, Any]:
+        """How kernels are told the shapes and the type of operands."""
+        D, KV = self.q.shape[3], self.k.shape[2]
+        dtype = tl.float32 if self.dtype == torch.float32 else tl.bfloat16
+        return {"KV": KV, "GROUPS": self.q.shape[2] // KV, "D": D, "DP": padded(D), "DTYPE": dtype}
+
+    def gating(self) -> dict[str, Any]:
+        """How kernels are told what becomes of a key."""
+        return {"GATE": self.gate, "FEATURE": self.feature_map, "SCALAR": self.gate in ONE_DECAY_A_HEAD}
+
+
+class Operands(NamedTuple):
+    """What `prepare_kernel` makes of queries and keys."""
+
+    near_query: Tensor
+    turned_query: Tensor
+    near_key: Tensor
+    turned_key: Tensor
+    totals: Tensor
+
+
+def padded(D: int) -> int:
+    """The head size as kernels see it."""
+    return max(16, triton.next_power_of_2(D))
+
+
+def launch(kernel: str, call: Call) -> dict[str, int]:
+    """Keyword arguments of a launch; operands in fp32 take twice the memory."""
+    settings = LAUNCHES[kernel][padded(call.q.shape[3])]
+    if call.dtype == torch.float32:
+        settings = settings._replace(num_stages=1, num_warps=8 if call.q.shape[3] > 64 else settings.num_warps)
+    limit = {"maxnreg": settings.registers} if settings.registers else {}
+    return {"num_warps": settings.num_warps, "num_stages": settings.num_stages, **limit}
+
+
+def segments_of(call: Call, blocks: int) -> tuple[int, int]:
+    """Into how many segments a pass over the states is cut, and their chunks: one, if that fills the device."""
+    wanted = 1
+    if call.pairs * blocks < MULTIPROCESSORS // 2 and call.chunks >= 64:
+        wanted = min(MULTIPROCESSORS * 2 // (call.pairs * blocks), call.chunks // 16)
+    size = triton.cdiv(call.chunks, wanted)
+    return triton.cdiv(call.chunks, size), size
+
+
+def pass_over_states(call: Call, name: str, kernel: Any, inputs: tuple, initial: Tensor, told: dict) -> tuple:
+    """The state (or its gradient) at every chunk, and what comes out at the end, fp32.
+
+    Where there are too few programs, the sequence is cut into segments: first what each of them adds, then what
+    enters each, then all at once.
+    """
+    D = call.q.shape[3]
+    BV = min(LAUNCHES[name][padded(D)].block, padded(D))
+    blocks = triton.cdiv(D, BV)
+    segments, size = segments_of(call, blocks)
+    states = call.q.new_empty(call.pairs, call.chunks, D, D, dtype=call.dtype)
+    final = torch.empty_like(initial)
+    told = told | {"BV": BV, "PACKED": call.packed} | launch(name, call)
+    grid = (blocks, segments, call.pairs)
+    rest = (call.q.shape[1], size)
+    if segments == 1:
+        kernel[grid](*inputs, initial, states, final, final, *rest, STORE=True, **told)
+        return states, final
+    starts = initial.new_empty(call.pairs, segments, D, D)
+    finals, products = torch.empty_like(starts), initial.new_empty(call.pairs, segments, D)
+    kernel[grid](*inputs, torch.zeros_like(starts), states, finals, products, *rest, STORE=False, **told)
+    reverse = kernel is gradients.state_gradients_kernel
+    kernels.carry_kernel[(blocks, call.pairs)](
+        initial, finals, products, starts, final, segments, D=D, DP=padded(D), BV=BV, REVERSE=reverse, num_warps=4
+    )
+    kernel[grid](*inputs, starts, states, finals, products, *rest, STORE=True, **told)
+    return states, final
+
+
+def prepare(call: Call) -> Operands:
+    """Operands of the matrix products; without RoPE, the window's are the projections themselves."""
+    D, turns, heads = call.q.shape[3], call.rotary > 0, call.heads()
+    near_query, near_key = (torch.empty_like(x, dtype=call.dtype) for x in (call.q, call.k))
+    turned_query, turned_key = (torch.empty_like(x, dtype=call.dtype) if turns else x for x in (call.q, call.k))
+    totals = call.q.new_empty(call.pairs, call.chunks, D, dtype=torch.float32)
+    made = Operands(near_query, turned_query, near_key, turned_key, totals)
+    kernels.prepare_kernel[(call.chunks, call.pairs)](
+        call.q, call.k, call.cos, call.sin, call.decay, *made, call.q.shape[1], call.rope_stride, call.rate,
+        call.lower, R=call.rotary, **heads, **call.gating(), **launch("prepare", call),
+    )  # fmt: skip
+    return made
+
+
+def forward(call: Call, initial: Tensor) -> tuple[Tensor, Tensor, Operands, Tensor, Tensor]:
+    """Output, final state, operands, the state before every chunk, and the window's log-sum-exp."""
+    B, T, H, _ = call.q.shape
+    made, told = prepare(call), call.heads()
+    told_states = {name: value for name, value in told.items() if name != "GROUPS"}
+    inputs = (made.near_key, call.v, call.first, made.totals)
+    states, final = pass_over_states(call, "states", kernels.states_kernel, inputs, initial, told_states)
+    output, lse = torch.empty_like(call.q), call.q.new_empty(B, H, T, dtype=torch.float32)
+    kernels.output_kernel[(call.chunks, B * H)](
+        *made[:4], call.v, call.mixing, call.first, made.totals, states, output, lse, T, call.scale,
+        W=call.window, SINKS=call.sinks, PACKED=call.packed, **told, **launch("output", call),
+    )  # fmt: skip
+    steep.add_output_kernel[(triton.cdiv(call.chunks, steep.STEP.value), call.pairs)](
+        call.q, call.k, call.v, call.mixing, call.first, call.decay, made.totals, output, T, call.rate, call.lower,
+        PACKED=call.packed, **told, **call.gating(), **launch("add_output", call),
+    )  # fmt: skip
+    return output, final, made, states, lse
+
+
+def backward(
+    call: Call, made: Operands, states: Tensor, lse: Tensor, doutput: Tensor, dfinal: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k, v, the mixing weights and the initial state."""
+    B, T, H, D = call.q.shape
+    dq, dk, dv = torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v)
+    delta, dmixing = torch.empty_like(lse), lse.new_empty(B, H, call.chunks)
+    sinks = [lse.new_empty(B, H, call.chunks, call.sinks, D) for _ in range(2)]
+    told = call.heads() | {"PACKED": call.packed}
+    turning, gate, gating = (call.cos, call.sin), (call.rate, call.lower), call.gating()
+    inputs = (made.near_query, doutput, call.mixing, call.first, made.totals)
+    kernel = gradients.state_gradients_kernel
+    dstates, dinitial = pass_over_states(call, "state_gradients", kernel, inputs, dfinal, call.heads())
+    gradients.query_gradients_kernel[(call.chunks, B * H)](
+        call.q, call.k, *made[:4], call.v, *turning, call.mixing, call.first, call.decay, made.totals, states, lse,
+        doutput, dq, delta, dmixing, *sinks, T, call.rope_stride, *gate, call.scale,
+        R=call.rotary, W=call.window, SINKS=call.sinks, **told, **gating, **launch("query_gradients", call),
+    )  # fmt: skip
+    grid = (call.chunks, call.pairs)
+    gradients.key_gradients_kernel[grid](
+        call.k, made.near_query, made.near_key, call.v, call.mixing, call.first, call.decay, made.totals, states,
+        dstates, doutput, dk, dv, T, *gate, **told, **gating, **launch("key_gradients", call),
+    )  # fmt: skip
+    gradients.window_gradients_kernel[grid](
+        made.turned_query, made.turned_key, call.v, *turning, call.mixing, call.first, lse, delta, doutput, dk, dv,
+        T, call.rope_stride, call.scale, R=call.rotary, W=call.window, **told, **launch("window_gradients", call),
+    )  # fmt: skip
+    steep.add_gradients_kernel[(triton.cdiv(call.chunks, steep.STEP.value), call.pairs)](
+        call.q, call.k, call.v, call.mixing, call.first, call.decay, made.totals, doutput, dq, dk, dv, dmixing, T,
+        *gate, **told, **gating, **launch("add_gradients", call),
+    )  # fmt: skip
+    if call.sinks > 0:
+        add_sink_gradients(call, dk, dv, *sinks)
+    return dq, dk, dv, dmixing.sum((0, 2)), dinitial
+
+
+def add_sink_gradients(call: Call, dk: Tensor, dv: Tensor, dsink_key: Tensor, dsink_values: Tensor) -> None:
+    """What every chunk adds to the gradients of its document's sinks, the keys' taken back through RoPE."""
+    B, T, KV, D = dk.shape
+    # [B, chunks, sinks, KV, D], of a group's heads together
+    dkey, dvalues = (x.unflatten(1, (KV, -1)).sum(2).permute(0, 2, 3, 1, 4) for x in (dsink_key, dsink_values))
+    if call.packed:
+        begin = call.first[:, ::CHUNK]
+    else:
+        dkey, dvalues = dkey.sum(1, keepdim=True), dvalues.sum(1, keepdim=True)
+        begin = torch.zeros(B, 1, dtype=torch.long, device=dk.device)
+    # [B, chunks * sinks]; a slot past the sequence, or past a short document, has a gradient of 0
+    index = (begin[:, :, None] + torch.arange(call.sinks, device=dk.device)).flatten(1).clamp(max=T - 1).long()
+    dkey, dvalues = dkey.flatten(1, 2), dvalues.flatten(1, 2)
+    if call.rotary > 0:
+        cos, sin = (x.expand(B, -1, -1) if x.dim() == 3 else x.expand(B, *x.shape) for x in (call.cos, call.sin))
+        wide = index[:, :, None].expand(-1, -1, call.rotary)
+        cos, sin = (x.gather(1, wide)[:, :, None].float() for x in (cos, sin))
+        turned, rest = dkey.split([call.rotary, D - call.rotary], dim=-1)
+        left, right = (turned * sin).chunk(2, dim=-1)
+        dkey = torch.cat([turned * cos + torch.cat([right, -left], dim=-1), rest], dim=-1)
+    row = torch.arange(B, device=dk.device)[:, None].expand_as(index)
+    for total, part in ((dk, dkey), (dv, dvalues)):
+        sums = torch.zeros(B, T, KV, D, device=dk.device) if call.packed else None
+        if sums is None:
+            total[:, : call.sinks] += part[:, : min(call.sinks, T)].to(total.dtype)
+        else:
+            total += sums.index_put_((row, index), part, accumulate=True).to(total.dtype)
+
+
+class LigerAttention(torch.autograd.Function):
+    """(q, k, v, mixing, initial state, call without those) to (output, final state)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, initial: Tensor, call: Call) -> Any:
+        call = call._replace(q=q, k=k, v=v, mixing=mixing)
+        output, final, made, states, lse = forward(call, initial)
+        ctx.save_for_backward(q, k, v, mixing, *made, states, lse)
+        nothing: Any = None
+        ctx.call = call._replace(q=nothing, k=nothing, v=nothing, mixing=nothing)
+        return output, final
+
+    @staticmethod
+    def backward(ctx: Any, doutput: Tensor, dfinal: Tensor) -> Any:
+        q, k, v, mixing, *made, states, lse = ctx.saved_tensors
+        call = ctx.call._replace(q=q, k=k, v=v, mixing=mixing)
+        return (*backward(call, Operands(*made), states, lse, doutput.contiguous(), dfinal.contiguous()), None)
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mixing: Tensor,
+    settings: Settings,
+    rope: Rope | None,
+    state: Tensor | None,
+    first: Tensor | None,
+    decay: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """As `liger.liger_attention`, of contiguous tensors."""
+    mixing = mixing.float().contiguous()
+    initial = no_state(k) if state is None else state.float().contiguous()
+    cos, sin = (mixing, mixing) if rope is None else (x.contiguous() for x in rope)  # an argument that nothing reads
+    call = Call(
+        q=q, k=k, v=v, cos=cos, sin=sin, mixing=mixing,
+        first=mixing if first is None else first.int().contiguous(),
+        decay=mixing if decay is None else decay.float().contiguous(),
+        rate=1.0 / settings.temperature, lower=settings.lower, scale=settings.scale,
+        rotary=0 if rope is None else cos.shape[-1], window=settings.window, sinks=settings.sinks,
+        gate=settings.gate, feature_map=settings.feature_map, packed=first is not None,
+    )  # fmt: skip
+    return LigerAttention.apply(q, k, v, mixing, initial, call)

@@ -1,0 +1,278 @@
+"""What the kernels of Liger Attention share.
+
+A program works on one chunk of 64 tokens of one head. Tensors are contiguous: q, o `[B, T, H, D]`; k, v
+`[B, T, KV, D]`; states `[B * KV, chunks, D, D]`. In `[C, K]` below, K is D, or 1 where a gate has one decay for each
+head. DP is D rounded up to a power of two. `first` `[B, T]` is the index of the first token of each token's document.
+
+Decay within a chunk. Let b be the log decay up to and with each token, and m half of the chunk's. While a chunk decays
+by no more than LIMIT, it is `mild`: near queries, query · exp(b - m), and near keys, key · exp(m - b), are in range,
+and one product of them is the chunk's scores; the state before the chunk is kept times exp(m), so that near queries
+read it too. In other chunks, near queries are query · exp(b), near keys key decayed to the chunk's end, the state is
+kept as it is, and what a chunk's queries read of its own keys is added by `liger_steep_triton`.
+"""
+
+import triton
+import triton.language as tl
+
+CHUNK = tl.constexpr(64)
+LEVELS = tl.constexpr(6)  # 2^6 tokens in a chunk
+SINK_ROWS = tl.constexpr(16)  # the smallest side of a matrix product
+GONE = tl.constexpr(-100.0)  # a log decay that leaves nothing in fp32, and has no gradient
+NEVER = tl.constexpr(2**31 - 1)  # later than every token
+LIMIT = tl.constexpr(-60.0)  # of a chunk's summed log decay, for one product to serve the whole chunk
+
+
+# --- tiles ---
+
+
+@triton.jit
+def load_tile(base, rows, columns, T, STRIDE: tl.constexpr, D: tl.constexpr):
+    """`[rows, columns]`, 0 outside the sequence and the head."""
+    inside = ((rows >= 0) & (rows < T))[:, None] & (columns < D)[None, :]
+    return tl.load(base + rows[:, None] * STRIDE + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(base, rows, columns, values, T, STRIDE: tl.constexpr, D: tl.constexpr):
+    """Rows past the sequence are left out."""
+    inside = (rows < T)[:, None] & (columns < D)[None, :]
+    tl.store(base + rows[:, None] * STRIDE + columns[None, :], values.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_state(states, place, columns, D: tl.constexpr):
+    """One state `[DP, DP]`, or its gradient, 0 outside the head."""
+    inside = (columns < D)[:, None] & (columns < D)[None, :]
+    return tl.load(states + place * D * D + columns[:, None] * D + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def load_first(first, rows, T, PACKED: tl.constexpr):
+    """The first token of each row's document."""
+    starts = tl.zeros_like(rows)
+    if PACKED:
+        starts = tl.load(first + rows, mask=rows < T, other=0).to(tl.int32)
+    return starts
+
+
+@triton.jit
+def load_one_first(first, row, PACKED: tl.constexpr):
+    """As `load_first`, of one row."""
+    start = row * 0
+    if PACKED:
+        start = tl.load(first + row).to(tl.int32)
+    return start
+
+
+@triton.jit
+def product(x, y, DTYPE: tl.constexpr):
+    """x y, from operands in DTYPE, summed in fp32; fp32 itself by three products in tf32."""
+    return tl.dot(x.to(DTYPE), y.to(DTYPE), input_precision="tf32x3")
+
+
+# --- rotary position embedding, as rotate-half over the first R channels ---
+
+
+@triton.jit
+def partner_of(columns, R: tl.constexpr):
+    """The channel that each is rotated with; itself past R."""
+    return tl.where(columns < R // 2, columns + R // 2, tl.where(columns < R, columns - R // 2, columns))
+
+
+@triton.jit
+def load_rope(cos, sin, rows, columns, T, R: tl.constexpr):
+    """Cosine, and sine with the sign that rotate-half gives it; 1 and 0 past R."""
+    inside = ((rows >= 0) & (rows < T))[:, None] & (columns < R)[None, :]
+    offsets = rows[:, None] * R + columns[None, :]
+    c = tl.load(cos + offsets, mask=inside, other=1.0).to(tl.float32)
+    s = tl.load(sin + offsets, mask=inside, other=0.0).to(tl.float32)
+    return c, tl.where((columns < R // 2)[None, :], -s, s)
+
+
+@triton.jit
+def rotated(x, partner, c, s):
+    """A tile after RoPE, from itself, the channels that each is rotated with, and `load_rope`."""
+    return x.to(tl.float32) * c + partner.to(tl.float32) * s
+
+
+@triton.jit
+def rotate_back(dx, rows, columns, cos, sin, T, R: tl.constexpr):
+    """The gradient before RoPE, from that after it: the rotation by the negative angle."""
+    if R > 0:
+        c, s = load_rope(cos, sin, rows, columns, T, R)
+        index = tl.broadcast_to(partner_of(columns, R)[None, :], dx.shape)
+        dx = dx * c - tl.gather(dx, index, 1) * s
+    return dx
+
+
+# --- who sees whom ---
+
+
+@triton.jit
+def window_mask(rows, keys, first, W: tl.constexpr):
+    """The last W tokens of the query's document, itself included."""
+    age = rows[:, None] - keys[None, :]
+    return (age >= 0) & (age < W) & (keys[None, :] >= first[:, None])
+
+
+@triton.jit
+def sink_rows(first, SINKS: tl.constexpr):
+    """Where the sinks are that a chunk's queries see: all in the document of the chunk's first token, since a
+    document that begins inside the chunk has none yet that have left the window. -1 where there is none."""
+    slots = tl.arange(0, SINK_ROWS)
+    return tl.where(slots < SINKS, first + slots, -1)
+
+
+@triton.jit
+def sink_mask(rows, sinks, first, chunk_first, W: tl.constexpr):
+    """A sink is seen once it has left the window."""
+    gone = (rows[:, None] - sinks[None, :] >= W) & (sinks >= 0)[None, :]
+    return gone & (first == chunk_first)[:, None]
+
+
+@triton.jit
+def read_mask(rows, first, total):
+    """Whom the recurrence of a mild chunk reads; in a steep one, nobody."""
+    begin = tl.where(tl.min(total) > LIMIT, first, NEVER)
+    return (rows[:, None] >= rows[None, :]) & (rows[None, :] >= begin[:, None])
+
+
+# --- feature map, gate and key ---
+
+
+@triton.jit
+def feature(x, columns, D: tl.constexpr, FEATURE: tl.constexpr):
+    """Softmax over the head, or nothing."""
+    if FEATURE == "softmax":
+        x = tl.where((columns < D)[None, :], x, -float("inf"))
+        x = tl.exp(x - tl.max(x, 1)[:, None])
+        x = x / tl.sum(x, 1)[:, None]
+    return x
+
+
+@triton.jit
+def feature_backward(x, dy, paired, columns, D: tl.constexpr, FEATURE: tl.constexpr):
+    """The gradient of `feature`'s input, from that of the result, or, for softmax, from result · gradient, `paired`:
+    what decays a key or query divides its gradient, so that the product needs no decay."""
+    if FEATURE == "softmax":
+        dx = paired - feature(x, columns, D, FEATURE) * tl.sum(paired, 1)[:, None]
+    else:
+        dx = dy
+    return dx
+
+
+@triton.jit
+def log_sigmoid(x):
+    """log σ(x), without overflow."""
+    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def sigmoid(x):
+    """σ(x), without overflow."""
+    return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 80.0)))
+
+
+@triton.jit
+def key_and_gate(k, inside, columns, decay, rate, lower, D: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr):
+    """The recurrence's key `[C, DP]` and log decay `[C, K]` from the key projection, both 0 past the sequence;
+    `rate` is one over the gate's temperature."""
+    if GATE == "hgrn2":
+        key = (1.0 - lower) * (1.0 - tl.exp(log_sigmoid(k) * rate))
+    else:
+        key = feature(k, columns, D, FEATURE)
+    if GATE == "gla":
+        log_g = log_sigmoid(k) * rate
+    elif GATE == "rwkv6":
+        log_g = -tl.exp(tl.minimum(k, 10.0)) * rate
+    elif GATE == "hgrn2":
+        log_g = tl.log(1.0 - key)
+    elif GATE == "lightning":
+        log_g = tl.zeros_like(tl.sum(k, 1, keep_dims=True)) + decay
+    else:
+        pooled = tl.sum(k, 1, keep_dims=True) / D
+        if GATE == "mlstm":
+            log_g = log_sigmoid(pooled) * rate
+        else:  # mamba2
+            step = -log_sigmoid(-pooled)
+            log_g = -step * rate
+            key = key * step
+    return tl.where(inside[:, None], key, 0.0), tl.where(inside[:, None], log_g, 0.0)
+
+
+@triton.jit
+def key_and_gate_backward(
+    k, dkey, paired, dlog_g, columns, rate, lower, D: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr
+):
+    """The gradient of the key projection; `paired` is key · dkey, as in `feature_backward`."""
+    if GATE == "gla":
+        dk = feature_backward(k, dkey, paired, columns, D, FEATURE) + dlog_g * sigmoid(-k) * rate
+    elif GATE == "rwkv6":
+        slope = tl.where(k <= 10.0, -tl.exp(tl.minimum(k, 10.0)) * rate, 0.0)
+        dk = feature_backward(k, dkey, paired, columns, D, FEATURE) + dlog_g * slope
+    elif GATE == "hgrn2":
+        kept = tl.exp(log_sigmoid(k) * rate)
+        slope = -(1.0 - lower) * kept * sigmoid(-k) * rate
+        dk = (dkey - dlog_g / (1.0 - (1.0 - lower) * (1.0 - kept))) * slope
+    elif GATE == "lightning":
+        dk = feature_backward(k, dkey, paired, columns, D, FEATURE)
+    else:
+        pooled = tl.sum(k, 1, keep_dims=True) / D
+        if GATE == "mlstm":
+            dpooled = dlog_g * sigmoid(-pooled) * rate
+        else:  # mamba2
+            step = -log_sigmoid(-pooled)
+            dstep = tl.where(step > 0.0, tl.sum(paired, 1, keep_dims=True) / step, 0.0) - dlog_g * rate
+            dpooled = dstep * sigmoid(pooled)
+            dkey = dkey * step
+        dk = feature_backward(k, dkey, paired, columns, D, FEATURE) + dpooled / D
+    return dk
+
+
+# --- decay within a chunk ---
+
+
+@triton.jit
+def running_sum(x, SCALAR: tl.constexpr, REVERSE: tl.constexpr = False):
+    """The sum of x `[C, K]` up to and with each token, or from it on. (Triton cannot scan a tile of width 1.)"""
+    if SCALAR:
+        i, t = tl.arange(0, CHUNK)[None, :], tl.arange(0, CHUNK)[:, None]
+        sums = tl.sum(tl.where(t >= i if REVERSE else t <= i, x, 0.0), 0)[:, None]
+    else:
+        sums = tl.cumsum(x, 0, reverse=REVERSE)
+    return sums
+
+
+@triton.jit
+def decays(
+    log_g, total, k, rows, columns, T, fixed, rate, lower,
+    STRIDE: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr, SCALAR: tl.constexpr,
+):  # fmt: skip
+    """What makes near queries of queries and near keys of keys, `[C, K]` each; `total` `[DP]` as `load_total`."""
+    to_query = running_sum(log_g, SCALAR)
+    if tl.min(total) > LIMIT:
+        middle = 0.5 * (tl.min(total) if SCALAR else total[None, :])
+        for_query = tl.exp(to_query - middle)
+        for_key = tl.exp(middle - to_query)
+    else:  # large sums are not subtracted: one -1e4 would swallow its neighbours
+        later = rows + 1
+        x = load_tile(k, later, columns, T, STRIDE, D).to(tl.float32)
+        inside = (later < T) & (later % CHUNK != 0)
+        _, log_after = key_and_gate(x, inside, columns, fixed, rate, lower, D, GATE, FEATURE)
+        for_query = tl.exp(to_query)
+        for_key = tl.exp(running_sum(log_after, SCALAR, True))
+    return for_query, for_key
+
+
+@triton.jit
+def load_total(totals, pair, chunks, chunk, columns, D: tl.constexpr):
+    """The log decay of a chunk `[DP]`, 0 past the head."""
+    return tl.load(totals + (pair * chunks + chunk) * D + columns, mask=columns < D, other=0.0)
+
+
+@triton.jit
+def state_factors(total):
+    """Two factors `[DP]` from a chunk's log decay. The state before a chunk is kept as kept = half · S, and after it
+    S = half · (whole · kept + near keysᵀ values)."""
+    mild = tl.min(total) > LIMIT
+    return tl.exp(tl.where(mild, 0.5 * total, 0.0)), tl.exp(tl.where(mild, 0.0, total))

@@ -1,0 +1,278 @@
+"""Kernels of Liger Attention against the equations: output, final state and every gradient.
+
+Without a GPU the kernels run in Triton's interpreter, in fp32.
+"""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from tiny import assert_close
+from torch import Tensor
+
+from linearize.config import MixerConfig
+from linearize.features import FEATURE_MAPS
+from linearize.ops import liger
+from linearize.ops.liger import Settings, first_tokens, fused, liger_attention, reference, unfused
+from linearize.structures import STRUCTURES
+from linearize.structures.base import Layer
+
+GPU = torch.cuda.is_available()
+TRITON = find_spec("triton") is not None
+if TRITON and not GPU:
+    import interpreted  # noqa: F401
+
+needs_triton = pytest.mark.skipif(not TRITON, reason="triton is not installed")
+needs_interpreter = pytest.mark.skipif(GPU or not TRITON, reason="Triton's interpreter is for machines without a GPU")
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+DEVICE = "cuda" if GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """What is allocated and not written is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=GPU)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def settings(gate: str = "gla", D: int = 16, **kwargs) -> Settings:
+    return Settings(**({"gate": gate, "scale": D**-0.5, "lower": 0.3} | kwargs))
+
+
+def inputs(T: int, B: int = 1, KV: int = 1, groups: int = 2, D: int = 16, spread: float = 1.0) -> list[Tensor]:
+    """q, k, v, mixing weights and a state."""
+    q, k, v = torch.randn(B, T, KV * groups, D), torch.randn(B, T, KV, D), torch.randn(B, T, KV, D)
+    return [q, spread * k, v, torch.rand(KV * groups), torch.randn(B, KV, D, D)]
+
+
+def rope(T: int, R: int = 16, B: int | None = None) -> tuple[Tensor, Tensor]:
+    """One set of random angles for all sequences, or one for each."""
+    angles = 3 * torch.randn(*(() if B is None else (B,)), T, R // 2).repeat(*(() if B is None else (1,)), 1, 2)
+    return angles.cos(), angles.sin()
+
+
+def documents(T: int, *rows: list[int]) -> Tensor:
+    """`first`, from where documents begin."""
+    document = torch.zeros(len(rows), T, dtype=torch.long)
+    for row, begins in zip(document, rows, strict=True):
+        row[begins] = 1
+    first = first_tokens(document.cumsum(1), None)
+    assert first is not None
+    return first
+
+
+def assert_is_the_equation(
+    given: list[Tensor],
+    fixed: Settings,
+    angles: tuple[Tensor, Tensor] | None = None,
+    first: Tensor | None = None,
+    operator=fused,
+    dtype: torch.dtype = torch.float32,
+    tolerance: float = 1e-5,
+) -> None:
+    given = [*(x.to(dtype) for x in given[:3]), *given[3:]]
+    decay = -torch.rand(given[1].shape[2])
+    move = (lambda x: None if x is None else x.to(DEVICE)) if operator is fused else (lambda x: x)
+    ours = [move(x).detach().clone().requires_grad_() for x in given]
+    truth = [x.double().requires_grad_() for x in given]
+    moved = None if angles is None else (move(angles[0]), move(angles[1]))
+    results = operator(*ours[:4], fixed, moved, ours[4], move(first), move(decay))
+    expected = reference(*truth[:4], fixed, angles, truth[4], first, decay)
+    weights = [torch.randn_like(x) for x in expected]
+    assert results[0].dtype == dtype
+    assert results[1].dtype == torch.float32
+    for result, other in zip(results, expected, strict=True):
+        assert_close(result.cpu(), other, tolerance)
+    sum((w * x.cpu().double()).sum() for w, x in zip(weights, results, strict=True)).backward()
+    sum((w * x).sum() for w, x in zip(weights, expected, strict=True)).backward()
+    for name, x, other in zip(("q", "k", "v", "mixing", "state"), ours, truth, strict=True):
+        assert x.grad is not None, name
+        assert_close(x.grad.cpu(), other.grad, tolerance)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("gate", liger.GATES)
+def test_every_gate(gate):
+    assert_is_the_equation(inputs(65, groups=3), settings(gate), rope(65))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("T", [1, 63, 64, 130])
+def test_lengths(T):
+    assert_is_the_equation(inputs(T), settings(), rope(T))
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("gate", "spread"),
+    [("gla", 4.0), ("gla", 20.0), ("gla", 1e4), ("rwkv6", 4.0), ("rwkv6", 20.0), ("hgrn2", 20.0), ("mlstm", 20.0)],
+)
+def test_any_decay(gate, spread):
+    """Decays from nothing to all in one sequence; a key of -1e4 is a log decay of -1e4 with `gla`."""
+    assert_is_the_equation(inputs(65, groups=1, spread=spread), settings(gate, temperature=1.0), rope(65))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("key", [-8.0, -20.0, -1e4])
+def test_the_same_decay_everywhere(key):
+    given = inputs(65, groups=1)
+    given[1] = key + torch.randn_like(given[1])
+    assert_is_the_equation(given, settings(temperature=1.0), rope(65))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("fixed", [{"sinks": 0}, {"sinks": 16, "window": 20}, {"feature_map": "none"}], ids=str)
+def test_settings(fixed):
+    assert_is_the_equation(inputs(70), settings(**fixed), rope(70))
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("D", "R"), [(16, 0), (16, 8), (12, 12), (24, 6)])
+def test_head_sizes_and_partial_rotation(D, R):
+    assert_is_the_equation(inputs(66, D=D), settings(D=D), rope(66, R) if R else None)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("gate", ["gla", "mamba2"])
+def test_documents_do_not_see_each_other(gate):
+    first = documents(130, [20, 23, 100], [64])
+    assert_is_the_equation(inputs(130, B=2, groups=1), settings(gate), rope(130), first)
+
+
+@needs_interpreter
+def test_documents_with_steep_decays():
+    fixed = settings("rwkv6", temperature=1.0)
+    assert_is_the_equation(inputs(130, groups=1, spread=4.0), fixed, rope(130), documents(130, [5, 40, 90]))
+
+
+@needs_interpreter
+def test_left_padding_and_angles_of_each_sequence():
+    valid = torch.arange(130) >= torch.tensor([[70], [5]])
+    given = inputs(130, B=2, groups=1)
+    assert_is_the_equation(given, settings(), rope(130, B=2), first_tokens(None, valid))
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("gate", "packed"), [("gla", True), ("gla", False), ("mlstm", False)])
+def test_segments(monkeypatch, gate, packed):
+    """A sequence cut into segments of two chunks, for one that has the device for itself."""
+    from linearize.ops import liger_fused
+
+    monkeypatch.setattr(liger_fused, "segments_of", lambda call, blocks: (-(-call.chunks // 2), 2))
+    first = documents(200, [70, 150]) if packed else None
+    assert_is_the_equation(inputs(200, groups=1), settings(gate), rope(200), first)
+
+
+@needs_interpreter
+def test_without_a_state_and_with_slices():
+    """No state is a state of zeros; tensors may be views."""
+    *given, state = inputs(65, KV=2)
+    fixed = settings()
+    expected = reference(*given, fixed, None, torch.zeros_like(state))
+    padded = [torch.nn.functional.pad(x, (0, 3))[..., :-3] for x in given[:3]]
+    for result, other in zip(fused(*padded, given[3], fixed), expected, strict=True):
+        assert_close(result, other)
+
+
+@pytest.mark.parametrize("gate", liger.GATES)
+def test_unfused_is_the_equation(gate):
+    first = documents(140, [20, 23, 100], [64])
+    given = inputs(140, B=2, groups=3)
+    assert_is_the_equation(given, settings(gate), rope(140, 8), first, unfused)
+    assert_is_the_equation(given, settings(gate), rope(140), None, unfused)
+
+
+@pytest.mark.parametrize("gate", liger.GATES)
+def test_gates_are_the_structures(gate):
+    q, k, v, *_ = inputs(5, KV=3)
+    layer = Layer(MixerConfig(), FEATURE_MAPS["softmax"], 3, 10, 3)
+    expected = STRUCTURES[gate].inputs(q, k, v, layer)
+    decay = expected.log_g[0, 0, :, 0] if gate == "lightning" else None
+    key, log_g = liger.GATES[gate](k, settings(gate), decay)
+    assert_close(key, expected.k)
+    assert_close(log_g, expected.log_g)
+
+
+def test_first_tokens():
+    document = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 2, 2]])
+    valid = torch.tensor([[False, False, True, True, True], [True, True, True, True, False]])
+    assert first_tokens(None, None) is None
+    assert documents(5, [2], [1, 3]).tolist() == [[0, 0, 2, 2, 2], [0, 1, 1, 3, 3]]
+    assert first_tokens(None, valid).tolist() == [[0, 1, 2, 2, 2], [0, 0, 0, 0, 4]]
+    assert first_tokens(document, valid).tolist() == [[0, 1, 2, 2, 2], [0, 1, 1, 3, 4]]
+
+
+def test_dispatch(monkeypatch):
+    called, result = [], unfused(*inputs(3)[:4], settings())
+    for name in ("fused", "unfused"):
+        monkeypatch.setattr(liger, name, lambda *_, name=name: (called.append(name), result)[1])
+    for reason in ("a reason", None):
+        monkeypatch.setattr(liger, "why_not_fused", lambda *_, reason=reason: reason)
+        liger_attention(*inputs(3)[:4], settings())
+    assert called == ["unfused", "fused"]
+
+
+@needs_gpu
+@pytest.mark.parametrize("given", [{"window": 65}, {"sinks": 17}, {"gate": "delta"}, {"feature_map": "relu"}], ids=str)
+def test_what_is_not_fused_is_said_once(given):
+    q, k, v, mixing, _ = (x.cuda() for x in inputs(3))
+    fixed = settings(**given)
+    assert "no kernel for" in str(liger.why_not_fused(q, k, v, fixed, None, None))
+    assert liger.why_not_fused(q, k, v, settings(), None, None) is None
+    liger.warn_once.cache_clear()
+    if given.get("gate") == "delta" or "feature_map" in given:
+        return
+    with pytest.warns(UserWarning, match="unfused"):
+        liger_attention(q, k, v, mixing, fixed)
+
+
+# --- on a GPU, in bf16 ---
+
+SHAPES = {"mha": {"KV": 2, "groups": 1}, "gqa": {"KV": 1, "groups": 3}}
+
+
+@needs_gpu
+@pytest.mark.parametrize("T", [1, 65, 1000])
+@pytest.mark.parametrize("D", [64, 96, 128])
+def test_gpu_lengths(D, T):
+    given = inputs(T, D=D, **SHAPES["gqa"])
+    assert_is_the_equation(given, settings(D=D), rope(T, D), dtype=torch.bfloat16, tolerance=5e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("gate", liger.GATES)
+@pytest.mark.parametrize("D", [64, 128])
+def test_gpu_gates(gate, D):
+    given = inputs(200, B=2, D=D, **SHAPES["mha"])
+    assert_is_the_equation(given, settings(gate, D=D), rope(200, D), dtype=torch.bfloat16, tolerance=5e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("gate", ["gla", "rwkv6"])
+@pytest.mark.parametrize("spread", [4.0, 20.0, 1e4])
+def test_gpu_any_decay(gate, spread):
+    given = inputs(200, D=64, spread=spread, **SHAPES["gqa"])
+    fixed = settings(gate, D=64, temperature=1.0, scale=0.01 / spread)
+    assert_is_the_equation(given, fixed, rope(200, 64), dtype=torch.bfloat16, tolerance=5e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("gate", ["gla", "mamba2"])
+def test_gpu_documents(gate):
+    given = inputs(300, B=2, D=64, **SHAPES["gqa"])
+    first = documents(300, [20, 23, 100], [64])
+    assert_is_the_equation(given, settings(gate, D=64), rope(300, 64), first, dtype=torch.bfloat16, tolerance=5e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gpu_other_precisions(dtype):
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-3
+    assert_is_the_equation(inputs(200, D=64), settings(D=64), rope(200, 64), dtype=dtype, tolerance=tolerance)
+
+
+@needs_gpu
+def test_gpu_segments():
+    given = inputs(4200, D=64, KV=1, groups=1)
+    assert_is_the_equation(given, settings(D=64), rope(4200, 64), dtype=torch.bfloat16, tolerance=5e-3)
