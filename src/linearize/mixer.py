@@ -10,9 +10,11 @@ from linearize.config import MixerConfig
 from linearize.errors import LinearizeError
 from linearize.families import Family, base_model_type, rotation
 from linearize.mixing import MIXINGS
+from linearize.ops import liger
 from linearize.ops.local import NEVER, Past, Scoring, Sinks, local_attention
 from linearize.recurrence import Recurrence
 from linearize.structures.base import Layer
+from linearize.structures.lightning import rates
 from linearize.tokens import Tokens
 
 
@@ -23,6 +25,14 @@ def _unrotated(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor
 def parts(attention: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
     """What an attention module holds itself, by name: its modules and its own parameters."""
     return dict(attention.named_children()) | dict(attention.named_parameters(recurse=False))
+
+
+def _rotates_halves(rotate: Any, size: int) -> bool:
+    """Whether a rotation pairs channel i with i + size/2, as the kernels do, and not neighbours."""
+    q, angles = (torch.linspace(0.5, 1.5, n, device="cpu") for n in (size, size // 2))
+    q = q.view(1, 1, 1, size)
+    cos, sin = (torch.cat([x, x]).view(1, 1, size) for x in (angles.cos(), angles.sin()))
+    return torch.allclose(rotate(q, q, cos, sin, unsqueeze_dim=2)[0], liger.rotate(q, cos, sin))
 
 
 class LinearizedAttention(nn.Module):
@@ -54,6 +64,7 @@ class LinearizedAttention(nn.Module):
             if config.local != "none":
                 self.mixing = MIXINGS[config.mixing](layer)
         self.ablated = False  # whether the recurrence is left out, to see what it does
+        self.layer, self.kernel = layer, self._kernel(layer)
         if not any(parameter.is_meta for parameter in self.parameters()):  # else: when there are values
             self.reset_parameters()
 
@@ -88,11 +99,15 @@ class LinearizedAttention(nn.Module):
         memory: Memory | None = None if cache is None else cache.memory
         q, k, v = self.family.project(self, hidden_states)
         rotated: tuple[Tensor, Tensor] = self.rotate(q, k, *position_embeddings, unsqueeze_dim=2)
-        output = normalizer = sinks = None
+        sinks = normalizer = None
         if self.config.local != "none":
             sinks = self.document_sinks(q, rotated[1], v, tokens, cache)
+        output, state = self.fused(q, k, v, position_embeddings, tokens, cache)
+        if state is not None:
+            memory = Memory(state)
+        elif sinks is not None:
             output, normalizer = self.local(*rotated, v, sinks, past, tokens)
-        if self.recurrence is not None and not self.ablated:
+        if self.recurrence is not None and not self.ablated and state is None:
             read, memory = self.recurrence(hidden_states, q, k, v, rotated, tokens, memory, past)
             output = self.mixed(read, output, normalizer, hidden_states)
         if cache is not None:
@@ -102,6 +117,57 @@ class LinearizedAttention(nn.Module):
         output = torch.zeros_like(q) if output is None else output
         output_projection = getattr(self, self.family.projections[-1])
         return output_projection(output.flatten(2).to(hidden_states.dtype)), None
+
+    def _kernel(self, layer: Layer) -> liger.Settings | str:
+        """What the fused kernels are to be told, or why there is none for such a layer."""
+        config, own = self.config, layer.config.model_dump()
+        plain: dict[str, Any] = {
+            "local": "window",
+            "score": "softmax",
+            "readout": "none",
+            "gate_source": "k",
+            "time_scales": None,
+        }
+        plain |= {"rope": "local", "convolution": None, "bonus": False}
+        name = "mlstm" if config.structure == "gated_retention" else config.structure
+        if others := [f"{key} {own[key]}" for key, value in plain.items() if own[key] != value]:
+            return f"no kernel for {', '.join(others)}"
+        if name not in liger.GATES or config.mixing not in ("fixed", "per_head"):
+            return f"no kernel for structure {name} with mixing {config.mixing}"
+        if self.family.softcap or self.family.null_logits or not _rotates_halves(self.rotate, self.head_dim):
+            return f"no kernel for the attention of {type(self.original).__name__}"
+        lower = layer.layer_idx / layer.num_layers
+        return liger.Settings(
+            name, self.scaling, config.gate_temperature, config.feature_map, config.window, config.sinks, lower
+        )
+
+    def fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: tuple[Tensor, Tensor],
+        tokens: Tokens,
+        cache: MixerCacheLayer | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Output and final state of both branches by one kernel: on a GPU, for a whole text; else nothing."""
+        if not q.is_cuda or self.recurrence is None or self.ablated:
+            return None, None
+        settings = self.kernel
+        reason = settings if isinstance(settings, str) else liger.why_not_fused(q, k, v, settings, tokens.first, rope)
+        if isinstance(settings, str) or reason is not None:
+            liger.warn_once(f"Liger Attention runs unfused, several times slower: {reason}")
+            return None, None
+        begins = cache is None or not cache.is_initialized
+        ends = cache is None or tokens.valid is None or bool(tokens.valid[:, -1].all())
+        if not begins or not ends or tokens.sink_rope is not None:  # a step, padding on the right, a very long text
+            return None, None
+        mixing: Any = self.mixing
+        decay = None
+        if self.config.structure == "lightning":
+            decay = -torch.tensor(rates(self.layer), device=q.device)
+        weights = mixing.weight if hasattr(mixing, "weight") else mixing.weights().to(q.device)
+        return liger.fused(q, k, v, weights, settings, rope, None, tokens.first, decay)
 
     def scoring(self) -> Scoring:
         """How queries and keys of the softmax branch become weights: as in the original, unless `score` says else."""

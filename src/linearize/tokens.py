@@ -10,6 +10,7 @@ from torch import Tensor
 
 from linearize.cache import MixerCacheLayer
 from linearize.errors import LinearizeError
+from linearize.ops.liger import first_tokens
 from linearize.ops.local import NEVER
 
 
@@ -42,6 +43,11 @@ class Tokens:
             return index - (index * begins).cummax(dim=1).values
         ones = torch.ones_like(self.real)[:, None].expand(-1, self.length) if self.valid is None else self.valid.long()
         return (self.real[:, None] - ones.sum(1, keepdim=True) + ones.cumsum(1) - 1).clamp(min=0)
+
+    @cached_property
+    def first(self) -> Int[Tensor, "B T"] | None:
+        """The first token of each token's document, as `ops.liger` takes it."""
+        return first_tokens(self.document, self.valid)
 
     @cached_property
     def sink_time_from_start(self) -> Int[Tensor, "B M"]:

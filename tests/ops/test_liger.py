@@ -12,6 +12,7 @@ from torch import Tensor
 
 from linearize.config import MixerConfig
 from linearize.features import FEATURE_MAPS
+from linearize.gates import pooled
 from linearize.ops import liger
 from linearize.ops.liger import Settings, first_tokens, fused, liger_attention, reference, unfused
 from linearize.structures import STRUCTURES
@@ -186,8 +187,10 @@ def test_unfused_is_the_equation(gate):
 @pytest.mark.parametrize("gate", liger.GATES)
 def test_gates_are_the_structures(gate):
     q, k, v, *_ = inputs(5, KV=3)
-    layer = Layer(MixerConfig(), FEATURE_MAPS["softmax"], 3, 10, 3)
-    expected = STRUCTURES[gate].inputs(q, k, v, layer)
+    layer = Layer(MixerConfig(structure=gate), 3, 10, 3, 3, k.shape[-1], 48)
+    softmax, structure = FEATURE_MAPS["softmax"], STRUCTURES[gate]
+    made = pooled(k, structure.gate_size(layer.config, k.shape[-1]))
+    expected = structure.inputs(softmax(q), softmax(k), v, made, layer)
     decay = expected.log_g[0, 0, :, 0] if gate == "lightning" else None
     key, log_g = liger.GATES[gate](k, settings(gate), decay)
     assert_close(key, expected.k)

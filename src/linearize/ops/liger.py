@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from linearize.ops import gated_linear, local
-from linearize.ops.local import NEVER, Sinks
+from linearize.ops.local import NEVER, Scoring, Sinks
 
 Output = tuple[Float[Tensor, "B T H D"], Float[Tensor, "B KV D D"]]
 Rope = tuple[Float[Tensor, "... T R"], Float[Tensor, "... T R"]]  # cos and sin, as rotate-half takes them
@@ -161,7 +161,7 @@ def compose(
     first: Tensor | None,
     decay: Tensor | None,
     recurrence: Callable[..., tuple[Tensor, Tensor]],
-    attention: Callable[..., Tensor],
+    attention: Callable[..., tuple[Tensor, Any]],
 ) -> Output:
     """Both branches by the given operators, and their mixture."""
     key, log_g = GATES[settings.gate](wide(k), settings, decay)
@@ -169,7 +169,7 @@ def compose(
     recurrent, state = recurrence(FEATURES[settings.feature_map](wide(q)), key, v, log_g, state, document)
     q, k = (x if rope is None else rotate(x, *rope) for x in (q, k))
     sinks = sinks_of(k, v, settings.sinks, document)
-    windowed = attention(q, k, v, settings.window, settings.scale, sinks, document=document)
+    windowed, _ = attention(q, k, v, settings.window, Scoring(settings.scale), sinks, document=document)
     w = mixing[:, None].to(windowed.dtype)
     return w * recurrent.to(windowed.dtype) + (1 - w) * windowed, state
 

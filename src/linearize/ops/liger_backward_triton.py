@@ -135,9 +135,10 @@ def query_gradients_kernel(
         dfar = share * far * (dfar - read[:, None])
         dturned += product(dfar, sink_key, DTYPE)
         slots, at = tl.arange(0, SINK_ROWS), (index * chunks + chunk) * SINKS * D
-        dfar_key = tl.trans(product(tl.trans(query), dfar, DTYPE))
+        # sinks as rows: with them as 16 columns of a transposed product, Triton 3.6 reads past its shared memory
+        dfar_key = product(tl.trans(dfar), query, DTYPE)
         store_tile(dsink_key + at, slots, columns, dfar_key, SINKS, D, D)
-        dfar_values = tl.trans(product(tl.trans(dout), (1.0 - w) * far, DTYPE))
+        dfar_values = product(tl.trans((1.0 - w) * far), dout, DTYPE)
         store_tile(dsink_values + at, slots, columns, dfar_values, SINKS, D, D)
 
     da = tl.where(read_mask(rows, starts, total), down, 0.0)
