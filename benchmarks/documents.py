@@ -69,10 +69,10 @@ def _entries(folder: Path, indent: str, deep: bool) -> Iterator[str]:
     paths = sorted(path for path in folder.iterdir() if path.name not in SKIPPED and not path.name.startswith("."))
     for path in (*(p for p in paths if p.is_file()), *(p for p in paths if p.is_dir())):
         if path.is_file() and path.name != "__init__.py" and (deep or folder.name != "tests"):
-            yield f"{indent}{path.name}".ljust(28) + _says(path)
+            yield f"{indent}{path.name} ".ljust(32) + _says(path)
         elif path.is_dir() and deep:
             init = path / "__init__.py"
-            yield f"{indent}{path.name}/".ljust(28) + (_says(init) if init.exists() else "")
+            yield f"{indent}{path.name}/ ".ljust(32) + (_says(init) if init.exists() else "")
             yield from _entries(path, indent + "  ", deep)
 
 
@@ -139,6 +139,36 @@ def operators() -> str:
             lines.append(f"| {name} | {'forward + backward' if backward else 'forward'} | {' | '.join(cells)} |")
     made = f"{data['hardware']}, {_versions(data['versions'])}, commit {data['commit']}"
     return "\n".join([*lines, "", f"Milliseconds, median of {len(data['rows'][0]['seconds'])}; {made}."])
+
+
+def kernels() -> str:
+    """Milliseconds of fused Liger Attention on a GPU, beside causal softmax attention's and the floor."""
+    data = json.loads((RESULTS / "kernels_h100.json").read_text(encoding="utf-8"))
+    found: dict[tuple[int, ...], dict[tuple[str, bool], dict[str, Any]]] = {}
+    for row in data["rows"]:
+        shape = tuple(row[name] for name in ("B", "T", "H", "KV", "D"))
+        found.setdefault(shape, {})[row["operator"], row["backward"]] = row
+    operators = [name for name in dict.fromkeys(row["operator"] for row in data["rows"]) if name != "causal softmax"]
+    lines = ["| B × T, heads, D | pass | floor | causal softmax | " + " | ".join(operators) + " |"]
+    lines.append("| --- | --- | ---: | ---: |" + " ---: |" * len(operators))
+    for (B, T, H, KV, D), rows in found.items():
+        for backward in (False, True):
+            base = rows.get(("causal softmax", backward))
+            cells = [_milliseconds(rows.get((name, backward)), base) for name in operators]
+            any_row = next((row for (_, b), row in rows.items() if b == backward), None)
+            if any_row is not None:
+                start = f"| {B} × {T:,}, {H}/{KV}, {D} | {'forward + backward' if backward else 'forward'} | "
+                lines.append(f"{start}{1000 * any_row['floor']:.2f} | {_milliseconds(base)} | {' | '.join(cells)} |")
+    made = f"{data['hardware']}, {_versions(data['versions'])}, commit {data['commit']}"
+    return "\n".join([*lines, "", f"Milliseconds, median; {made}. {data.get('note', '')}".rstrip()])
+
+
+def _milliseconds(row: dict[str, Any] | None, base: dict[str, Any] | None = None) -> str:
+    """With how many times faster than `base` it is."""
+    if row is None or not row["seconds"]:
+        return "–"
+    ours = median(row["seconds"])
+    return f"{1000 * ours:.2f}" + (f" ({median(base['seconds']) / ours:.1f}×)" if base else "")
 
 
 def recipe_keys() -> str:
@@ -217,6 +247,7 @@ def families() -> str:
         special += [f"`{row.softcap}` on scores"] if row.softcap else []
         special += [f"`{row.null_logits}`: one more score for each head"] if row.null_logits else []
         special += ["rotates the first channels"] if row.rotates_first else []
+        special += [] if row.rotates_halves else ["no fused kernel for its RoPE"]
         made = f"`{row.project.__name__}`" if row.project is not plain.project else ""
         layers = ", ".join(f"`{layer}`" for layer in row.projections) if row.projections != plain.projections else ""
         lines.append(f"| `{name}` | `{row.prefix}…` | {made} | {layers} | {'; '.join(special)} |")
@@ -303,6 +334,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "default": default_table,
     "screening": screening,
     "operators": operators,
+    "kernels": kernels,
     "recipe-keys": recipe_keys,
     "mixer-keys": mixer_keys,
     "report-keys": report_keys,

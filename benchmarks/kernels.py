@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.results import provenance, write
 from linearize.ops.liger import Settings, fused, unfused
 
 
@@ -44,7 +45,7 @@ UNFUSED = [SHAPES[0], SHAPES[2]]  # one for each head size; slow, and more token
 
 
 def main() -> None:
-    """Time every shape until the time is up, and write what there is."""
+    """Time every shape until the time is up, and write what there is after each of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=300, help="begin nothing after this long")
@@ -64,9 +65,7 @@ def main() -> None:
             row["floor"] = moved(shape, backward) / copy
             rows.append(row)
             print(describe(row), flush=True)
-    from benchmarks.results import provenance, write
-
-    write(arguments.out, {**provenance(), "copy_bytes_per_second": copy, "rows": rows})
+            write(arguments.out, {**provenance(), "copy_bytes_per_second": copy, "rows": rows})
 
 
 def sides(shape: Shape) -> dict[str, Callable[..., Tensor]]:

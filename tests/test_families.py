@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMH
 from linearize import LinearizeError, convert, families, revert
 from linearize.convert import attention_of, decoder, mixers
 from linearize.evaluate.perplexity import score
-from linearize.families import Head, as_they_are, family_of, separate
+from linearize.families import FAMILIES as ROWS
+from linearize.families import Head, as_they_are, family_of, rotation, separate
+from linearize.ops.liger import rotate
 from linearize.recipe import LoraSettings
 from linearize.train.distill import distill_loss
 from linearize.train.trainer import with_lora
@@ -267,3 +269,14 @@ def test_a_family_without_a_row_is_told_what_one_needs():
             LinearizeError, match=r"'gpt2' in families.py; a row needs .*docs/families.md.*valid: cohere"
         ):
             refuse(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_say_how_channels_are_paired(family):
+    q, angles = torch.randn(1, 3, 2, 8), torch.randn(1, 3, 4)
+    cos, sin = (torch.cat([x, x], dim=-1) for x in (angles.cos(), angles.sin()))
+    try:
+        rotated, _ = rotation(ROWS[family], family)(q, q, cos, sin, unsqueeze_dim=2)
+    except RuntimeError:  # it takes a cos for each pair
+        rotated = torch.zeros_like(q)
+    assert torch.allclose(rotated, rotate(q, cos, sin), atol=1e-6) == ROWS[family].rotates_halves

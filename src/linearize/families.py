@@ -94,16 +94,17 @@ class Family(NamedTuple):
     softcap: str | None = None  # the attention's attribute that bounds its scores
     null_logits: str | None = None  # the attention's parameter of one more score for each head
     rotates_first: bool = False  # `apply_rotary_pos_emb` is for the first channels alone, as many as cos has
+    rotates_halves: bool = True  # it pairs channel i with i + size / 2, with a cos for each, as fused kernels do
     separates_documents: bool = True  # by position ids that start over, in its own softmax layers
 
 
 FAMILIES = {  # by transformers' model_type
-    "cohere": Family("Cohere", separate_with_optional_norms, logits=multiplied),
+    "cohere": Family("Cohere", separate_with_optional_norms, logits=multiplied, rotates_halves=False),
     "gemma": Family("Gemma"),
     "gemma2": Family("Gemma2", logits=softcapped, softcap="attn_logit_softcapping"),
     "gemma3_text": Family("Gemma3", separate_with_norms, logits=softcapped),  # its attention has a softcap unused
-    "glm4": Family("Glm4"),
-    "gpt_oss": Family("GptOss", null_logits="sinks", separates_documents=False),
+    "glm4": Family("Glm4", rotates_halves=False),
+    "gpt_oss": Family("GptOss", null_logits="sinks", rotates_halves=False, separates_documents=False),
     "granite": Family("Granite", logits=divided),
     "llama": Family("Llama"),
     "mistral": Family("Mistral"),

@@ -27,14 +27,6 @@ def parts(attention: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
     return dict(attention.named_children()) | dict(attention.named_parameters(recurse=False))
 
 
-def _rotates_halves(rotate: Any, size: int) -> bool:
-    """Whether a rotation pairs channel i with i + size/2, as the kernels do, and not neighbours."""
-    q, angles = (torch.linspace(0.5, 1.5, n, device="cpu") for n in (size, size // 2))
-    q = q.view(1, 1, 1, size)
-    cos, sin = (torch.cat([x, x]).view(1, 1, size) for x in (angles.cos(), angles.sin()))
-    return torch.allclose(rotate(q, q, cos, sin, unsqueeze_dim=2)[0], liger.rotate(q, cos, sin))
-
-
 class LinearizedAttention(nn.Module):
     """Takes an attention module's place and its submodules, under their names: nothing is copied.
 
@@ -121,20 +113,14 @@ class LinearizedAttention(nn.Module):
     def _kernel(self, layer: Layer) -> liger.Settings | str:
         """What the fused kernels are to be told, or why there is none for such a layer."""
         config, own = self.config, layer.config.model_dump()
-        plain: dict[str, Any] = {
-            "local": "window",
-            "score": "softmax",
-            "readout": "none",
-            "gate_source": "k",
-            "time_scales": None,
-        }
-        plain |= {"rope": "local", "convolution": None, "bonus": False}
+        plain: dict[str, Any] = {"local": "window", "score": "softmax", "readout": "none", "rope": "local"}
+        plain |= {"gate_source": "k", "time_scales": None, "convolution": None, "bonus": False}
         name = "mlstm" if config.structure == "gated_retention" else config.structure
         if others := [f"{key} {own[key]}" for key, value in plain.items() if own[key] != value]:
             return f"no kernel for {', '.join(others)}"
         if name not in liger.GATES or config.mixing not in ("fixed", "per_head"):
             return f"no kernel for structure {name} with mixing {config.mixing}"
-        if self.family.softcap or self.family.null_logits or not _rotates_halves(self.rotate, self.head_dim):
+        if self.family.softcap or self.family.null_logits or not self.family.rotates_halves:
             return f"no kernel for the attention of {type(self.original).__name__}"
         lower = layer.layer_idx / layer.num_layers
         return liger.Settings(
@@ -146,17 +132,18 @@ class LinearizedAttention(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        rope: tuple[Tensor, Tensor],
+        angles: tuple[Tensor, Tensor],
         tokens: Tokens,
         cache: MixerCacheLayer | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Output and final state of both branches by one kernel: on a GPU, for a whole text; else nothing."""
-        if not q.is_cuda or self.recurrence is None or self.ablated:
+        if self.recurrence is None or self.ablated:
             return None, None
-        settings = self.kernel
+        settings, rope = self.kernel, None if self.rotate is _unrotated else angles
         reason = settings if isinstance(settings, str) else liger.why_not_fused(q, k, v, settings, tokens.first, rope)
         if isinstance(settings, str) or reason is not None:
-            liger.warn_once(f"Liger Attention runs unfused, several times slower: {reason}")
+            if q.is_cuda:
+                liger.warn_once(f"Liger Attention runs unfused, several times slower: {reason}")
             return None, None
         begins = cache is None or not cache.is_initialized
         ends = cache is None or tokens.valid is None or bool(tokens.valid[:, -1].all())

@@ -1,0 +1,89 @@
+"""Models with the fused kernels, which the interpreter runs on a CPU, against the same models without them."""
+
+import pytest
+import torch
+from tiny import assert_close, ids, logits, tiny
+from transformers import DynamicCache
+
+from linearize import convert
+from linearize.ops import liger
+
+pytest.importorskip("triton", reason="the kernels are Triton's")
+if torch.cuda.is_available():
+    pytest.skip("the kernels' fp32 is the interpreter's", allow_module_level=True)
+import interpreted  # noqa: F401
+
+SETTINGS = {"mixing_weight": 0.4, "sinks": 3}
+calls = []
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Switches the kernels on, and counts their calls."""
+    run = liger.fused
+
+    def count(*arguments):
+        calls.append(arguments)
+        return run(*arguments)
+
+    def switch() -> None:
+        calls.clear()
+        monkeypatch.setattr(liger, "why_not_fused", lambda *_: None)
+        monkeypatch.setattr(liger, "fused", count)
+
+    return switch
+
+
+def model(structure: str, family: str = "llama", **settings):
+    return convert(tiny(family, head_dim=16), structure=structure, layers="0,1", **SETTINGS | settings).eval()
+
+
+@pytest.mark.parametrize("structure", ["gla", "gated_retention", "mamba2", "lightning"])
+@torch.no_grad()
+def test_a_model_gives_the_same(structure, fused):
+    converted = model(structure)
+    packed = torch.cat([torch.arange(40), torch.arange(35)])[None]
+    mask = (torch.arange(75) >= 9).long()[None]
+    given = [{}, {"position_ids": packed}, {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}]
+    expected = [logits(converted, ids(1, 75), use_cache=False, **kwargs) for kwargs in given]
+    fused()
+    for kwargs, truth in zip(given, expected, strict=True):
+        assert_close(logits(converted, ids(1, 75), use_cache=False, **kwargs)[:, 9:], truth[:, 9:])
+    assert len(calls) == 6
+
+
+@torch.no_grad()
+def test_decoding_goes_on_from_a_fused_prompt(fused):
+    converted = model("gla")
+    expected = logits(converted, ids(1, 75), use_cache=False)
+    fused()
+    cache = DynamicCache(config=converted.config)
+    parts = [logits(converted, part, past_key_values=cache) for part in ids(1, 75).split([70, 1, 4], dim=1)]
+    assert_close(torch.cat(parts, dim=1), expected)
+    assert len(calls) == 2
+
+
+def test_gradients_are_the_same(fused):
+    found = []
+    for switch in (lambda: None, fused):
+        switch()
+        converted = model("gla")
+        converted(ids(1, 70), labels=ids(1, 70, seed=1)).loss.backward()
+        found.append({name: p.grad for name, p in converted.named_parameters() if "attn" in name})
+    for name, gradient in found[0].items():
+        assert_close(found[1][name], gradient, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"readout": "rms"}, "no kernel for readout rms"),
+        ({"structure": "deltanet"}, "no kernel for structure deltanet with mixing per_head"),
+        ({"mixing": "data_dependent"}, "no kernel for structure gla with mixing data_dependent"),
+        ({"family": "gemma2"}, "no kernel for the attention of Gemma2Attention"),
+        ({"family": "glm4"}, "no kernel for the attention of Glm4Attention"),
+    ],
+)
+def test_layers_without_a_kernel_say_why(settings, reason):
+    converted = model(**{"structure": "gla", **settings})
+    assert converted.model.layers[0].self_attn.kernel == reason
