@@ -208,14 +208,18 @@ def settings() -> str:
 
 def refusals() -> str:
     """Why a value is refused where it is."""
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, tuple[dict[str, None], dict[str, None]]] = {}  # to settings and structures, in order
     for setting, value in _grid():
         for name in STRUCTURES:
             if reason := _refusal(name, setting, value):
-                shown = f"`{setting}: {json.dumps(value).strip(chr(34))}`"
-                told = reasons.setdefault(reason.replace(f"{setting} {value} has no effect: ", ""), [])
-                told.extend([] if shown in told else [shown])
-    return "\n".join(f"- {', '.join(what)}: {reason}." for reason, what in reasons.items())
+                reason = re.sub(rf"^{setting} \S+ has no effect: |, not of {name}$", "", reason)
+                reason = reason.replace(f"{setting} {value} ", "it ").replace(name, "the structure")
+                what, where = reasons.setdefault(reason, ({}, {}))
+                what[f"`{setting}: {json.dumps(value).strip(chr(34))}`"] = where[f"`{name}`"] = None
+    return "\n".join(
+        f"- {', '.join(what)}, with {', '.join(where) if len(where) < 5 else 'the others'}: {reason}."
+        for reason, (what, where) in reasons.items()
+    )
 
 
 def _grid() -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""Liger Attention: a gated recurrence and a softmax window on one set of projections (arXiv 2503.01496, eq. 8-10)."""
+"""Liger Attention: a gated recurrence and a softmax window on one set of projections (arXiv 2503.01496)."""
 
 from typing import Any
 
@@ -137,7 +137,7 @@ class LinearizedAttention(nn.Module):
         cache: MixerCacheLayer | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Output and final state of both branches by one kernel: on a GPU, for a whole text; else nothing."""
-        if self.recurrence is None or self.ablated:
+        if self.recurrence is None or self.ablated or (cache is not None and cache.is_initialized):
             return None, None
         settings, rope = self.kernel, None if self.rotate is _unrotated else angles
         reason = settings if isinstance(settings, str) else liger.why_not_fused(q, k, v, settings, tokens.first, rope)
@@ -145,9 +145,8 @@ class LinearizedAttention(nn.Module):
             if q.is_cuda:
                 liger.warn_once(f"Liger Attention runs unfused, several times slower: {reason}")
             return None, None
-        begins = cache is None or not cache.is_initialized
-        ends = cache is None or tokens.valid is None or bool(tokens.valid[:, -1].all())
-        if not begins or not ends or tokens.sink_rope is not None:  # a step, padding on the right, a very long text
+        padded_right = cache is not None and tokens.valid is not None and not bool(tokens.valid[:, -1].all())
+        if padded_right or tokens.sink_rope is not None:  # no state to go on from; a very long text
             return None, None
         mixing: Any = self.mixing
         decay = None

@@ -1,4 +1,4 @@
-"""How the recurrence and the local branch become one output, by name (Liger, arXiv 2503.01496, eq. 10)."""
+"""How the recurrence and the local branch become one output, by name (Liger, arXiv 2503.01496)."""
 
 import math
 from typing import Any

@@ -41,27 +41,6 @@ class Settings(NamedTuple):
     lower: float = 0.0  # hgrn2's least decay
 
 
-def liger_attention(
-    q: Float[Tensor, "B T H D"],
-    k: Float[Tensor, "B T KV D"],
-    v: Float[Tensor, "B T KV D"],
-    mixing: Float[Tensor, "H"],
-    settings: Settings,
-    rope: Rope | None = None,
-    state: Float[Tensor, "B KV D D"] | None = None,
-    first: Int[Tensor, "B T"] | None = None,
-    decay: Float[Tensor, "KV"] | None = None,
-) -> Output:
-    """By the fused kernels where they can, else composed of `local_attention` and `gated_linear`: output in q's dtype,
-    final state in fp32. `decay` is lightning's log decay of each head."""
-    reason = why_not_fused(q, k, v, settings, first, rope)
-    if reason is None:
-        return fused(q, k, v, mixing, settings, rope, state, first, decay)
-    if q.is_cuda:
-        warn_once(f"Liger Attention runs unfused, several times slower: {reason}")
-    return unfused(q, k, v, mixing, settings, rope, state, first, decay)
-
-
 def why_not_fused(
     q: Tensor, k: Tensor, v: Tensor, settings: Settings, first: Tensor | None, rope: Rope | None
 ) -> str | None:
@@ -98,17 +77,20 @@ def warn_once(message: str) -> None:
 
 
 def fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mixing: Tensor,
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B T KV D"],
+    v: Float[Tensor, "B T KV D"],
+    mixing: Float[Tensor, "H"],
     settings: Settings,
     rope: Rope | None = None,
-    state: Tensor | None = None,
-    first: Tensor | None = None,
-    decay: Tensor | None = None,
+    state: Float[Tensor, "B KV D D"] | None = None,
+    first: Int[Tensor, "B T"] | None = None,
+    decay: Float[Tensor, "KV"] | None = None,
 ) -> Output:
-    """By the Triton kernels, whatever `why_not_fused` says."""
+    """By the Triton kernels, which `why_not_fused` must have nothing against: output in q's dtype, final state in fp32.
+
+    `decay` is lightning's log decay of each head.
+    """
     from linearize.ops.liger_fused import run
 
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()

@@ -282,7 +282,7 @@ def run(
     first: Tensor | None,
     decay: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `liger.liger_attention`, of contiguous tensors."""
+    """As `liger.fused`, of contiguous tensors."""
     mixing = mixing.float().contiguous()
     initial = no_state(k) if state is None else state.float().contiguous()
     cos, sin = (mixing, mixing) if rope is None else (x.contiguous() for x in rope)  # an argument that nothing reads
