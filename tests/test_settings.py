@@ -181,6 +181,9 @@ def test_a_list_is_spread_over_the_depth():
     assert [layer.structure for layer in layers] == ["gla"] * 2 + ["lightning"] * 2 + ["gla"] * 2
     assert [layer.window for layer in layers] == [8] * 3 + [64] * 3  # without effect there: the default
     assert settings.values("structure") == ["gla", "lightning"]
+    assert settings.widest_window() == 8
+    assert MixerSettings({"local": "none"}).widest_window() == 0
+    assert MixerSettings({"local": ["none", "block"], "window": [9, 3]}).widest_window() == 3
     own = MixerSettings({"window": [3, 4, 5]})
     assert [own.layer(index, 3).window for index in range(3)] == [3, 4, 5]
     with pytest.raises(LinearizeError, match="window lists 3 values for 2 layers"):

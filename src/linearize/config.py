@@ -174,7 +174,7 @@ class MixerSettings(RootModel[dict[str, Any]]):
         for name, value in values.items():
             if value == ():
                 raise LinearizeError(f"{name} is an empty list; give a value, or one for each part of the depth")
-        places = math.lcm(*(len(value) for value in values.values() if isinstance(value, tuple)))
+        places = _places(values)
         problems = []
         for place in range(places):
             here = {name: _at(value, place, places) for name, value in values.items()}
@@ -198,14 +198,21 @@ class MixerSettings(RootModel[dict[str, Any]]):
         """A copy with other values."""
         return MixerSettings(self.root | settings)
 
-    def largest(self, name: str) -> int:
-        """The largest value of a setting that is a number."""
-        return max(self.values(name))
+    def widest_window(self) -> int:
+        """Tokens of the widest window or block in any layer; 0 where no layer has one."""
+        places = _places(self.root)
+        layers = [{name: _at(value, place, places) for name, value in self.root.items()} for place in range(places)]
+        return max(layer["window"] * (layer["local"] != "none") for layer in layers)
 
     def values(self, name: str) -> list[Any]:
         """The different values of a setting, in the order of layers."""
         value = self.root[name]
         return list(dict.fromkeys(value)) if isinstance(value, tuple) else [value]
+
+
+def _places(values: Mapping[str, Any]) -> int:
+    """Into how many parts the depth falls."""
+    return math.lcm(*(len(value) for value in values.values() if isinstance(value, tuple)))
 
 
 def _at(value: Any, index: int, count: int) -> Any:

@@ -291,7 +291,7 @@ def _stages(recipe: Recipe) -> dict[str, tuple[StageSettings, Loss]]:
 def _measure(recipe: Recipe, base: Base, variants: dict[str, Trained]) -> Report:
     assert base.heldout is not None
     untrained = build(recipe, recipe.mixer, base.teacher).eval()
-    models = {name: (unwrapped(v.student).eval(), v.tokens, v.mixer.largest("window")) for name, v in variants.items()}
+    models = {name: (unwrapped(v.student).eval(), v.tokens, v.mixer.widest_window()) for name, v in variants.items()}
     curves = [curve for v in variants.values() for curve in v.curves]
     return evaluate(recipe, base.teacher, base.heldout, untrained, models, curves)
 

@@ -40,7 +40,7 @@ def evaluate(
         scores = score(model, heldout, name.replace("_", " "))
         results[name] = summarize(scores, expected, bucket, trained_tokens=tokens, window=window)
 
-    add("untrained", untrained, 0, recipe.mixer.largest("window"))
+    add("untrained", untrained, 0, recipe.mixer.widest_window())
     for name, variant in variants.items():
         add(name, *variant)
     ours = variants["converted"][0]
