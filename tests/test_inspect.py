@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 from linearize import MixerConfig, convert
 from linearize.cache import MixerCacheLayer, cache_bytes
-from linearize.inspect import equal_memory_window, inspect, recurrent_bytes
+from linearize.inspect import _runs, equal_memory_window, inspect, recurrent_bytes
 from linearize.structures import STRUCTURES
 
 BOOKKEEPING = ("valid", "sink_time", "real")  # a few bytes of masks and counts, not spoken of
@@ -82,3 +82,8 @@ def test_a_model_of_the_equal_window_weighs_the_same():
     baseline = convert(tiny().bfloat16(), structure="none", window=window, sinks=3)
     assert bytes_of(ours, 50) == bytes_of(baseline, 50)
     assert recurrent_bytes(config, 2, 8) == 512
+
+
+def test_layers_that_differ_have_rows_of_their_own():
+    model = convert(tiny(num_hidden_layers=4), layers="0-2", window=[4, 9])
+    assert _runs(inspect(model)) == [(0, 1), (2, 2), (3, 3)]

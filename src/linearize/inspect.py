@@ -101,12 +101,12 @@ def show(name: str, contexts: list[int]) -> None:
         f"{name}: {found.family}, {len(found.layers)} layers, {len(found.converted)} converted, "
         f"{found.parameters:,} parameters ({found.new_parameters:,} new)"
     )
-    if found.converted:
-        console.print(str(mixers(model)[0].config))
+    for config in dict.fromkeys(mixer.config for mixer in mixers(model)):
+        console.print(str(config))
     table = Table("layers", "attention", "bytes/token", "original", "window bytes/sequence", "state bytes/sequence")
-    for first, last, converted in _runs(found):
+    for first, last in _runs(found):
         new, old = found.layers[first], found.original[first]
-        name = "liger" if converted else "softmax"
+        name = "liger" if first in found.converted else "softmax"
         span = str(first) if first == last else f"{first}-{last}"
         table.add_row(span, name, f"{new.per_token:,}", f"{old.per_token:,}", f"{new.window:,}", f"{new.states:,}")
     console.print(table)
@@ -120,13 +120,15 @@ def show(name: str, contexts: list[int]) -> None:
     console.print(table)
 
 
-def _runs(found: Inspection) -> list[tuple[int, int, bool]]:
-    """Neighbouring layers that are alike: first, last, converted."""
-    runs: list[tuple[int, int, bool]] = []
-    for index in range(len(found.layers)):
-        converted = index in found.converted
-        if runs and runs[-1][2] == converted:
-            runs[-1] = (runs[-1][0], index, converted)
+def _runs(found: Inspection) -> list[tuple[int, int]]:
+    """Neighbouring layers that are alike: first and last."""
+    kinds = [
+        (index in found.converted, found.layers[index], found.original[index]) for index in range(len(found.layers))
+    ]
+    runs: list[tuple[int, int]] = []
+    for index, kind in enumerate(kinds):
+        if runs and kind == kinds[runs[-1][1]]:
+            runs[-1] = (runs[-1][0], index)
         else:
-            runs.append((index, index, converted))
+            runs.append((index, index))
     return runs
