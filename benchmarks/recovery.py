@@ -1,15 +1,20 @@
 """How much of the teacher comes back, by recipe: rows of (recipe, overrides), each trained and scored once.
 
-    python -m benchmarks.recovery ROWS.yaml --data TEXT --heldout TEXT --out docs/results/recovery.json
+    python -m benchmarks.recovery --recipes default window-only lolcats-like --out docs/results/recovery.json
+    python -m benchmarks.recovery ROWS.yaml --data TEXT --heldout TEXT --out docs/results/screening.json
 
 ROWS.yaml (`benchmarks/screening.yaml` is one) maps a row's name to `--set` overrides of the default recipe; those under
-`common` come first in each. Finished rows are kept, so that an interrupted run goes on where it was; results are
-printed and written as they come.
+`common` come first in each, and `recipe=NAME` starts from another recipe. Finished rows are kept, so that an
+interrupted run goes on where it was; results are printed and written as they come. Several GPUs take rows in turn.
 """
 
 import argparse
 import json
+import os
 import time
+import traceback
+from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,61 +27,134 @@ from linearize.checkpoint import unwrapped
 from linearize.evaluate import recurrence_off
 from linearize.evaluate.layers import layer_statistics
 from linearize.evaluate.perplexity import Scores, score, summarize
+from linearize.inspect import inspect
+from linearize.recipe import Recipe
 from linearize.run import Base, load_base, train_variant
 from linearize.train.data import heldout_sequences, load_documents, tokenize
+
+BUCKET = 64
 
 
 def main() -> None:
     """Run the rows that have no result yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=Path)
+    parser.add_argument("rows", type=Path, nargs="?")
+    parser.add_argument("--recipes", nargs="+", default=[], help="shipped recipes or files, each a row")
+    parser.add_argument("--only", nargs="+", help="these rows alone, in this order")
     parser.add_argument("--data", default="wiki")
     parser.add_argument("--heldout", default="wiki")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024], help="tokens of held-out sequences")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("out/recovery"))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further row after this long")
+    parser.add_argument("--devices", type=int, default=1, help="GPUs that take rows in turn")
+    parser.add_argument("--workers", type=int, default=1, help="rows at once on each GPU, which one row leaves half idle")
     arguments = parser.parse_args()
-    started = time.perf_counter()
     results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {**provenance(), "rows": {}}
-    base = expected = None
-    rows = yaml.safe_load(arguments.rows.read_text())
-    results["common"] = common = rows.pop("common", [])
-    for name, own in rows.items():
-        overrides = [*common, *own]
-        if name in results["rows"] or time.perf_counter() - started > arguments.seconds:
-            continue
-        given = [f"data.train={arguments.data}", f"data.heldout={arguments.heldout}", *overrides]
-        recipe = recipes.read("default", given)
-        base = base or load_base(recipe)
-        heldout = _heldout(recipe, base)
-        if expected is None:
-            expected = score(base.teacher, heldout, "teacher")
-            results["teacher"] = summarize(expected, None, 32).model_dump(exclude={"loss_by_position"})
-            print("teacher", _line(results["teacher"]), flush=True)
-        results["rows"][name] = {"set": overrides, **_row(recipe, base, heldout, expected, arguments.work / name)}
-        print(name, _line(results["rows"][name]), flush=True)
+    rows = read_rows(arguments)
+    missing = {name: given for name, given in rows.items() if "late_loss" not in results["rows"].get(name, {})}
+    until = time.time() + arguments.seconds
+    todo = [(name, given, list(rows.values()), arguments, until) for name, given in missing.items()]
+    for name, row in _in_turn(todo, arguments.devices, arguments.workers):
+        if name == "teacher":
+            results["teacher"] = row
+        else:
+            results["rows"][name] = {"set": rows[name], **row}
+        print(name, _line(row), flush=True)
         write(arguments.out, results)
 
 
-def _heldout(recipe: recipes.Recipe, base: Base) -> torch.Tensor:
+def read_rows(arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """Overrides by row, those under `common` first."""
+    rows = {name: [f"recipe={name}"] for name in arguments.recipes}
+    given = yaml.safe_load(arguments.rows.read_text()) if arguments.rows else {}
+    common = given.pop("common", [])
+    rows |= {name: [*common, *own] for name, own in given.items()}
+    return rows if arguments.only is None else {name: rows[name] for name in arguments.only}
+
+
+def _in_turn(todo: list[Any], devices: int, workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Results as they come: of this process, or of several for each GPU."""
+    if devices * workers == 1:
+        for task in todo:
+            yield from run_row(*task)
+        return
+    context = get_context("spawn")
+    tasks, found = context.SimpleQueue(), context.SimpleQueue()
+    for task in [*todo, *[None] * devices * workers]:
+        tasks.put(task)
+    for number in range(devices * workers):
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % devices)  # read when the process starts
+        context.Process(target=_work_off, args=(tasks, found), daemon=True).start()
+    for _ in range(devices * workers):
+        yield from iter(found.get, None)
+
+
+def _work_off(tasks: Any, found: Any) -> None:
+    for task in iter(tasks.get, None):
+        for result in run_row(*task):
+            found.put(result)
+    found.put(None)
+
+
+_kept: dict[str, Any] = {}  # of this process: what all rows share
+
+
+def run_row(
+    name: str, given: list[str], every: list[list[str]], arguments: argparse.Namespace, until: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Train and score one row; before a process's first one, the teacher. What fails is told in its result."""
+    if time.time() > until:
+        return
+    recipe = recipe_of(given, arguments)
+    try:
+        if not _kept:
+            base = _base([recipe_of(row, arguments) for row in every])
+            heldout = [_heldout(recipe, base, length) for length in arguments.lengths]
+            expected = [score(base.teacher, sequences, "teacher") for sequences in heldout]
+            _kept.update(base=base, heldout=heldout, expected=expected)
+            yield "teacher", _losses(arguments.lengths, expected, expected)
+        yield name, _row(recipe, arguments.lengths, arguments.work / name)
+    except Exception as error:  # whatever it is, other rows do not depend on it
+        traceback.print_exc()
+        yield name, {"error": f"{type(error).__name__}: {error}"[:500]}
+
+
+def recipe_of(given: list[str], arguments: argparse.Namespace) -> Recipe:
+    """The recipe of a row."""
+    source = next((item.removeprefix("recipe=") for item in given if item.startswith("recipe=")), "default")
+    own = [item for item in given if not item.startswith("recipe=")]
+    return recipes.read(source, [f"data.train={arguments.data}", f"data.heldout={arguments.heldout}", *own])
+
+
+def _base(every: list[Recipe]) -> Base:
+    """The teacher, and training tokens for the row that needs most."""
+
+    def most(recipe: Recipe) -> int:
+        return max((stage.tokens for stage in (recipe.align, recipe.distill) if stage is not None), default=0)
+
+    longest = max(every, key=most)
+    return load_base(longest, train=most(longest) > 0)
+
+
+def _heldout(recipe: Recipe, base: Base, length: int) -> torch.Tensor:
     documents = tokenize(load_documents(recipe.data.heldout, "heldout"), base.tokenizer)
-    return heldout_sequences(documents, recipe.evaluation.sequence_length, recipe.evaluation.sequences)
+    return heldout_sequences(documents, length, recipe.evaluation.sequences)
 
 
-def _row(recipe: recipes.Recipe, base: Base, heldout: torch.Tensor, expected: Scores, work: Path) -> dict[str, Any]:
+def _row(recipe: Recipe, lengths: list[int], work: Path) -> dict[str, Any]:
+    base, heldout, expected = _kept["base"], _kept["heldout"], _kept["expected"]
     trained = train_variant(recipe, "converted", base, work)
     model = unwrapped(trained.student).eval()
-    scores = score(model, heldout)
-    measured = summarize(scores, expected, 32, trained_tokens=trained.tokens)
-    row = measured.model_dump(exclude={"loss_by_position", "window"}) | {
-        "seconds": {c.stage: c.seconds for c in trained.curves}
-    }
-    row["late_by_sequence"] = score_late(scores)
+    row = _losses(lengths, [score(model, sequences) for sequences in heldout], expected)
+    row["tokens"] = trained.tokens
+    row["seconds"] = {curve.stage: curve.seconds for curve in trained.curves}
     row["last_losses"] = {curve.stage: curve.loss[-1] for curve in trained.curves}
+    row["new_parameters"] = inspect(model).new_parameters
     if recipe.mixer.values("structure") != ["none"]:
         with recurrence_off(model):
-            row["late_loss_recurrence_off"] = summarize(score(model, heldout), expected, 32).late_loss
-        layers = layer_statistics(model, heldout[0])
+            row["late_loss_recurrence_off"] = summarize(score(model, heldout[0]), expected[0], BUCKET).late_loss
+        layers = layer_statistics(model, heldout[0][0])
         row["mean_mixing"] = sum(sum(x.mixing) / len(x.mixing) for x in layers) / len(layers)
         row["mean_decay_tokens"] = sum(sum(x.decay_tokens) / len(x.decay_tokens) for x in layers) / len(layers)
     if torch.cuda.is_available():
@@ -85,15 +163,23 @@ def _row(recipe: recipes.Recipe, base: Base, heldout: torch.Tensor, expected: Sc
     return row
 
 
-def score_late(scores: Scores) -> list[float]:
-    """The late loss of each sequence, for intervals."""
+def _losses(lengths: list[int], scores: list[Scores], expected: list[Scores]) -> dict[str, Any]:
+    """The first length in numbers of its own; the late loss of every sequence of all lengths, for intervals."""
+    row = summarize(scores[0], expected[0], BUCKET).model_dump(include={"perplexity", "early_loss", "late_loss"})
+    row["agreement"] = (scores[0].greedy == expected[0].greedy).double().mean().item()
+    row["late"] = {str(length): late_by_sequence(given) for length, given in zip(lengths, scores, strict=True)}
+    return row
+
+
+def late_by_sequence(scores: Scores) -> list[float]:
+    """The late loss of each sequence."""
     return [round(x, 4) for x in scores.loss[:, (scores.loss.shape[1] + 1) // 2 :].double().mean(1).tolist()]
 
 
 def _line(row: dict[str, Any]) -> str:
     keys = ("perplexity", "early_loss", "late_loss", "late_loss_recurrence_off", "agreement", "mean_mixing", "peak_gib")
     line = " ".join(f"{key}={row[key]:.4f}" for key in keys if row.get(key) is not None)
-    return f"{line} {row.get('seconds', '')}"
+    return f"{line} {row.get('seconds', '')} {row.get('error', '')}"
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""Distillation steps end to end: tokens per second and peak memory, with and without the fused kernels.
+"""Distillation end to end: tokens per second, peak memory, and what a step spends outside GPU work.
 
     python -m benchmarks.train --out docs/results/train_h100.json
+    python -m benchmarks.train --length 32768 --batch 1 --out docs/results/train_h100.json
 
-The student has the default model's shape (SmolLM2-135M) and random weights, and so has its teacher; tokens are random,
-a step is forward, loss and backward of everything, in bf16 autocast on a GPU. `--documents` are packed into each
-sequence.
+The student has the default model's shape (SmolLM2-135M) and random weights, and so has its teacher; tokens are random
+and packed into documents. Every side goes through the same `linearize.train.trainer.train` with LoRA of rank 32, in
+bf16 autocast on a GPU: "original attention" is the unconverted model as its own student. The teacher's forward pass is
+timed apart in each. Sides of one length are kept when the command is given again for another.
 """
 
 import argparse
-import copy
+import json
 import statistics
+import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,18 +21,26 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainerCallback
 
 from benchmarks.results import provenance, write
 from linearize import convert
+from linearize.convert import decoder, document_masks
 from linearize.mixer import LinearizedAttention
+from linearize.recipe import DistillSettings, LoraSettings
+from linearize.train import trainer
+from linearize.train.compiled import compiled_layers
 from linearize.train.distill import distill_loss
 
-SIDES = {  # settings of the student, and whether the fused kernels may run
-    "gla": ({"structure": "gla"}, True),
-    "gla, chunked": ({"structure": "gla"}, False),
-    "mamba2": ({"structure": "mamba2"}, True),
+WARM = 4  # steps before those that are timed
+SIDES: dict[str, tuple[dict[str, Any] | None, bool]] = {  # the student's settings, and whether fused kernels may run
+    "original attention": (None, True),
     "window only": ({"structure": "none"}, True),
+    "gla": ({"structure": "gla"}, True),
+    "mamba2": ({"structure": "mamba2"}, True),
+    "gated_deltanet": ({"structure": "gated_deltanet", "readout": "rms", "gate_source": "learned"}, True),
+    "gla, chunked": ({"structure": "gla"}, False),
 }
 
 
@@ -38,23 +49,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--documents", type=int, default=4)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--documents", type=int, default=4, help="packed into each sequence")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     arguments = parser.parse_args()
-    teacher, batch = random_model(arguments.layers), random_batch(arguments)
-    rows: list[dict[str, Any]] = []
-    for name, (settings, fused) in SIDES.items():
-        seconds, loss, peak = measure(teacher, settings, fused, batch, arguments.steps)
-        speed = arguments.batch * arguments.length / statistics.median(seconds)
-        print(f"{name:14} {speed:10,.0f} tokens/s, peak {peak / 2**30:5.1f} GiB, loss {loss:.5f}", flush=True)
-        rows.append({"side": name, "seconds": seconds, "loss": loss, "peak_bytes": peak})
-        shape = {key: value for key, value in vars(arguments).items() if key != "out"}
-        write(arguments.out, {**provenance(), **shape, "rows": rows})
+    results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {**provenance(), "rows": []}
+    teacher = random_model(arguments.layers, arguments.length)
+    shape = {key: getattr(arguments, key) for key in ("batch", "length", "documents", "layers")}
+    for name in arguments.sides:
+        try:
+            row = {"side": name, **shape, **measure(name, teacher, arguments)}
+            print(f"{name:20} {_line(row)}", flush=True)
+        except torch.OutOfMemoryError as error:
+            row = {"side": name, **shape, "error": str(error).splitlines()[0]}
+            print(f"{name:20} {row['error']}", flush=True)
+        same = {"side": name, **shape}.items()
+        results["rows"] = [*(old for old in results["rows"] if not same <= old.items()), row]
+        write(arguments.out, results)
 
 
-def random_model(layers: int) -> PreTrainedModel:
+def random_model(layers: int, length: int) -> PreTrainedModel:
     """SmolLM2-135M's shape."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -64,42 +80,105 @@ def random_model(layers: int) -> PreTrainedModel:
         num_hidden_layers=layers,
         num_attention_heads=9,
         num_key_value_heads=3,
-        max_position_embeddings=8192,
+        max_position_embeddings=max(8192, length),
         tie_word_embeddings=True,
     )
     return LlamaForCausalLM(config).to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def random_batch(arguments: argparse.Namespace) -> dict[str, Tensor]:
-    """`input_ids`, `position_ids` and `targets`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ids = torch.randint(0, 49152, (arguments.batch, arguments.length), device=device)
-    positions = torch.arange(arguments.length, device=device) % (arguments.length // arguments.documents)
-    return {"input_ids": ids, "position_ids": positions.expand_as(ids).contiguous(), "targets": ids.roll(-1, dims=1)}
+def random_sequences(count: int, length: int, documents: int) -> list[dict[str, Tensor]]:
+    """`input_ids`, `position_ids` and `targets` of each sequence."""
+    ids = torch.randint(0, 49152, (count, length))
+    positions = torch.arange(length) % (length // documents)
+    return [{"input_ids": row, "position_ids": positions, "targets": row.roll(-1)} for row in ids]
 
 
-def measure(
-    teacher: PreTrainedModel, settings: dict[str, Any], fused: bool, batch: dict[str, Tensor], steps: int
-) -> tuple[list[float], float, int]:
-    """Seconds of each step after two that warm up, the loss, and the most bytes that were held on a GPU."""
-    gpu = torch.cuda.is_available()
-    student = convert(copy.deepcopy(teacher), mixing_weight=0.1, **settings).train()
-    cast: AbstractContextManager[Any] = torch.autocast("cuda", torch.bfloat16) if gpu else nullcontext()
-    unfused = nullcontext() if fused else patch.object(LinearizedAttention, "fused", lambda *_: (None, None))
-    seconds, loss = [], torch.zeros(())
-    if gpu:
+class _Clock(TrainerCallback):
+    """Seconds of every step, and a profile of the last ones."""
+
+    def __init__(self, profiled: int) -> None:
+        self.ends: list[float] = []
+        self.profiled = profiled
+        self.profile = profile(activities=[ProfilerActivity.CUDA] if torch.cuda.is_available() else None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After the optimizer's."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+        if state.global_step == state.max_steps - self.profiled:
+            self.profile.start()
+        if state.global_step == state.max_steps:
+            self.profile.stop()
+
+
+def measure(name: str, teacher: PreTrainedModel, arguments: argparse.Namespace, profiled: int = 2) -> dict[str, Any]:
+    """Seconds of each step after those that warm up, and of the teacher's part; the most bytes held on a GPU; and the
+    share of the profiled steps in which the GPU did nothing."""
+    settings, fused = SIDES[name]
+    student = trainer.shared_copy(teacher)
+    if settings is not None:
+        student = convert(student, mixing_weight=0.1, **settings)
+    wrapped = trainer.with_lora(student, LoraSettings())
+    steps = WARM + arguments.steps + profiled
+    tokens = steps * arguments.batch * arguments.length
+    sequences = random_sequences(steps * arguments.batch, arguments.length, arguments.documents)
+    stage = DistillSettings(tokens=tokens, batch_size=arguments.batch, save_every=0)
+    unfused: AbstractContextManager[Any] = (
+        nullcontext() if fused else patch.object(LinearizedAttention, "fused", lambda *_: (None, None))
+    )
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with unfused:
-        for _ in range(steps + 2):
+    clock = _Clock(profiled)
+    with unfused, tempfile.TemporaryDirectory() as folder:
+        curve = trainer.train(
+            "distill", name, wrapped, teacher, distill_loss, sequences, stage, Path(folder), 0, [clock]
+        )
+    times = [after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False)]
+    seconds = times[WARM - 1 : WARM - 1 + arguments.steps]
+    events = clock.profile.events() or []
+    busy = sum(event.device_time_total for event in events if event.device_type.name == "CUDA") / 1e6
+    kernels: dict[str, float] = {}
+    for event in events:
+        if event.device_type.name == "CUDA":
+            kernels[event.name[:80]] = kernels.get(event.name[:80], 0) + event.device_time_total / 1e6 / profiled
+    return {
+        "seconds": seconds,
+        "teacher_seconds": _teacher_seconds(teacher, sequences[: arguments.batch], arguments.steps),
+        "first_step_seconds": curve.seconds - (clock.ends[-1] - clock.ends[0]),
+        "idle": max(0.0, 1 - busy / profiled / statistics.median(seconds)) if busy else None,
+        "kernels": dict(sorted(kernels.items(), key=lambda item: -item[1])[:12]),
+        "loss": curve.loss[-1],
+        "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+    }
+
+
+def _teacher_seconds(teacher: PreTrainedModel, sequences: list[dict[str, Tensor]], steps: int) -> list[float]:
+    gpu = torch.cuda.is_available()
+    ids, positions = (
+        torch.stack([s[key] for s in sequences]).to(teacher.device) for key in ("input_ids", "position_ids")
+    )
+    seconds = []
+    cast: AbstractContextManager[Any] = torch.autocast("cuda", torch.bfloat16) if gpu else nullcontext()
+    with torch.no_grad(), cast, compiled_layers(teacher):
+        for _ in range(WARM + steps):
             start = time.perf_counter()
-            student.zero_grad(set_to_none=True)
-            with cast:
-                loss = distill_loss(student, teacher, batch)
-            loss.backward()
+            masks = document_masks(teacher, ids, positions)
+            decoder(teacher)(input_ids=ids, position_ids=positions, attention_mask=masks, use_cache=False)
             if gpu:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
-    return seconds[2:], loss.item(), torch.cuda.max_memory_allocated() if gpu else 0
+    return seconds[WARM:]
+
+
+def _line(row: dict[str, Any]) -> str:
+    speed = row["batch"] * row["length"] / statistics.median(row["seconds"])
+    idle = "" if row["idle"] is None else f", idle {row['idle']:.0%}"
+    return (
+        f"{speed:10,.0f} tokens/s, step {1000 * statistics.median(row['seconds']):7.1f} ms, teacher "
+        f"{1000 * statistics.median(row['teacher_seconds']):6.1f} ms, peak {row['peak_bytes'] / 2**30:5.1f} GiB{idle}, "
+        f"loss {row['loss']:.5f}, first step {row['first_step_seconds']:.1f} s"
+    )
 
 
 if __name__ == "__main__":

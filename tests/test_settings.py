@@ -20,7 +20,7 @@ VALUES = {  # others than the default of each setting
     "sinks": [0],
     "score": ["softplus_reweighted"],
     "score_power": [2],
-    "feature_map": ["hedgehog", "l2", "relu", "elu", "none"],
+    "feature_map": ["hedgehog", "linear", "l2", "relu", "elu", "none"],
     "readout": ["rms", "denominator", "gated"],
     "gate_source": ["v", "learned"],
     "gate_temperature": [2.0],

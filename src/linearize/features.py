@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import initialization
 
 FeatureMap = Callable[[Tensor], Tensor]
+RANK = 16  # of the linear map
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ def identity(x: Tensor) -> Tensor:
 
 
 FEATURE_MAPS: dict[str, FeatureMap] = {"softmax": softmax, "l2": l2, "relu": relu, "elu": elu, "none": identity}
-SIGNED = ("l2", "none")  # maps whose values may be negative
+SIGNED = ("l2", "none", "linear")  # maps whose values may be negative
 
 
 class Hedgehog(nn.Module):
@@ -59,9 +60,34 @@ class Hedgehog(nn.Module):
         return torch.cat([x.softmax(dim=-1), (-x).softmax(dim=-1)], dim=-1)
 
 
+class Linear(nn.Module):
+    """`x + U V x` with U and V of rank `RANK` for each head, U = 0 at the start: queries and keys of the recurrence's
+    own, by fewer parameters than projections have."""
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        rank = min(RANK, head_dim)
+        self.down = nn.Parameter(torch.empty(heads, head_dim, rank))
+        self.up = nn.Parameter(torch.empty(heads, rank, head_dim))
+
+    def reset_parameters(self) -> None:
+        """The identity; V is random, always the same."""
+        random = torch.randn(self.down.shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        initialization.copy_(self.down, random / self.down.shape[1] ** 0.5)
+        initialization.zeros_(self.up)
+
+    def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H D"]:
+        """In fp32."""
+        low = torch.einsum("bthd,hdr->bthr", x.float(), self.down.float())
+        return x.float() + torch.einsum("bthr,hre->bthe", low, self.up.float())
+
+
+LEARNED = {"hedgehog": Hedgehog, "linear": Linear}
+
+
 def feature_map(name: str, heads: int, head_dim: int) -> FeatureMap:
     """The feature map called `name`; a module where it is learned."""
-    return Hedgehog(heads, head_dim) if name == "hedgehog" else FEATURE_MAPS[name]
+    return LEARNED[name](heads, head_dim) if name in LEARNED else FEATURE_MAPS[name]
 
 
 def feature_size(name: str, head_dim: int) -> int:

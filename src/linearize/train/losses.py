@@ -1,6 +1,7 @@
 """Plain loss functions over tensors."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,12 @@ def distillation_sums(
     return total
 
 
+@cache
+def _compiled_sums() -> Callable[..., Tensor]:
+    """`distillation_sums` without its many passes over logits."""
+    return torch.compile(distillation_sums)
+
+
 def distillation_loss(
     student_hidden: Float[Tensor, "N hidden"],
     teacher_hidden: Float[Tensor, "N hidden"] | None,
@@ -46,11 +53,13 @@ def distillation_loss(
     that student's and teacher's full logits never exist, and nothing is computed twice.
     """
 
+    sums = _compiled_sums() if student_hidden.is_cuda else distillation_sums
+
     def chunk_loss(hidden: Tensor, start: int) -> Tensor:
         part = slice(start, start + rows)
         with torch.no_grad():
             expected = None if teacher_hidden is None else teacher_head(teacher_hidden[part])
-        return distillation_sums(student_head(hidden[part]), expected, targets[part], kl_weight) / count
+        return sums(student_head(hidden[part]), expected, targets[part], kl_weight) / count
 
     count = (targets != IGNORED).sum().clamp(min=1)
     starts = range(0, len(targets), rows)

@@ -4,7 +4,7 @@ import copy
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from linearize.families import family_of
 from linearize.files import MARKER, new_folder, verify_folder
 from linearize.recipe import LoraSettings, StageSettings
 from linearize.results import Curve
+from linearize.train.compiled import compiled_layers
 
 Loss = Callable[[PreTrainedModel, PreTrainedModel, dict[str, Tensor]], Tensor]
 Batch = dict[str, Tensor]
@@ -83,7 +84,8 @@ class LinearizeTrainer(Trainer):
         groups = [{"params": others, "lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}]
         if mixing:
             groups.append({"params": mixing, "lr": self.mixing_learning_rate, "weight_decay": 0.0})
-        self.optimizer = torch.optim.AdamW(groups, betas=(self.args.adam_beta1, self.args.adam_beta2))
+        betas, fused = (self.args.adam_beta1, self.args.adam_beta2), torch.cuda.is_available()
+        self.optimizer = torch.optim.AdamW(groups, betas=betas, fused=fused)
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
@@ -189,6 +191,7 @@ def train(
     settings: StageSettings,
     folder: Path,
     seed: int,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Curve:
     """Run `stage` of the variant `name` on packed `sequences` (`train.data.pack`); return its curve.
 
@@ -208,11 +211,12 @@ def train(
         arguments,
         settings.mixing_learning_rate,
         train_dataset=sequences,
-        callbacks=[_Progress(f"{stage} {name}", tokens_per_step, tokens), _FiniteGradients()],
+        callbacks=[_Progress(f"{stage} {name}", tokens_per_step, tokens), _FiniteGradients(), *callbacks],
     )
     last, started = newest_checkpoint(folder), time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        with compiled_layers(base, teacher):
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
     except torch.OutOfMemoryError as error:
         raise LinearizeError(
             f"out of GPU memory in {stage} with batch_size {settings.batch_size}; lower it and raise accumulate, "

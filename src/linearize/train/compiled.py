@@ -1,0 +1,31 @@
+"""A training step in fewer kernels: what a decoder layer does around its attention, by `torch.compile` on a GPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from linearize.convert import attention_of, decoder
+
+
+@contextmanager
+def compiled_layers(*models: PreTrainedModel) -> Iterator[None]:
+    """Norms and MLPs of `models` compiled meanwhile; nothing on a CPU, where that would take longer than it saves.
+
+    Layers are alike, so that one compilation serves all of them: some 10 s for the first step. Attention stays as it
+    is: the mixers bring kernels of their own, and alignment listens to the teacher's.
+    """
+    found = [part for model in models if model.device.type == "cuda" for part in _parts(model)]
+    for part in found:
+        part.compile(dynamic=False)
+    try:
+        yield
+    finally:
+        for part in found:
+            part._compiled_call_impl = None  # torch has no public way back
+
+
+def _parts(model: PreTrainedModel) -> Iterator[nn.Module]:
+    for index, layer in enumerate(decoder(model).layers):
+        yield from (part for part in layer.children() if part is not attention_of(model, index))
