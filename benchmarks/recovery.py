@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/recovery"))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further row after this long")
     parser.add_argument("--devices", type=int, default=1, help="GPUs that take rows in turn")
-    parser.add_argument("--workers", type=int, default=1, help="rows at once on each GPU, which one row leaves half idle")
+    parser.add_argument("--workers", type=int, default=1, help="rows at once on each GPU")
     arguments = parser.parse_args()
     results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {**provenance(), "rows": {}}
     rows = read_rows(arguments)
@@ -80,7 +80,7 @@ def _in_turn(todo: list[Any], devices: int, workers: int) -> Iterator[tuple[str,
             yield from run_row(*task)
         return
     context = get_context("spawn")
-    tasks, found = context.SimpleQueue(), context.SimpleQueue()
+    tasks, found = context.Queue(), context.Queue()
     for task in [*todo, *[None] * devices * workers]:
         tasks.put(task)
     for number in range(devices * workers):

@@ -274,7 +274,13 @@ def _prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         adopt(past, plan["layers"], config.num_hidden_layers)
         layer = past.layers[plan["layers"][0]]
     tokens = describe(
-        tuple(inputs.shape[:2]), most_sinks(plan), inputs.device, kwargs.get("attention_mask"), positions, layer
+        tuple(inputs.shape[:2]),
+        most_sinks(plan),
+        inputs.device,
+        kwargs.get("attention_mask"),
+        positions,
+        layer,
+        kwargs.pop("documents", None),
     )
     if tokens.document is not None:
         if kwargs.get("past_key_values") is not None:

@@ -62,11 +62,13 @@ def describe(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     past: MixerCacheLayer | None = None,
+    documents: int | None = None,
 ) -> Tokens:
     """The tokens of a call of `shape` (B, T), after those that `past` saw.
 
     `attention_mask` is 2-D, 0 at padding. Packed documents are known, as in transformers, by position ids that start
-    over where there is neither a padding mask nor a cache.
+    over where there is neither a padding mask nor a cache. Whoever knows how many `documents` a row has at most says
+    so, and nothing here waits for the GPU.
     """
     B, T = shape
     start = past.get_seq_length() if past is not None else 0
@@ -86,10 +88,12 @@ def describe(
     if start > 0:
         assert past is not None
         return _continue(T, past, valid)
-    if attention_mask is None and position_ids is not None and T > 1:
+    if attention_mask is None and position_ids is not None and T > 1 and documents != 1:
         document = (position_ids[:, 1:] != position_ids[:, :-1] + 1).cumsum(1)
-        if bool(document.any()):
-            return _packed(torch.nn.functional.pad(document, (1, 0)).expand(B, T).contiguous(), sinks)
+        documents = int(document.max()) + 1 if documents is None else documents
+        if documents > 1:
+            document = torch.nn.functional.pad(document, (1, 0)).expand(B, T).contiguous()
+            return _packed(document, sinks, documents)
     time = torch.arange(sinks, device=device).expand(B, sinks)
     if valid is None and sinks <= T:
         real = torch.full((B,), T, device=device)
@@ -116,10 +120,10 @@ def _fill_slots(T: int, real_before: Tensor, sink_time: Tensor, valid: Tensor | 
     return Tokens(valid, None, index.clamp(max=T - 1), new, time, None, count[:, -1], start, T, sinks)
 
 
-def _packed(document: Tensor, sinks: int) -> Tokens:
+def _packed(document: Tensor, sinks: int, documents: int) -> Tokens:
     """Each document of a row has sinks of its own; rows with fewer documents leave slots empty."""
     B, T = document.shape
-    number = torch.arange(int(document.max()) + 1, device=document.device).expand(B, -1).contiguous()
+    number = torch.arange(documents, device=document.device).expand(B, -1).contiguous()
     first, end = torch.searchsorted(document, number), torch.searchsorted(document, number, right=True)
     index = first[..., None] + torch.arange(sinks, device=document.device)
     there = index < end[..., None]

@@ -55,10 +55,10 @@ def killed_at(call: int, loss=distill_loss):
     """`loss`, with the interrupt of an impatient person at the given call."""
     calls = iter(range(call))
 
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         if next(calls, None) is None:
             raise KeyboardInterrupt
-        return loss(*args)
+        return loss(*args, **kwargs)
 
     return interrupted
 
@@ -156,7 +156,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, stage, lora):
             Job(tmp_path, lora, stage, killed_at(call, STAGES[stage]), seed, save_every=2).train()
     assert newest_checkpoint(tmp_path / "work").name == "checkpoint-8"
     calls = []
-    counted = lambda *args: (calls.append(1), STAGES[stage](*args))[1]  # noqa: E731
+    counted = lambda *args, **told: (calls.append(1), STAGES[stage](*args, **told))[1]  # noqa: E731
     resumed = Job(tmp_path, lora, stage, counted, seed=9, save_every=2)
     curve = resumed.train()
     assert len(calls) == STEPS - 8
@@ -209,7 +209,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, stage):
     calls = iter(range(100))
 
-    def loss(student, teacher, batch):
+    def loss(student, teacher, batch, documents):
         if next(calls) == 4:
             weight = next(p for name, p in student.named_parameters() if "layers.1" in name and "lora_B" in name)
             weight.data[0] = torch.nan
@@ -224,7 +224,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, stage):
 def test_a_gradient_that_is_not_a_number_stops_before_it_reaches_the_weights(tmp_path):
     calls = iter(range(100))
 
-    def poisoned(student, teacher, batch):
+    def poisoned(student, teacher, batch, documents):
         value = distill_loss(student, teacher, batch)
         if next(calls) == 4:
             value.register_hook(lambda gradient: gradient * torch.nan)

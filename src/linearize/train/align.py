@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.utils.import_utils import is_cuda_stream_capturing
 
 from linearize.convert import attention_of, decoder, document_masks, mixers, most_sinks
 from linearize.mixer import LinearizedAttention
@@ -14,26 +15,31 @@ from linearize.train.losses import relative_error
 
 
 def align_loss(
-    student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor], checkpointing: bool = False
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batch: dict[str, Tensor],
+    checkpointing: bool = False,
+    documents: int | None = None,
 ) -> Tensor:
     """Mean over converted layers of ‖mixer - attention‖² / ‖attention‖².
 
     One teacher pass gives every layer its input and its target, so layers learn side by side and no gradient runs
-    from one to the next; with `checkpointing` one layer's graph at a time is in memory.
+    from one to the next; with `checkpointing` one layer's graph at a time is in memory. `documents` is how many are
+    packed into a row at most, where that is known.
     """
     layers = mixers(student)
     seen = _watch(teacher, [mixer.layer_idx for mixer in layers], batch)
-    sinks, losses = most_sinks(student.config.linearize), []
+    shape, sinks, losses = batch["input_ids"].shape, most_sinks(student.config.linearize), []
     for mixer in layers:
         kwargs, target = seen.pop(mixer.layer_idx)
-        tokens = describe(batch["input_ids"].shape, sinks, target.device, position_ids=batch["position_ids"])
+        tokens = describe(shape, sinks, target.device, position_ids=batch["position_ids"], documents=documents)
         inputs = (mixer, kwargs["hidden_states"], kwargs["position_embeddings"], tokens)
         if checkpointing:
             output = checkpoint(_run, *inputs, use_reentrant=False)
         else:
             output = _run(*inputs)
         loss = relative_error(output, target)
-        if not torch.isfinite(loss):
+        if not is_cuda_stream_capturing() and not torch.isfinite(loss):
             raise FloatingPointError(f"the attention output of layer {mixer.layer_idx}")
         losses.append(loss)
     return torch.stack(losses).mean()

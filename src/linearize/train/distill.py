@@ -4,21 +4,29 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearize.convert import decoder, document_masks
+from linearize.convert import decoder, document_masks, is_linearized
 from linearize.families import Head
 from linearize.train.losses import distillation_loss
 
 
 def distill_loss(
-    student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor], kl_weight: float = 1.0
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batch: dict[str, Tensor],
+    kl_weight: float = 1.0,
+    documents: int | None = None,
 ) -> Tensor:
-    """a·KL(teacher ‖ student) + (1-a)·next token, a = `kl_weight`, mean over tokens; 0 needs no teacher."""
+    """a·KL(teacher ‖ student) + (1-a)·next token, a = `kl_weight`, mean over tokens; 0 needs no teacher.
+
+    `documents` is how many are packed into a row at most, where that is known.
+    """
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
     teacher_hidden = None
     if kl_weight > 0:
         with torch.no_grad():
             masks = document_masks(teacher, batch["input_ids"], batch["position_ids"])
             teacher_hidden = decoder(teacher)(**inputs, attention_mask=masks).last_hidden_state.flatten(0, 1)
-    student_hidden = decoder(student)(**inputs).last_hidden_state.flatten(0, 1)
+    told = {"documents": documents} if is_linearized(student) else {}
+    student_hidden = decoder(student)(**inputs, **told).last_hidden_state.flatten(0, 1)
     heads = Head(student), Head(teacher)
     return distillation_loss(student_hidden, teacher_hidden, *heads, batch["targets"].flatten(), kl_weight)

@@ -23,9 +23,9 @@ from linearize.files import MARKER, new_folder, verify_folder
 from linearize.recipe import LoraSettings, StageSettings
 from linearize.results import Curve
 from linearize.train.compiled import compiled_layers
+from linearize.train.graph import Batch, Graphed
 
-Loss = Callable[[PreTrainedModel, PreTrainedModel, dict[str, Tensor]], Tensor]
-Batch = dict[str, Tensor]
+Loss = Callable[..., Tensor]  # of student, teacher, batch and `documents`, the most that are packed into a row
 ADDED = ("mixing", "recurrence")  # the modules of a mixer that hold what a conversion added
 
 
@@ -56,14 +56,22 @@ def with_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
 class Pair(nn.Module):
     """Student and teacher in one forward, so that whatever wraps this module (DDP, autocast) sees the whole step."""
 
-    def __init__(self, student: Student, teacher: PreTrainedModel, loss: Loss) -> None:
+    def __init__(
+        self, student: Student, teacher: PreTrainedModel, loss: Loss, documents: int | None = None, graph: bool = False
+    ) -> None:
         super().__init__()
-        self.student, self.loss = student, loss
+        self.student, self.loss, self.documents = student, loss, documents
         self._teacher = (teacher.eval(),)  # not registered: never trained, never saved, never put into train mode
+        trained = [p for p in self.parameters() if p.requires_grad]
+        self.graphed = Graphed(self.eager, trained) if graph else None
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """`input_ids`, `position_ids` and `targets`, each `[B, T]`, to a loss."""
-        return {"loss": self.loss(unwrapped(self.student), self._teacher[0], batch)}
+        return {"loss": self.eager(**batch) if self.graphed is None else self.graphed(**batch)}
+
+    def eager(self, **batch: Tensor) -> Tensor:
+        """The loss, operation by operation."""
+        return self.loss(unwrapped(self.student), self._teacher[0], batch, documents=self.documents)
 
 
 class LinearizeTrainer(Trainer):
@@ -93,6 +101,8 @@ class LinearizeTrainer(Trainer):
         where = f"step {self.state.global_step + 1} of {self.state.max_steps}"
         try:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
+            if not torch.isfinite(loss):
+                self._pair().eager(**inputs)  # a graph does not say where
         except FloatingPointError as error:
             raise LinearizeError(f"not a number at {where}, in {error}; try a lower learning_rate") from error
         if not torch.isfinite(loss):
@@ -129,6 +139,11 @@ class LinearizeTrainer(Trainer):
 
     def _pair(self) -> Pair:
         return self.accelerator.unwrap_model(self.model)
+
+
+def most_documents(sequences: list[Batch]) -> int:
+    """Documents of the sequence that has most, by position ids that start over."""
+    return max(int((s["position_ids"][1:] != s["position_ids"][:-1] + 1).sum()) for s in sequences) + 1
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -206,8 +221,10 @@ def train(
     length = len(sequences[0]["input_ids"])
     tokens = len(sequences) * length
     tokens_per_step = settings.batch_size * settings.accumulate * length * arguments.world_size
+    # a graph knows neither other processes nor the random state that checkpointing restores
+    graph = arguments.device.type == "cuda" and arguments.world_size == 1 and not settings.gradient_checkpointing
     trainer = LinearizeTrainer(
-        Pair(student, teacher, loss),
+        Pair(student, teacher, loss, most_documents(sequences), graph),
         arguments,
         settings.mixing_learning_rate,
         train_dataset=sequences,

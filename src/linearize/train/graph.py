@@ -1,0 +1,89 @@
+"""A training step as one CUDA graph: recorded once, replayed without Python between its kernels."""
+
+import gc
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+WARM_UP = 2  # runs before the recording: kernels are compiled and libraries choose their algorithms
+
+
+class Graphed:
+    """`loss(**batch)` with the gradients of `parameters`, as one graph for batches of the first one's shape.
+
+    Others, as a short last one, run as they are, and so do all where recording fails (a loss that waits for the GPU
+    cannot be recorded), which is said once. `parameters` must stay where they are in memory.
+    """
+
+    def __init__(self, loss: Callable[..., Tensor], parameters: Sequence[Tensor]) -> None:
+        self.loss, self.parameters = loss, list(parameters)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.batch: Batch = {}
+        self.gradients: list[Tensor | None] = []
+        self.result = torch.zeros(())
+        self.failed = False
+
+    def __call__(self, **batch: Tensor) -> Tensor:
+        """The loss, a number that can be differentiated."""
+        if self.graph is None and not self.failed:
+            self._record(batch)
+        if self.failed or any(batch[name].shape != kept.shape for name, kept in self.batch.items()):
+            return self.loss(**batch)
+        return _Replay.apply(self, batch, *self.parameters)
+
+    def replay(self, batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
+        """Loss and gradients of `batch`; the gradients are overwritten by the next call."""
+        assert self.graph is not None
+        for name, kept in self.batch.items():
+            kept.copy_(batch[name])
+        self.graph.replay()
+        return self.result.clone(), self.gradients
+
+    def _record(self, batch: Batch) -> None:
+        kept = {name: value.clone() for name, value in batch.items()}
+        dtype = torch.get_autocast_dtype("cuda")
+        # a cast that was kept from before the recording would go on with the weights of then
+        cast = torch.autocast("cuda", dtype, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False)
+        with cast, torch.enable_grad():
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    self._run(kept)
+            torch.cuda.current_stream().wait_stream(side)
+            gc.collect()
+            torch.cuda.empty_cache()
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph):
+                    self.result, self.gradients = self._run(kept)
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self.failed = True
+                warnings.warn(f"training steps are not one CUDA graph and take longer: {error}", stacklevel=2)
+                return
+        self.graph, self.batch = graph, kept
+
+    def _run(self, batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
+        loss = self.loss(**batch)
+        return loss.detach(), list(torch.autograd.grad(loss, self.parameters, allow_unused=True))
+
+
+class _Replay(torch.autograd.Function):
+    """The graph's loss, whose gradients exist as soon as it does."""
+
+    @staticmethod
+    def forward(ctx: Any, graphed: Graphed, batch: Batch, *parameters: Tensor) -> Tensor:
+        loss, ctx.gradients = graphed.replay(batch)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        there = [x for x in ctx.gradients if x is not None]
+        scaled = iter(torch._foreach_mul(there, gradient))
+        return None, None, *(None if x is None else next(scaled) for x in ctx.gradients)

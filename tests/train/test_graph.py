@@ -1,0 +1,70 @@
+"""What a step as one CUDA graph rests on: losses that never wait for the GPU; and, where there is one, the graph."""
+
+import pytest
+import torch
+from test_losses import LENGTHS, batch
+from tiny import assert_close, tiny
+
+from linearize import convert
+from linearize.train.align import align_loss
+from linearize.train.distill import distill_loss
+from linearize.train.graph import Graphed
+from linearize.train.trainer import most_documents
+
+SETTINGS = [
+    {"structure": "gla"},
+    {"structure": "gated_deltanet", "feature_map": "linear", "gate_source": "learned", "readout": "rms"},
+    {"structure": "gla", "mixing": "shared_normalizer", "feature_map": "hedgehog"},
+    {"structure": "none"},
+]
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def waits(*_):
+    raise AssertionError("this waits for the GPU")
+
+
+@pytest.mark.parametrize("documents", [4, 7])
+@pytest.mark.parametrize("loss", [align_loss, distill_loss])
+def test_knowing_how_many_documents_there_are_changes_nothing(loss, documents):
+    teacher, student = tiny(), convert(tiny(), window=4, mixing_weight=0.4)
+    packed = batch(*LENGTHS)
+    assert_close(loss(student, teacher, packed, documents=documents), loss(student, teacher, packed))
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (36,)])
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s["structure"] + s.get("mixing", ""))
+def test_no_value_is_needed_on_the_cpu(settings, lengths, monkeypatch):
+    student, given = convert(tiny(), window=4, **settings).train(), batch(*lengths)
+    documents = most_documents([{name: rows[0] for name, rows in given.items()}])
+    assert documents == len(lengths)
+    expected = distill_loss(student, student, given, kl_weight=0.0)
+    for name in ("__bool__", "__int__", "__float__", "item", "tolist"):
+        monkeypatch.setattr(torch.Tensor, name, waits)
+    loss = distill_loss(student, student, given, kl_weight=0.0, documents=documents)
+    monkeypatch.undo()
+    assert_close(loss, expected)
+
+
+@gpu
+@pytest.mark.parametrize("loss", [align_loss, distill_loss])
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s["structure"] + s.get("mixing", ""))
+def test_a_graph_gives_what_the_operations_give(settings, loss):
+    teacher, student = tiny().cuda(), convert(tiny(), window=4, mixing_weight=0.4, **settings).cuda().train()
+    parameters = [p for p in student.parameters() if p.requires_grad]
+
+    def both(**given):
+        return loss(student, teacher, given, documents=len(LENGTHS))
+
+    graphed = Graphed(both, parameters)
+    for lengths in (LENGTHS, LENGTHS[::-1], (36,), (12,)):  # the last one has another shape
+        given = {name: rows.cuda() for name, rows in batch(*lengths).items()}
+        ours, theirs = graphed(**given), both(**given)
+        assert_close(ours, theirs)
+        gradients = (torch.autograd.grad(2 * x, parameters, allow_unused=True) for x in (ours, theirs))
+        for new, old in zip(*gradients, strict=True):
+            assert (new is None) == (old is None)
+            if new is not None:
+                assert_close(new, old)
+    assert graphed.graph is not None
+    assert not graphed.failed
