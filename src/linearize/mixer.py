@@ -151,7 +151,7 @@ class LinearizedAttention(nn.Module):
         mixing: Any = self.mixing
         decay = None
         if self.config.structure == "lightning":
-            decay = -torch.tensor(rates(self.layer), device=q.device)
+            decay = -rates(self.layer, q.device).float()
         weights = mixing.weight if hasattr(mixing, "weight") else mixing.weights().to(q.device)
         return liger.fused(q, k, v, weights, settings, rope, None, tokens.first, decay)
 
