@@ -24,24 +24,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import provenance, write
-from linearize.ops import liger_backward_triton, liger_forward_triton, liger_fused, liger_steep_triton
+from linearize.ops import liger_backward_triton, liger_flow_triton, liger_forward_triton, liger_steep_triton
 from linearize.ops.liger import Settings, fused
 from linearize.ops.liger_fused import LAUNCHES, Launch, padded
 
-MODULES = (liger_forward_triton, liger_backward_triton, liger_steep_triton)
+MODULES = (liger_flow_triton, liger_forward_triton, liger_backward_triton, liger_steep_triton)
 TOLERANCE = 5e-3  # of results, relative to those of the first candidate: bf16, summed in another order
 
 
 class Task(NamedTuple):
-    """One launch without its settings; tensors are told by dtype where nothing is to run."""
+    """One launch; tensors are told by dtype where nothing is to run."""
 
     kernel: str  # module:name
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     told: dict[str, Any]
-
-
-SETTINGS = ("num_warps", "num_stages", "maxnreg")
 
 
 def options(launch: Launch) -> dict[str, int]:
@@ -55,12 +52,16 @@ def candidates(kernel: str, D: int) -> list[Launch]:
     and registers are limited where more programs on a multiprocessor might pay for it."""
     current = LAUNCHES[kernel][D]
     if kernel in ("states", "state_gradients"):
-        grid = itertools.product((2, 4, 8), (1, 2, 3, 4), (32, 64, 128))
-        found = [Launch(warps, stages, block) for warps, stages, block in grid if block <= D]
+        passes = itertools.product((2, 4, 8), (1, 2, 3, 4), (32, 64, 128))
+        found = [Launch(warps, stages, block) for warps, stages, block in passes if block <= D]
+    elif kernel == "flow":
+        flows = itertools.product((4, 8), (1, 2, 3), (0, 128, 168), (1, 2))
+        found = [Launch(w, s, current.block, r, programs) for w, s, r, programs in flows]
     else:
         loops = kernel in ("prepare", "key_gradients", "window_gradients")
         grid = itertools.product((4, 8, 16), (1, 2, 3) if loops else (1,), (0, 128, 168))
-        found = [Launch(w, s, current.block, r) for w, s, r in grid if 32 * w * r <= 65536]  # as many registers as are
+        found = [Launch(w, s, current.block, r) for w, s, r in grid]
+    found = [launch for launch in found if 32 * launch.num_warps * launch.registers <= 65536]  # no more than there are
     return [current, *(launch for launch in found if launch != current)]
 
 
@@ -76,8 +77,7 @@ class Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **told: Any) -> None:
-            plain = {name: value for name, value in told.items() if name not in SETTINGS}
-            self.tasks.append(Task(self.name, grid, args, plain))
+            self.tasks.append(Task(self.name, grid, args, told))
             if self.runs:
                 self.kernel[grid](*args, **told)
 
@@ -100,11 +100,15 @@ def recording(runs: bool = True) -> Iterator[list[Task]]:
 
 
 def tasks_of(kernel: str, tasks: list[Task]) -> list[Task]:
-    """Those of one kernel, and of those without settings of their own that follow it."""
+    """Those of one kernel, and of those without settings of their own that follow it; all that is between `window`
+    and `flow` makes the states that enter the latter's segments, and is its own."""
     owner, mine = "", []
     for task in tasks:
         name = task.kernel.split(":")[1].removesuffix("_kernel")
-        owner = name if name in LAUNCHES else owner
+        if owner == "window" or (owner == "flow" and name in ("prepare", "states", "flow")):
+            owner = "flow"
+        elif name in LAUNCHES:
+            owner = name
         if owner == kernel:
             mine.append(task)
     return mine
@@ -153,15 +157,20 @@ def start_compiler(target: Any) -> None:
 def compiled(task: Task, launch: Launch) -> dict[str, Any]:
     """Put one program into Triton's cache: its seconds and shared memory, or why not."""
     module, name = task.kernel.split(":")
-    told = task.told | ({"BV": launch.block} if "BV" in task.told else {})
+    told = task.told | ({"BV": launch.block} if "BV" in task.told else {}) | options(launch)
+    if not launch.registers:
+        told.pop("maxnreg", None)
     start = time.perf_counter()
     try:
-        program = getattr(importlib.import_module(module), name).warmup(
-            *task.args, grid=task.grid, **told, **options(launch)
-        )
+        program = getattr(importlib.import_module(module), name).warmup(*task.args, grid=task.grid, **told)
     except Exception as error:  # whatever the compiler has against it is a result
         return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
     return {"compile_seconds": time.perf_counter() - start, "shared": program.metadata.shared}
+
+
+def program_of(launch: Launch) -> Launch:
+    """What it takes to compile it."""
+    return launch._replace(programs=1)
 
 
 def by_dtype(task: Task) -> Task:
@@ -184,14 +193,18 @@ class Problem:
         self.leaves = [x.requires_grad_() for x in (q, k, v, torch.full((H,), 0.3, device=device))]
         self.doutput = torch.randn_like(q)
         angles = torch.arange(T, device=device)[:, None] * 10000 ** (-torch.arange(0, D, 2, device=device) / D)
-        self.rope = tuple(x.repeat(1, 2).to(dtype) for x in (angles.cos(), angles.sin()))
+        self.rope = angles.cos().repeat(1, 2).to(dtype), angles.sin().repeat(1, 2).to(dtype)
         self.settings = Settings(gate, D**-0.5)
         self.decay = -torch.rand(KV, device=device)
 
     def run(self) -> list[Tensor]:
-        """Output, final state, and gradients."""
-        output, state = fused(*self.leaves, self.settings, self.rope, decay=self.decay)  # type: ignore[arg-type]
-        return [output.detach(), state.detach(), *torch.autograd.grad(output, self.leaves, self.doutput)]
+        """Output and final state, without and with a backward pass, and gradients."""
+        q, k, v, mixing = self.leaves
+        given = q, k, v, mixing, self.settings, self.rope, None, None, self.decay
+        with torch.no_grad():
+            alone = fused(*given)
+        output, state = fused(*given)
+        return [*alone, output.detach(), state.detach(), *torch.autograd.grad(output, self.leaves, self.doutput)]
 
 
 def difference(results: list[Tensor], expected: list[Tensor]) -> float:
@@ -200,14 +213,13 @@ def difference(results: list[Tensor], expected: list[Tensor]) -> float:
     return max(((x - y).norm() / y.norm()).item() for x, y in pairs)
 
 
-def seconds_of(tasks: list[Task], launch: Launch, runs: int = 25) -> list[float]:
+def seconds_of(tasks: list[Task], runs: int = 25) -> list[float]:
     """Of all launches together, by device events; they queue behind a pause, so that no launch is waited for."""
 
     def start() -> None:
         for task in tasks:
             module, name = task.kernel.split(":")
-            own = options(launch) if name.removesuffix("_kernel") in LAUNCHES else {"num_warps": 4}
-            getattr(importlib.import_module(module), name)[task.grid](*task.args, **task.told, **own)
+            getattr(importlib.import_module(module), name)[task.grid](*task.args, **task.told)
 
     start()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
@@ -231,7 +243,7 @@ def tried(problem: Problem, kernel: str, D: int, launch: Launch, expected: list[
         expected = results if expected is None else expected
         row["difference"] = difference(results, expected)
         if row["difference"] <= TOLERANCE:
-            row["seconds"] = statistics.median(seconds_of(mine, launch))
+            row["seconds"] = statistics.median(seconds_of(mine))
         else:
             row["error"] = "other results"
     except Exception as error:  # out of shared memory, registers, ...: a result too
@@ -262,18 +274,19 @@ def main() -> None:
             with recording() as tasks:  # compiles the current settings, here
                 problem.run()
             for kernel in given.kernels:
-                for launch in candidates(kernel, padded(D)):
-                    mine = [by_dtype(task) for task in tasks_of(kernel, tasks)]
-                    named = [task for task in mine if task.kernel.endswith(f":{kernel}_kernel")]
-                    jobs[D, kernel, launch] = [pool.submit(compiled, task, launch) for task in named]
-        print(f"{time.perf_counter() - start:.0f} s: {len(jobs)} candidates", flush=True)
+                mine = [by_dtype(task) for task in tasks_of(kernel, tasks)]
+                named = [task for task in mine if task.kernel.endswith(f":{kernel}_kernel")]
+                for launch in map(program_of, candidates(kernel, padded(D))):
+                    if (D, kernel, launch) not in jobs:
+                        jobs[D, kernel, launch] = [pool.submit(compiled, task, launch) for task in named]
+        print(f"{time.perf_counter() - start:.0f} s: {len(jobs)} programs to compile", flush=True)
         for D, kernel in itertools.product(given.sizes, given.kernels):
             expected = None
             for launch in candidates(kernel, padded(D)):
                 if time.perf_counter() - start > given.seconds:
                     continue
                 row = {"D": D, "heads": given.heads, "kernel": kernel, **launch._asdict()}
-                for job in jobs[D, kernel, launch]:
+                for job in jobs[D, kernel, program_of(launch)]:
                     row |= job.result()
                 if "error" not in row:
                     more, expected = tried(problems[D], kernel, padded(D), launch, expected)

@@ -19,13 +19,13 @@ SHAPE = (1, 70, 2, 1, 16)
 def test_a_candidate_is_run_checked_and_timed(monkeypatch):
     problem = tune.Problem(SHAPE, "gla", "cpu", torch.float32)
     timed = []
-    monkeypatch.setattr(tune, "seconds_of", lambda tasks, launch: (timed.append((tasks, launch)), [2.0, 1.0, 3.0])[1])
+    monkeypatch.setattr(tune, "seconds_of", lambda tasks: (timed.append(tasks), [2.0, 1.0, 3.0])[1])
     row, expected = tune.tried(problem, "output", 16, Launch(2, 1), None)
     assert row == {"difference": 0.0, "seconds": 2.0}
-    ((tasks, launch),) = timed
+    (tasks,) = timed
     assert [task.kernel.split(":")[1] for task in tasks] == ["output_kernel"]
-    assert launch == Launch(2, 1)
-    assert LAUNCHES["output"][16] != launch  # the table is as before
+    assert tasks[0].told["num_warps"] == 2
+    assert LAUNCHES["output"][16].num_warps != 2  # the table is as before
     wrong = [2 * x for x in expected]
     row, _ = tune.tried(problem, "output", 16, Launch(2, 1), wrong)
     assert row["error"] == "other results"
@@ -37,6 +37,7 @@ def test_launches_belong_to_the_kernel_before(monkeypatch):
     monkeypatch.setattr(liger_fused, "segments_of", lambda call, blocks: (2, 1))
     with tune.recording(runs=False) as tasks:
         tune.Problem(SHAPE, "gla", "cpu", torch.float32).run()
+    assert not [task for task in tune.tasks_of("flow", tasks) if "flow" not in task.kernel]
     names = [task.kernel.split(":")[1] for task in tune.tasks_of("states", tasks)]
     assert names == ["states_kernel", "carry_kernel", "states_kernel"]
 
@@ -52,3 +53,14 @@ def test_settings_as_in_the_source():
     assert tune.shown(Launch(4, 1)) == "Launch(4, 1)"
     assert tune.shown(Launch(4, 1, 64, 128)) == "Launch(4, 1, 64, 128)"
     assert eval(tune.shown(Launch(4, 1, 32))) == Launch(4, 1, 32)
+
+
+def test_what_makes_the_states_of_segments_is_timed_with_them(monkeypatch):
+    from linearize.ops import liger_fused
+
+    monkeypatch.setattr(liger_fused, "flow_segments", lambda call: (2, 1))
+    with tune.recording(runs=False) as tasks:
+        tune.Problem(SHAPE, "gla", "cpu", torch.float32).run()
+    names = [task.kernel.split(":")[1] for task in tune.tasks_of("flow", tasks)]
+    assert names == ["prepare_kernel", "states_kernel", "carry_kernel", "flow_kernel"]
+    assert [task.kernel.split(":")[1] for task in tune.tasks_of("states", tasks)] == ["states_kernel"]
