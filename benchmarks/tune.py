@@ -24,11 +24,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import provenance, write
-from linearize.ops import liger_backward_triton, liger_flow_triton, liger_forward_triton, liger_steep_triton
+from linearize.ops import (
+    liger_backward_triton,
+    liger_flow_triton,
+    liger_forward_triton,
+    liger_steep_triton,
+    liger_window_triton,
+)
 from linearize.ops.liger import Settings, fused
 from linearize.ops.liger_fused import LAUNCHES, Launch, padded
 
-MODULES = (liger_flow_triton, liger_forward_triton, liger_backward_triton, liger_steep_triton)
+MODULES = (liger_flow_triton, liger_forward_triton, liger_backward_triton, liger_steep_triton, liger_window_triton)
 TOLERANCE = 5e-3  # of results, relative to those of the first candidate: bf16, summed in another order
 
 

@@ -1,8 +1,9 @@
-"""Liger Attention forward where no gradients are wanted: the window, then the recurrence, which adds itself.
+"""The recurrence of Liger Attention where no gradients are wanted.
 
-Both read q, k and v as they are, and no state or decayed key is ever in memory. The recurrence's programs go through
-the chunks of one query head and carry the state in registers; with fewer heads than multiprocessors a sequence is cut
-into segments, each with the state that enters it. The terms are those of `liger_triton`.
+It reads q, k and v as they are and adds itself to what `liger_window_triton` wrote; no state or decayed key is ever in
+memory. Programs go through the chunks of one query head and carry the state in registers; with fewer heads than
+multiprocessors a sequence is cut into segments, each with the state that enters it. The terms are those of
+`liger_triton`.
 """
 
 import triton
@@ -15,73 +16,12 @@ from linearize.ops.liger_triton import (
     key_and_gate,
     load_first,
     load_one_first,
-    load_rope,
     load_tile,
-    partner_of,
     product,
     read_mask,
-    rotated,
-    sink_mask,
-    sink_rows,
     state_factors,
     store_tile,
-    window_mask,
 )
-
-
-@triton.jit
-def load_turned(base, rows, columns, cos, sin, T, STRIDE: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
-    """`load_tile`, after RoPE."""
-    x = load_tile(base, rows, columns, T, STRIDE, D)
-    if R > 0:
-        c, s = load_rope(cos, sin, rows, columns, T, R)
-        x = rotated(x, load_tile(base, rows, partner_of(columns, R), T, STRIDE, D), c, s).to(x.dtype)
-    return x
-
-
-@triton.jit(do_not_specialize=["T", "rope_stride"])
-def window_kernel(
-    q, k, v, cos, sin, mixing, first, output, T, rope_stride, scale,
-    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    SINKS: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """output = (1 - w) · window, for one chunk and one query head."""
-    chunk, H = tl.program_id(0), KV * GROUPS
-    index = tl.program_id(1).to(tl.int64)  # of a query head among all sequences
-    batch, query_head = index // H, index % H
-    ours, theirs = (batch * T * H + query_head) * D, (batch * T * KV + query_head // GROUPS) * D
-    start = chunk * CHUNK
-    rows, before, columns = start + tl.arange(0, CHUNK), start - CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
-    first += batch * T
-    cos += batch * rope_stride
-    sin += batch * rope_stride
-    starts = load_first(first, rows, T, PACKED)
-    query = load_turned(q + ours, rows, columns, cos, sin, T, H * D, D, R)
-    key = load_turned(k + theirs, rows, columns, cos, sin, T, KV * D, D, R)
-    key_before = load_turned(k + theirs, before, columns, cos, sin, T, KV * D, D, R)
-    values = load_tile(v + theirs, rows, columns, T, KV * D, D)
-    values_before = load_tile(v + theirs, before, columns, T, KV * D, D)
-    own = product(query, tl.trans(key), DTYPE) * scale
-    past = product(query, tl.trans(key_before), DTYPE) * scale
-    own = tl.where(window_mask(rows, rows, starts, W), own, -float("inf"))
-    past = tl.where(window_mask(rows, before, starts, W), past, -float("inf"))
-    largest = tl.maximum(tl.max(own, 1), tl.max(past, 1))
-    if SINKS > 0:
-        chunk_first = load_one_first(first, start, PACKED)
-        sinks = sink_rows(chunk_first, SINKS)
-        far = product(query, tl.trans(load_turned(k + theirs, sinks, columns, cos, sin, T, KV * D, D, R)), DTYPE)
-        far = tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far * scale, -float("inf"))
-        largest = tl.maximum(largest, tl.max(far, 1))
-        far = tl.exp(far - largest[:, None])
-    own, past = tl.exp(own - largest[:, None]), tl.exp(past - largest[:, None])
-    weight = tl.sum(own, 1) + tl.sum(past, 1)
-    if SINKS > 0:
-        weight += tl.sum(far, 1)
-    out = product(own, values, DTYPE) + product(past, values_before, DTYPE)
-    if SINKS > 0:
-        out += product(far, load_tile(v + theirs, sinks, columns, T, KV * D, D), DTYPE)
-    out *= ((1.0 - tl.load(mixing + query_head)) / weight)[:, None]
-    store_tile(output + ours, rows, columns, out, T, H * D, D)
 
 
 @triton.jit(do_not_specialize=["T", "SEGMENT"])

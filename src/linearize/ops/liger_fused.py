@@ -11,6 +11,7 @@ from linearize.ops import liger_backward_triton as gradients
 from linearize.ops import liger_flow_triton as flows
 from linearize.ops import liger_forward_triton as kernels
 from linearize.ops import liger_steep_triton as steep
+from linearize.ops import liger_window_triton as windows
 from linearize.ops.liger import Rope, Settings, no_state
 
 CHUNK = 64
@@ -191,15 +192,22 @@ def forward(call: Call, initial: Tensor) -> tuple[Tensor, Tensor, Operands, Tens
     return output, final, made, states, lse
 
 
+def window(call: Call, output: Tensor, lse: Tensor | None = None) -> None:
+    """Write (1 - w) · window to the output, and its log-sum-exp to `lse` `[B, H, T]`."""
+    B, T, H, _ = call.q.shape
+    windows.window_kernel[(call.chunks, B * H)](
+        call.q, call.k, call.v, call.cos, call.sin, call.mixing, call.first, output, output if lse is None else lse, T,
+        call.rope_stride, call.scale, R=call.rotary, W=call.window, SINKS=call.sinks, PACKED=call.packed,
+        KEEP=lse is not None, **call.heads(), **launch("window", call),
+    )  # fmt: skip
+
+
 def flow(call: Call, initial: Tensor) -> tuple[Tensor, Tensor]:
     """Output and final state, without what a backward pass needs."""
     B, T, H, D = call.q.shape
     told, gate = call.heads() | {"PACKED": call.packed}, (call.rate, call.lower)
     output, totals = torch.empty_like(call.q), initial.new_empty(call.pairs, call.chunks, D)
-    flows.window_kernel[(call.chunks, B * H)](
-        call.q, call.k, call.v, call.cos, call.sin, call.mixing, call.first, output, T, call.rope_stride, call.scale,
-        R=call.rotary, W=call.window, SINKS=call.sinks, **told, **launch("window", call),
-    )  # fmt: skip
+    window(call, output)
     segments, size = flow_segments(call)
     starts, final = initial, torch.empty_like(initial)
     if segments > 1:
