@@ -40,7 +40,7 @@ SHAPES = [
     Shape(16, 8192, 32, 8, 128),
     Shape(1, 131072, 32, 8, 128),
 ]
-GATES = ["gla", "mamba2", "rwkv6"]
+GATES = ["gla", "mamba2", "rwkv6", "gated_deltanet"]
 UNFUSED = [SHAPES[0], SHAPES[2]]  # one for each head size; slow, and more tokens do not fit
 
 

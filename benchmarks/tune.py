@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks.results import provenance, write
 from linearize.ops import (
     liger_backward_triton,
+    liger_delta_triton,
     liger_flow_triton,
     liger_forward_triton,
     liger_steep_triton,
@@ -34,7 +35,14 @@ from linearize.ops import (
 from linearize.ops.liger import Settings, fused
 from linearize.ops.liger_fused import LAUNCHES, Launch, padded
 
-MODULES = (liger_flow_triton, liger_forward_triton, liger_backward_triton, liger_steep_triton, liger_window_triton)
+MODULES = (
+    liger_flow_triton,
+    liger_forward_triton,
+    liger_backward_triton,
+    liger_delta_triton,
+    liger_steep_triton,
+    liger_window_triton,
+)
 TOLERANCE = 5e-3  # of results, relative to those of the first candidate: bf16, summed in another order
 
 
@@ -57,14 +65,14 @@ def candidates(kernel: str, D: int) -> list[Launch]:
     """What is tried, the settings in the table first. `num_stages` matters only to kernels with loops over tiles,
     and registers are limited where more programs on a multiprocessor might pay for it."""
     current = LAUNCHES[kernel][D]
-    if kernel in ("states", "state_gradients"):
+    if "state" in kernel:
         passes = itertools.product((2, 4, 8), (1, 2, 3, 4), (32, 64, 128))
         found = [Launch(warps, stages, block) for warps, stages, block in passes if block <= D]
     elif kernel == "flow":
         flows = itertools.product((4, 8), (1, 2, 3), (0, 128, 168), (1, 2))
         found = [Launch(w, s, current.block, r, programs) for w, s, r, programs in flows]
     else:
-        loops = kernel in ("prepare", "key_gradients", "window_gradients")
+        loops = kernel in ("prepare", "key_gradients", "delta_query_gradients") or kernel.startswith("window_")
         grid = itertools.product((4, 8, 16), (1, 2, 3) if loops else (1,), (0, 128, 168))
         found = [Launch(w, s, current.block, r) for w, s, r in grid]
     found = [launch for launch in found if 32 * launch.num_warps * launch.registers <= 65536]  # no more than there are
@@ -282,11 +290,14 @@ def main() -> None:
             for kernel in given.kernels:
                 mine = [by_dtype(task) for task in tasks_of(kernel, tasks)]
                 named = [task for task in mine if task.kernel.endswith(f":{kernel}_kernel")]
+                if not named:  # not a kernel of this gate
+                    continue
                 for launch in map(program_of, candidates(kernel, padded(D))):
                     if (D, kernel, launch) not in jobs:
                         jobs[D, kernel, launch] = [pool.submit(compiled, task, launch) for task in named]
         print(f"{time.perf_counter() - start:.0f} s: {len(jobs)} programs to compile", flush=True)
-        for D, kernel in itertools.product(given.sizes, given.kernels):
+        swept = dict.fromkeys((D, kernel) for D, kernel, _ in jobs)
+        for D, kernel in swept:
             expected = None
             for launch in candidates(kernel, padded(D)):
                 if time.perf_counter() - start > given.seconds:

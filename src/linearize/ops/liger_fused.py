@@ -42,6 +42,14 @@ LAUNCHES: dict[str, dict[int, Launch]] = {
     "window_gradients": {16: Launch(4, 2), 32: Launch(4, 2), 64: Launch(4, 2), 128: Launch(8, 2)},
     "add_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "add_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "window_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "window_key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "delta_solve": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
+    "delta_states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 2, 32), 128: Launch(4, 2)},
+    "delta_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
+    "delta_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "delta_state_gradients": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 2, 32), 128: Launch(4, 2)},
+    "delta_key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
 }
 
 
@@ -58,6 +66,7 @@ class Call(NamedTuple):
     decay: Tensor
     rate: float
     lower: float
+    strength: float
     scale: float
     rotary: int
     window: int
@@ -338,7 +347,7 @@ class LigerAttention(torch.autograd.Function):
         return (*backward(call, Operands(*made), states, lse, doutput.contiguous(), dfinal.contiguous()), None)
 
 
-def run(
+def call_of(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -348,19 +357,25 @@ def run(
     state: Tensor | None,
     first: Tensor | None,
     decay: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """As `liger.fused`, of contiguous tensors."""
+) -> tuple[Call, Tensor]:
+    """What `liger.fused` is given, as kernels take it, and the initial state."""
     mixing = mixing.float().contiguous()
     initial = no_state(k) if state is None else state.float().contiguous()
     cos, sin = (mixing, mixing) if rope is None else (x.contiguous() for x in rope)  # an argument that nothing reads
     call = Call(
-        q=q, k=k, v=v, cos=cos, sin=sin, mixing=mixing,
+        q=q.contiguous(), k=k.contiguous(), v=v.contiguous(), cos=cos, sin=sin, mixing=mixing,
         first=mixing if first is None else first.int().contiguous(),
         decay=mixing if decay is None else decay.float().contiguous(),
-        rate=1.0 / settings.temperature, lower=settings.lower, scale=settings.scale,
+        rate=1.0 / settings.temperature, lower=settings.lower, strength=settings.strength, scale=settings.scale,
         rotary=0 if rope is None else cos.shape[-1], window=settings.window, sinks=settings.sinks,
         gate=settings.gate, feature_map=settings.feature_map, packed=first is not None,
     )  # fmt: skip
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, mixing, initial))):
-        return flow(call, initial)
-    return LigerAttention.apply(q, k, v, mixing, initial, call)
+    return call, initial
+
+
+def run(call: Call, initial: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and final state."""
+    given = call.q, call.k, call.v, call.mixing, initial
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return LigerAttention.apply(*given, call)
+    return flow(call, initial)
