@@ -168,15 +168,19 @@ def start_compiler(target: Any) -> None:
     driver.set_active(Target(target))
 
 
-def compiled(task: Task, launch: Launch) -> dict[str, Any]:
+def with_settings(task: Task, launch: Launch) -> Task:
+    """The task by other settings."""
+    told = task.told | ({"BV": launch.block} if "BV" in task.told else {})
+    told.pop("maxnreg", None)
+    return task._replace(told=told | options(launch))
+
+
+def compiled(task: Task) -> dict[str, Any]:
     """Put one program into Triton's cache: its seconds and shared memory, or why not."""
     module, name = task.kernel.split(":")
-    told = task.told | ({"BV": launch.block} if "BV" in task.told else {}) | options(launch)
-    if not launch.registers:
-        told.pop("maxnreg", None)
     start = time.perf_counter()
     try:
-        program = getattr(importlib.import_module(module), name).warmup(*task.args, grid=task.grid, **told)
+        program = getattr(importlib.import_module(module), name).warmup(*task.args, grid=task.grid, **task.told)
     except Exception as error:  # whatever the compiler has against it is a result
         return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
     return {"compile_seconds": time.perf_counter() - start, "shared": program.metadata.shared}
@@ -294,7 +298,7 @@ def main() -> None:
                     continue
                 for launch in map(program_of, candidates(kernel, padded(D))):
                     if (D, kernel, launch) not in jobs:
-                        jobs[D, kernel, launch] = [pool.submit(compiled, task, launch) for task in named]
+                        jobs[D, kernel, launch] = [pool.submit(compiled, with_settings(task, launch)) for task in named]
         print(f"{time.perf_counter() - start:.0f} s: {len(jobs)} programs to compile", flush=True)
         swept = dict.fromkeys((D, kernel) for D, kernel, _ in jobs)
         for D, kernel in swept:
