@@ -8,10 +8,9 @@ program is compiled first, side by side.
 """
 
 import argparse
-import multiprocessing
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import provenance, write
-from benchmarks.tune import by_dtype, compiled, recording, start_compiler
+from benchmarks.tune import compile_all
 from linearize.ops.liger import DELTA, GATES, Settings, first_tokens, fused, reference
 
 NAMES = ("output alone", "state alone", "output", "state", "dq", "dk", "dv", "dmixing", "dstate")
@@ -116,27 +115,6 @@ def errors(case: Case, device: str) -> dict[str, Any]:
         return row | {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
-def compile_all(found: list[Case], processes: int) -> None:
-    """Every program of every case, into Triton's cache."""
-    from triton.runtime import driver
-
-    context, target = multiprocessing.get_context("spawn"), driver.active.get_current_target()
-    jobs = {}
-    with ProcessPoolExecutor(processes, context, start_compiler, (target,)) as pool:
-        for case in found:
-            with recording(runs=False) as tasks:
-                run(inputs(case).to("cuda"), fused, None)
-            for task in map(by_dtype, tasks):
-                told = [str(x) for x in (task.kernel, *task.args, *sorted(task.told.items()))]
-                if (key := " ".join(told)) not in jobs:
-                    jobs[key] = pool.submit(compiled, task)
-        rows = [job.result() for job in jobs.values()]
-    slowest = max(row.get("compile_seconds", 0.0) for row in rows)
-    print(f"{len(rows)} programs, the slowest compiled in {slowest:.1f} s", flush=True)
-    for error in {row["error"] for row in rows if "error" in row}:
-        print(error, flush=True)
-
-
 def main() -> None:
     """Case after case until the time is up."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -148,7 +126,7 @@ def main() -> None:
     given = parser.parse_args()
     stop = time.perf_counter() + given.seconds
     found = [case for case in cases(given.sizes) if case.gate in given.gates]
-    compile_all(found, given.processes)
+    compile_all((partial(run, inputs(case).to("cuda"), fused, None) for case in found), given.processes)
     rows: list[dict[str, Any]] = []
     for case in found:
         if time.perf_counter() > stop:
