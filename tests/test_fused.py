@@ -38,7 +38,7 @@ def model(structure: str, family: str = "llama", **settings):
     return convert(tiny(family, head_dim=16), structure=structure, layers="0,1", **SETTINGS | settings).eval()
 
 
-@pytest.mark.parametrize("structure", ["gla", "gated_retention", "mamba2", "lightning"])
+@pytest.mark.parametrize("structure", ["gla", "gated_retention", "mamba2", "lightning", "deltanet", "gated_deltanet"])
 @torch.no_grad()
 def test_a_model_gives_the_same(structure, fused):
     converted = model(structure)
@@ -63,11 +63,12 @@ def test_decoding_goes_on_from_a_fused_prompt(fused):
     assert len(calls) == 2
 
 
-def test_gradients_are_the_same(fused):
+@pytest.mark.parametrize("settings", [{"structure": "gla"}, {"structure": "deltanet", "negative_eigenvalues": True}])
+def test_gradients_are_the_same(settings, fused):
     found = []
     for switch in (lambda: None, fused):
         switch()
-        converted = model("gla")
+        converted = model(**settings)
         converted(ids(1, 70), labels=ids(1, 70, seed=1)).loss.backward()
         found.append({name: p.grad for name, p in converted.named_parameters() if "attn" in name})
     for name, gradient in found[0].items():
@@ -78,7 +79,7 @@ def test_gradients_are_the_same(fused):
     ("settings", "reason"),
     [
         ({"readout": "rms"}, "no kernel for readout rms"),
-        ({"structure": "deltanet"}, "no kernel for structure deltanet with mixing per_head"),
+        ({"structure": "gsa"}, "no kernel for structure gsa with mixing per_head"),
         ({"mixing": "data_dependent"}, "no kernel for structure gla with mixing data_dependent"),
         ({"family": "gemma2"}, "no kernel for the attention of Gemma2Attention"),
         ({"family": "glm4"}, "no kernel for the attention of Glm4Attention"),

@@ -118,14 +118,13 @@ class LinearizedAttention(nn.Module):
         name = "mlstm" if config.structure == "gated_retention" else config.structure
         if others := [f"{key} {own[key]}" for key, value in plain.items() if own[key] != value]:
             return f"no kernel for {', '.join(others)}"
-        if name not in liger.GATES or config.mixing not in ("fixed", "per_head"):
+        if name not in liger.GATES | liger.DELTA or config.mixing not in ("fixed", "per_head"):
             return f"no kernel for structure {name} with mixing {config.mixing}"
         if self.family.softcap or self.family.null_logits or not self.family.rotates_halves:
             return f"no kernel for the attention of {type(self.original).__name__}"
         lower = layer.layer_idx / layer.num_layers
-        return liger.Settings(
-            name, self.scaling, config.gate_temperature, config.feature_map, config.window, config.sinks, lower
-        )
+        fixed = self.scaling, config.gate_temperature, config.feature_map, config.window, config.sinks
+        return liger.Settings(name, *fixed, lower, 1.0 + config.negative_eigenvalues)
 
     def fused(
         self,

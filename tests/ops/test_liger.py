@@ -27,6 +27,7 @@ needs_triton = pytest.mark.skipif(not TRITON, reason="triton is not installed")
 needs_interpreter = pytest.mark.skipif(GPU or not TRITON, reason="Triton's interpreter is for machines without a GPU")
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 DEVICE = "cuda" if GPU else "cpu"
+ALL = [*liger.GATES, *liger.DELTA]
 
 
 @pytest.fixture(autouse=True)
@@ -78,12 +79,14 @@ def assert_is_the_equation(
     ours = [move(x).detach().clone().requires_grad_() for x in given]
     truth = [x.double().requires_grad_() for x in given]
     moved = None if angles is None else (move(angles[0]), move(angles[1]))
+    with torch.no_grad():  # has kernels of its own
+        alone = operator(*ours[:4], fixed, moved, ours[4], move(first), move(decay))
     results = operator(*ours[:4], fixed, moved, ours[4], move(first), move(decay))
     expected = reference(*truth[:4], fixed, angles, truth[4], first, decay)
     weights = [torch.randn_like(x) for x in expected]
     assert results[0].dtype == dtype
     assert results[1].dtype == torch.float32
-    for result, other in zip(results, expected, strict=True):
+    for result, other in zip((*results, *alone), expected * 2, strict=True):
         assert_close(result.cpu(), other, tolerance)
     sum((w * x.cpu().double()).sum() for w, x in zip(weights, results, strict=True)).backward()
     sum((w * x).sum() for w, x in zip(weights, expected, strict=True)).backward()
@@ -93,15 +96,16 @@ def assert_is_the_equation(
 
 
 @needs_interpreter
-@pytest.mark.parametrize("gate", liger.GATES)
+@pytest.mark.parametrize("gate", ALL)
 def test_every_gate(gate):
     assert_is_the_equation(inputs(65, groups=3), settings(gate), rope(65))
 
 
 @needs_interpreter
+@pytest.mark.parametrize("gate", ["gla", "gated_deltanet"])
 @pytest.mark.parametrize("T", [1, 63, 64, 130])
-def test_lengths(T):
-    assert_is_the_equation(inputs(T), settings(), rope(T))
+def test_lengths(gate, T):
+    assert_is_the_equation(inputs(T), settings(gate), rope(T))
 
 
 @needs_interpreter
@@ -115,6 +119,22 @@ def test_any_decay(gate, spread):
 
 
 @needs_interpreter
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_delta_rule_with_any_decay(temperature):
+    given, fixed = inputs(130, spread=20.0), settings("gated_deltanet", temperature=temperature)
+    assert_is_the_equation(given, fixed, rope(130))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("gate", liger.DELTA)
+@pytest.mark.parametrize("feature_map", ["softmax", "none"])
+def test_delta_rule_with_correlated_keys_and_eigenvalues_of_minus_one(gate, feature_map):
+    given = inputs(130)
+    given[1] = given[1][:, :1] + 0.3 * given[1] + 4.0  # β near 2
+    assert_is_the_equation(given, settings(gate, feature_map=feature_map, strength=2.0), rope(130))
+
+
+@needs_interpreter
 @pytest.mark.parametrize("key", [-8.0, -20.0, -1e4])
 def test_the_same_decay_everywhere(key):
     given = inputs(65, groups=1)
@@ -123,19 +143,21 @@ def test_the_same_decay_everywhere(key):
 
 
 @needs_interpreter
+@pytest.mark.parametrize("gate", ["gla", "deltanet"])
 @pytest.mark.parametrize("fixed", [{"sinks": 0}, {"sinks": 16, "window": 20}, {"feature_map": "none"}], ids=str)
-def test_settings(fixed):
-    assert_is_the_equation(inputs(70), settings(**fixed), rope(70))
+def test_settings(gate, fixed):
+    assert_is_the_equation(inputs(70), settings(gate, **fixed), rope(70))
 
 
 @needs_interpreter
 @pytest.mark.parametrize(("D", "R"), [(16, 0), (16, 8), (12, 12), (24, 6)])
-def test_head_sizes_and_partial_rotation(D, R):
-    assert_is_the_equation(inputs(66, D=D), settings(D=D), rope(66, R) if R else None)
+@pytest.mark.parametrize("gate", ["gla", "gated_deltanet"])
+def test_head_sizes_and_partial_rotation(gate, D, R):
+    assert_is_the_equation(inputs(66, D=D), settings(gate, D=D), rope(66, R) if R else None)
 
 
 @needs_interpreter
-@pytest.mark.parametrize("gate", ["gla", "mamba2"])
+@pytest.mark.parametrize("gate", ["gla", "mamba2", *liger.DELTA])
 def test_documents_do_not_see_each_other(gate):
     first = documents(130, [20, 23, 100], [64])
     assert_is_the_equation(inputs(130, B=2, groups=1), settings(gate), rope(130), first)
@@ -148,10 +170,11 @@ def test_documents_with_steep_decays():
 
 
 @needs_interpreter
-def test_left_padding_and_angles_of_each_sequence():
+@pytest.mark.parametrize("gate", ["gla", "gated_deltanet"])
+def test_left_padding_and_angles_of_each_sequence(gate):
     valid = torch.arange(130) >= torch.tensor([[70], [5]])
     given = inputs(130, B=2, groups=1)
-    assert_is_the_equation(given, settings(), rope(130, B=2), first_tokens(None, valid))
+    assert_is_the_equation(given, settings(gate), rope(130, B=2), first_tokens(None, valid))
 
 
 @needs_interpreter
@@ -161,6 +184,7 @@ def test_segments(monkeypatch, gate, packed):
     from linearize.ops import liger_fused
 
     monkeypatch.setattr(liger_fused, "segments_of", lambda call, blocks: (-(-call.chunks // 2), 2))
+    monkeypatch.setattr(liger_fused, "flow_segments", lambda call: (-(-call.chunks // 2), 2))
     first = documents(200, [70, 150]) if packed else None
     assert_is_the_equation(inputs(200, groups=1), settings(gate), rope(200), first)
 
@@ -176,12 +200,25 @@ def test_without_a_state_and_with_slices():
         assert_close(result, other)
 
 
-@pytest.mark.parametrize("gate", liger.GATES)
+@pytest.mark.parametrize("gate", ALL)
 def test_unfused_is_the_equation(gate):
     first = documents(140, [20, 23, 100], [64])
     given = inputs(140, B=2, groups=3)
     assert_is_the_equation(given, settings(gate), rope(140, 8), first, unfused)
     assert_is_the_equation(given, settings(gate), rope(140), None, unfused)
+
+
+@pytest.mark.parametrize("gate", liger.DELTA)
+def test_delta_rules_are_the_structures(gate):
+    q, k, v, *_ = inputs(5, KV=3)
+    layer = Layer(MixerConfig(structure=gate, negative_eigenvalues=True), 0, 1, 3, 3, k.shape[-1], 48)
+    softmax, structure = FEATURE_MAPS["softmax"], STRUCTURES[gate]
+    made = pooled(k, 1).repeat(1, 1, 1, structure.gates)
+    expected = structure.inputs(softmax(q), softmax(k), v, made, layer)
+    key, log_g, beta = liger.DELTA[gate](k, settings(gate, strength=2.0))
+    assert_close(key, expected.k)
+    assert_close(log_g, expected.log_g)
+    assert_close(beta, expected.beta)
 
 
 @pytest.mark.parametrize("gate", liger.GATES)
@@ -229,7 +266,7 @@ def test_gpu_lengths(D, T):
 
 
 @needs_gpu
-@pytest.mark.parametrize("gate", liger.GATES)
+@pytest.mark.parametrize("gate", ALL)
 @pytest.mark.parametrize("D", [64, 128])
 def test_gpu_gates(gate, D):
     given = inputs(200, B=2, D=D, **SHAPES["mha"])
@@ -246,7 +283,7 @@ def test_gpu_any_decay(gate, spread):
 
 
 @needs_gpu
-@pytest.mark.parametrize("gate", ["gla", "mamba2"])
+@pytest.mark.parametrize("gate", ["gla", "mamba2", "gated_deltanet"])
 def test_gpu_documents(gate):
     given = inputs(300, B=2, D=64, **SHAPES["gqa"])
     first = documents(300, [20, 23, 100], [64])
@@ -254,10 +291,9 @@ def test_gpu_documents(gate):
 
 
 @needs_gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_gpu_other_precisions(dtype):
-    tolerance = 1e-5 if dtype == torch.float32 else 5e-3
-    assert_is_the_equation(inputs(200, D=64), settings(D=64), rope(200, 64), dtype=dtype, tolerance=tolerance)
+@pytest.mark.parametrize("gate", ["gla", "gated_deltanet"])
+def test_gpu_fp16(gate):
+    assert_is_the_equation(inputs(200, D=64), settings(gate, D=64), rope(200, 64), dtype=torch.float16, tolerance=5e-3)
 
 
 @needs_gpu

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from linearize.ops import gated_linear, local
+from linearize.ops import gated_delta, gated_linear, local
 from linearize.ops.local import NEVER, Scoring, Sinks
 
 Output = tuple[Float[Tensor, "B T H D"], Float[Tensor, "B KV D D"]]
@@ -39,6 +39,7 @@ class Settings(NamedTuple):
     window: int = 64
     sinks: int = 4
     lower: float = 0.0  # hgrn2's least decay
+    strength: float = 1.0  # the delta rule's largest β
 
 
 def why_not_fused(
@@ -54,7 +55,7 @@ def why_not_fused(
     if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
         return "the device is older than compute capability 8.0"
     unsupported = {
-        f"gate {settings.gate}": settings.gate not in GATES,
+        f"gate {settings.gate}": settings.gate not in GATES | DELTA,
         f"feature map {settings.feature_map}": settings.feature_map not in FEATURES,
         f"a window of {settings.window}": settings.window > 64,
         f"a window of {settings.window} over packed documents": settings.window < 64 and first is not None,
@@ -91,10 +92,10 @@ def fused(
 
     `decay` is lightning's log decay of each head.
     """
-    from linearize.ops.liger_fused import run
+    from linearize.ops import liger_delta, liger_fused
 
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    return run(q, k, v, mixing, settings, rope, state, first, decay)
+    call, initial = liger_fused.call_of(q, k, v, mixing, settings, rope, state, first, decay)
+    return (liger_delta if settings.gate in DELTA else liger_fused).run(call, initial)
 
 
 def reference(
@@ -112,7 +113,7 @@ def reference(
     q, k, v, mixing = (x.double() for x in (q, k, v, mixing))
     rope = None if rope is None else (rope[0].double(), rope[1].double())
     state = no_state(k).double() if state is None else state
-    operators = gated_linear.reference, local.reference
+    operators = gated_delta.reference if settings.gate in DELTA else gated_linear.reference, local.reference
     return compose(q, k, v, mixing, settings, rope, state, first, decay, *operators)
 
 
@@ -128,7 +129,8 @@ def unfused(
     decay: Tensor | None = None,
 ) -> Output:
     """The two branches one after the other, in PyTorch."""
-    operators = gated_linear.gated_linear, local.local_attention
+    recurrence = gated_delta.gated_delta if settings.gate in DELTA else gated_linear.gated_linear
+    operators = recurrence, local.local_attention
     return compose(q, k, v, mixing, settings, rope, state, first, decay, *operators)
 
 
@@ -146,9 +148,14 @@ def compose(
     attention: Callable[..., tuple[Tensor, Any]],
 ) -> Output:
     """Both branches by the given operators, and their mixture."""
-    key, log_g = GATES[settings.gate](wide(k), settings, decay)
+    query = FEATURES[settings.feature_map](wide(q))
+    if settings.gate in DELTA:
+        query = F.normalize(query, dim=-1)
+        key, *gates = DELTA[settings.gate](wide(k), settings)
+    else:
+        key, *gates = GATES[settings.gate](wide(k), settings, decay)
     document = None if first is None else F.pad((first[:, 1:] != first[:, :-1]).cumsum(1), (1, 0))
-    recurrent, state = recurrence(FEATURES[settings.feature_map](wide(q)), key, v, log_g, state, document)
+    recurrent, state = recurrence(query, key, v, *gates, state, document)
     q, k = (x if rope is None else rotate(x, *rope) for x in (q, k))
     sinks = sinks_of(k, v, settings.sinks, document)
     windowed, _ = attention(q, k, v, settings.window, Scoring(settings.scale), sinks, document=document)
@@ -240,5 +247,18 @@ def lightning(k: Tensor, settings: Settings, decay: Tensor | None) -> tuple[Tens
     return FEATURES[settings.feature_map](k), wide(decay)[:, None].to(k.dtype).expand(*k.shape[:3], 1)
 
 
+def deltanet(k: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """β = strength · σ(mean of k); the key, and the query, at length 1. No decay."""
+    beta = settings.strength * k.mean(-1, keepdim=True).sigmoid()
+    return F.normalize(FEATURES[settings.feature_map](k), dim=-1), torch.zeros_like(beta), beta
+
+
+def gated_deltanet(k: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """As `deltanet`, with the decay of `mlstm`."""
+    key, _, beta = deltanet(k, settings)
+    return key, mlstm(k, settings, None)[1], beta
+
+
 GATES = {"gla": gla, "rwkv6": rwkv6, "hgrn2": hgrn2, "mlstm": mlstm, "mamba2": mamba2, "lightning": lightning}
+DELTA = {"deltanet": deltanet, "gated_deltanet": gated_deltanet}
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"softmax": lambda x: x.softmax(-1), "none": lambda x: x}

@@ -8,8 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from linearize.ops import liger_backward_triton as gradients
+from linearize.ops import liger_flow_triton as flows
 from linearize.ops import liger_forward_triton as kernels
 from linearize.ops import liger_steep_triton as steep
+from linearize.ops import liger_window_triton as windows
 from linearize.ops.liger import Rope, Settings, no_state
 
 CHUNK = 64
@@ -24,10 +26,13 @@ class Launch(NamedTuple):
     num_stages: int
     block: int = 64  # value channels of one program, in the passes over the states
     registers: int = 0  # of a thread at most; 0 for what the compiler likes
+    programs: int = 1  # that a multiprocessor holds, where the sequence is cut into as many
 
 
 # by padded head size; by reasoning about registers and shared memory, not tuned on a device yet
 LAUNCHES: dict[str, dict[int, Launch]] = {
+    "window": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
+    "flow": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 2), 128: Launch(8, 2)},
     "prepare": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1), 128: Launch(16, 1)},
     "states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
     "output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
@@ -37,6 +42,14 @@ LAUNCHES: dict[str, dict[int, Launch]] = {
     "window_gradients": {16: Launch(4, 2), 32: Launch(4, 2), 64: Launch(4, 2), 128: Launch(8, 2)},
     "add_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "add_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "window_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "window_key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "delta_solve": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
+    "delta_states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 2, 32), 128: Launch(4, 2)},
+    "delta_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
+    "delta_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "delta_state_gradients": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 2, 32), 128: Launch(4, 2)},
+    "delta_key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
 }
 
 
@@ -53,6 +66,7 @@ class Call(NamedTuple):
     decay: Tensor
     rate: float
     lower: float
+    strength: float
     scale: float
     rotary: int
     window: int
@@ -187,6 +201,68 @@ def forward(call: Call, initial: Tensor) -> tuple[Tensor, Tensor, Operands, Tens
     return output, final, made, states, lse
 
 
+def window(call: Call, output: Tensor, lse: Tensor | None = None) -> None:
+    """Write (1 - w) · window to the output, and its log-sum-exp to `lse` `[B, H, T]`."""
+    B, T, H, _ = call.q.shape
+    windows.window_kernel[(call.chunks, B * H)](
+        call.q, call.k, call.v, call.cos, call.sin, call.mixing, call.first, output, output if lse is None else lse, T,
+        call.rope_stride, call.scale, R=call.rotary, W=call.window, SINKS=call.sinks, PACKED=call.packed,
+        KEEP=lse is not None, **call.heads(), **launch("window", call),
+    )  # fmt: skip
+
+
+def flow(call: Call, initial: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and final state, without what a backward pass needs."""
+    B, T, H, D = call.q.shape
+    told, gate = call.heads() | {"PACKED": call.packed}, (call.rate, call.lower)
+    output, totals = torch.empty_like(call.q), initial.new_empty(call.pairs, call.chunks, D)
+    window(call, output)
+    segments, size = flow_segments(call)
+    starts, final = initial, torch.empty_like(initial)
+    if segments > 1:
+        starts = states_before(call, initial, segments, size)
+    flows.flow_kernel[(segments, B * H)](
+        call.q, call.k, call.v, call.mixing, call.first, call.decay, starts, output, totals, final, T, size, *gate,
+        **told, **call.gating(), **launch("flow", call),
+    )  # fmt: skip
+    steep.add_output_kernel[(triton.cdiv(call.chunks, steep.STEP.value), call.pairs)](
+        call.q, call.k, call.v, call.mixing, call.first, call.decay, totals, output, T, *gate, **told, **call.gating(),
+        **launch("add_output", call),
+    )  # fmt: skip
+    return output, final
+
+
+def flow_segments(call: Call) -> tuple[int, int]:
+    """Into how many segments `flow_kernel` cuts a sequence, of at least 8 chunks, and their chunks."""
+    wanted = MULTIPROCESSORS * LAUNCHES["flow"][padded(call.q.shape[3])].programs
+    heads = call.q.shape[0] * call.q.shape[2]
+    size = max(8, triton.cdiv(call.chunks, max(1, wanted // heads)))
+    return triton.cdiv(call.chunks, size), size
+
+
+def states_before(call: Call, initial: Tensor, segments: int, size: int) -> Tensor:
+    """The state that enters every segment `[B * KV, segments, D, D]`."""
+    T, D, told = call.q.shape[1], call.q.shape[3], call.heads() | {"GROUPS": 0}
+    near_key, totals = torch.empty_like(call.k, dtype=call.dtype), initial.new_empty(call.pairs, call.chunks, D)
+    kernels.prepare_kernel[(call.chunks, call.pairs)](  # of the keys alone
+        call.q, call.k, call.cos, call.sin, call.decay, near_key, near_key, near_key, near_key, totals, T,
+        call.rope_stride, call.rate, call.lower, R=0, **told, **call.gating(), **launch("prepare", call),
+    )  # fmt: skip
+    told.pop("GROUPS")
+    BV = min(LAUNCHES["states"][padded(D)].block, padded(D))
+    blocks = triton.cdiv(D, BV)
+    starts, final = initial.new_empty(call.pairs, segments, D, D), torch.empty_like(initial)
+    finals, products = torch.empty_like(starts), initial.new_empty(call.pairs, segments, D)
+    kernels.states_kernel[(blocks, segments, call.pairs)](
+        near_key, call.v, call.first, totals, torch.zeros_like(starts), finals, finals, products, T, size,
+        BV=BV, STORE=False, PACKED=call.packed, **told, **launch("states", call),
+    )  # fmt: skip
+    kernels.carry_kernel[(blocks, call.pairs)](
+        initial, finals, products, starts, final, segments, D=D, DP=padded(D), BV=BV, REVERSE=False, num_warps=4
+    )
+    return starts
+
+
 def backward(
     call: Call, made: Operands, states: Tensor, lse: Tensor, doutput: Tensor, dfinal: Tensor
 ) -> tuple[Tensor, ...]:
@@ -271,7 +347,7 @@ class LigerAttention(torch.autograd.Function):
         return (*backward(call, Operands(*made), states, lse, doutput.contiguous(), dfinal.contiguous()), None)
 
 
-def run(
+def call_of(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -281,17 +357,25 @@ def run(
     state: Tensor | None,
     first: Tensor | None,
     decay: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """As `liger.fused`, of contiguous tensors."""
+) -> tuple[Call, Tensor]:
+    """What `liger.fused` is given, as kernels take it, and the initial state."""
     mixing = mixing.float().contiguous()
     initial = no_state(k) if state is None else state.float().contiguous()
     cos, sin = (mixing, mixing) if rope is None else (x.contiguous() for x in rope)  # an argument that nothing reads
     call = Call(
-        q=q, k=k, v=v, cos=cos, sin=sin, mixing=mixing,
+        q=q.contiguous(), k=k.contiguous(), v=v.contiguous(), cos=cos, sin=sin, mixing=mixing,
         first=mixing if first is None else first.int().contiguous(),
         decay=mixing if decay is None else decay.float().contiguous(),
-        rate=1.0 / settings.temperature, lower=settings.lower, scale=settings.scale,
+        rate=1.0 / settings.temperature, lower=settings.lower, strength=settings.strength, scale=settings.scale,
         rotary=0 if rope is None else cos.shape[-1], window=settings.window, sinks=settings.sinks,
         gate=settings.gate, feature_map=settings.feature_map, packed=first is not None,
     )  # fmt: skip
-    return LigerAttention.apply(q, k, v, mixing, initial, call)
+    return call, initial
+
+
+def run(call: Call, initial: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and final state."""
+    given = call.q, call.k, call.v, call.mixing, initial
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return LigerAttention.apply(*given, call)
+    return flow(call, initial)

@@ -1,0 +1,392 @@
+"""Find the launch settings of the kernels of Liger Attention on this GPU: the table `LAUNCHES` in `liger_fused`.
+
+    python -m benchmarks.tune --out docs/results/launches_h100.json --sizes 128 64 --seconds 400
+
+For every kernel and head size: each candidate is compiled (side by side, in processes that share Triton's cache), run
+within a whole forward and backward pass whose results must be those of the settings in the table, and timed alone; the
+median of many runs by device events. bf16, window 64, 4 sinks, gate `gla`, random inputs. What does not compile or
+does not fit is kept with its reason. Prints the table to paste.
+"""
+
+import argparse
+import importlib
+import itertools
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.results import provenance, write
+from linearize.ops import (
+    liger_backward_triton,
+    liger_delta_triton,
+    liger_flow_triton,
+    liger_forward_triton,
+    liger_steep_triton,
+    liger_window_triton,
+)
+from linearize.ops.liger import Settings, fused
+from linearize.ops.liger_fused import LAUNCHES, Launch, padded
+
+MODULES = (
+    liger_flow_triton,
+    liger_forward_triton,
+    liger_backward_triton,
+    liger_delta_triton,
+    liger_steep_triton,
+    liger_window_triton,
+)
+TOLERANCE = 5e-3  # of results, relative to those of the first candidate: bf16, summed in another order
+
+
+class Task(NamedTuple):
+    """One launch; tensors are told by dtype where nothing is to run."""
+
+    kernel: str  # module:name
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    told: dict[str, Any]
+
+
+def options(launch: Launch) -> dict[str, int]:
+    """As Triton takes them."""
+    limit = {"maxnreg": launch.registers} if launch.registers else {}
+    return {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **limit}
+
+
+def candidates(kernel: str, D: int) -> list[Launch]:
+    """What is tried, the settings in the table first. `num_stages` matters only to kernels with loops over tiles,
+    and registers are limited where more programs on a multiprocessor might pay for it."""
+    current = LAUNCHES[kernel][D]
+    if "state" in kernel:
+        passes = itertools.product((2, 4, 8), (1, 2, 3, 4), (32, 64, 128))
+        found = [Launch(warps, stages, block) for warps, stages, block in passes if block <= D]
+    elif kernel == "flow":
+        flows = itertools.product((4, 8), (1, 2, 3), (0, 128, 168), (1, 2))
+        found = [Launch(w, s, current.block, r, programs) for w, s, r, programs in flows]
+    else:
+        loops = kernel in ("prepare", "key_gradients", "delta_query_gradients") or kernel.startswith("window_")
+        grid = itertools.product((4, 8, 16), (1, 2, 3) if loops else (1,), (0, 128, 168))
+        found = [Launch(w, s, current.block, r) for w, s, r in grid]
+    found = [launch for launch in found if 32 * launch.num_warps * launch.registers <= 65536]  # no more than there are
+    return [current, *(launch for launch in found if launch != current)]
+
+
+# --- launches ---
+
+
+class Recorder:
+    """Stands in for a kernel: notes every launch, and runs it if told so."""
+
+    def __init__(self, kernel: Any, tasks: list[Task], runs: bool) -> None:
+        self.kernel, self.tasks, self.runs = kernel, tasks, runs
+        self.name = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **told: Any) -> None:
+            self.tasks.append(Task(self.name, grid, args, told))
+            if self.runs:
+                self.kernel[grid](*args, **told)
+
+        return launch
+
+
+@contextmanager
+def recording(runs: bool = True) -> Iterator[list[Task]]:
+    """The launches of what is called inside."""
+    tasks: list[Task] = []
+    found = [(module, name) for module in MODULES for name in vars(module) if name.endswith("_kernel")]
+    kept = [(module, name, getattr(module, name)) for module, name in found]
+    try:
+        for module, name, kernel in kept:
+            setattr(module, name, Recorder(kernel, tasks, runs))
+        yield tasks
+    finally:
+        for module, name, kernel in kept:
+            setattr(module, name, kernel)
+
+
+def tasks_of(kernel: str, tasks: list[Task]) -> list[Task]:
+    """Those of one kernel, and of those without settings of their own that follow it; all that is between `window`
+    and `flow` makes the states that enter the latter's segments, and is its own."""
+    owner, mine = "", []
+    for task in tasks:
+        name = task.kernel.split(":")[1].removesuffix("_kernel")
+        if owner == "window" or (owner == "flow" and name in ("prepare", "states", "flow")):
+            owner = "flow"
+        elif name in LAUNCHES:
+            owner = name
+        if owner == kernel:
+            mine.append(task)
+    return mine
+
+
+@contextmanager
+def settled(kernel: str, D: int, launch: Launch) -> Iterator[None]:
+    """With other settings in the table."""
+    kept = LAUNCHES[kernel][D]
+    LAUNCHES[kernel][D] = launch
+    try:
+        yield
+    finally:
+        LAUNCHES[kernel][D] = kept
+
+
+# --- compiling ---
+
+
+class Target:
+    """As much of Triton's driver as compiling takes, so that no process but the first one needs the device."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        """What to compile for."""
+        return self.target
+
+    def get_current_device(self) -> int:
+        """Any number."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """Any number."""
+        return 0
+
+
+def start_compiler(target: Any) -> None:
+    """Once in each process."""
+    from triton.runtime import driver
+
+    driver.set_active(Target(target))
+
+
+def with_settings(task: Task, launch: Launch) -> Task:
+    """The task by other settings."""
+    told = task.told | ({"BV": launch.block} if "BV" in task.told else {})
+    told.pop("maxnreg", None)
+    return task._replace(told=told | options(launch))
+
+
+def compiled(task: Task) -> dict[str, Any]:
+    """Put one program into Triton's cache: its seconds and shared memory, or why not."""
+    module, name = task.kernel.split(":")
+    start = time.perf_counter()
+    try:
+        program = getattr(importlib.import_module(module), name).warmup(*task.args, grid=task.grid, **task.told)
+    except Exception as error:  # whatever the compiler has against it is a result
+        return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+    return {"compile_seconds": time.perf_counter() - start, "shared": program.metadata.shared}
+
+
+def program_of(launch: Launch) -> Launch:
+    """What it takes to compile it."""
+    return launch._replace(programs=1)
+
+
+def by_dtype(task: Task) -> Task:
+    """For another process."""
+    return task._replace(args=tuple(x.dtype if isinstance(x, Tensor) else x for x in task.args))
+
+
+def compile_all(calls: Iterable[Callable[[], Any]], processes: int) -> dict[str, Any]:
+    """Every program of the given calls, side by side, into Triton's cache: the seconds of each by kernel, and what did
+    not compile."""
+    from triton.runtime import driver
+
+    context, target = multiprocessing.get_context("spawn"), driver.active.get_current_target()
+    jobs: dict[str, tuple[str, Future]] = {}
+    with ProcessPoolExecutor(processes, context, start_compiler, (target,)) as pool:
+        for call in calls:
+            with recording(runs=False) as tasks:
+                call()
+            for task in map(by_dtype, tasks):
+                told = " ".join(str(x) for x in (task.kernel, *task.args, *sorted(task.told.items())))
+                if told not in jobs:
+                    jobs[told] = task.kernel.split(":")[1], pool.submit(compiled, task)
+        rows = [(kernel, job.result()) for kernel, job in jobs.values()]
+    seconds: dict[str, list[float]] = {}
+    for kernel, row in rows:
+        seconds.setdefault(kernel, []).append(row.get("compile_seconds", float("inf")))
+    errors = sorted({f"{kernel}: {row['error']}" for kernel, row in rows if "error" in row})
+    slowest = max((max(times), kernel) for kernel, times in seconds.items())
+    print(
+        f"{len(rows)} programs; the slowest to compile: {slowest[1]}, {slowest[0]:.1f} s", *errors, sep="\n", flush=True
+    )
+    return {"seconds": seconds, "errors": errors}
+
+
+# --- one head size ---
+
+
+class Problem:
+    """One layer's attention, forward and backward."""
+
+    def __init__(
+        self, shape: tuple[int, ...], gate: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        B, T, H, KV, D = shape
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(B, T, n, D, device=device, dtype=dtype) for n in (H, KV, KV))
+        self.leaves = [x.requires_grad_() for x in (q, k, v, torch.full((H,), 0.3, device=device))]
+        self.doutput = torch.randn_like(q)
+        angles = torch.arange(T, device=device)[:, None] * 10000 ** (-torch.arange(0, D, 2, device=device) / D)
+        self.rope = angles.cos().repeat(1, 2).to(dtype), angles.sin().repeat(1, 2).to(dtype)
+        self.settings = Settings(gate, D**-0.5)
+        self.decay = -torch.rand(KV, device=device)
+
+    def run(self) -> list[Tensor]:
+        """Output and final state, without and with a backward pass, and gradients."""
+        q, k, v, mixing = self.leaves
+        given = q, k, v, mixing, self.settings, self.rope, None, None, self.decay
+        with torch.no_grad():
+            alone = fused(*given)
+        output, state = fused(*given)
+        return [*alone, output.detach(), state.detach(), *torch.autograd.grad(output, self.leaves, self.doutput)]
+
+
+def difference(results: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest relative error among the results."""
+    pairs = [(x.float(), y.float()) for x, y in zip(results, expected, strict=True)]
+    return max(((x - y).norm() / y.norm()).item() for x, y in pairs)
+
+
+def seconds_of(tasks: list[Task], runs: int = 25) -> list[float]:
+    """Of all launches together, by device events; they queue behind a pause, so that no launch is waited for."""
+
+    def start() -> None:
+        for task in tasks:
+            module, name = task.kernel.split(":")
+            getattr(importlib.import_module(module), name)[task.grid](*task.args, **task.told)
+
+    start()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10_000_000)  # cycles, some 6 ms
+    for begin, end in events:
+        begin.record()
+        start()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) / 1000 for begin, end in events]
+
+
+def tried(problem: Problem, kernel: str, D: int, launch: Launch, expected: list[Tensor] | None) -> tuple:
+    """A row of results, and what the first candidate computes."""
+    row: dict[str, Any] = {}
+    try:
+        with settled(kernel, D, launch), recording() as tasks:
+            results = problem.run()
+            mine = tasks_of(kernel, tasks)
+        expected = results if expected is None else expected
+        row["difference"] = difference(results, expected)
+        if row["difference"] <= TOLERANCE:
+            row["seconds"] = statistics.median(seconds_of(mine))
+        else:
+            row["error"] = "other results"
+    except Exception as error:  # out of shared memory, registers, ...: a result too
+        row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
+    return row, expected
+
+
+def main() -> None:
+    """Sweep kernel after kernel until the time is up."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 64], help="head sizes")
+    parser.add_argument("--kernels", nargs="+", default=list(LAUNCHES), choices=list(LAUNCHES))
+    parser.add_argument("--heads", type=int, nargs=2, default=(32, 8), help="query heads, key/value heads")
+    parser.add_argument("--gate", default="gla")
+    parser.add_argument("--processes", type=int, default=16, help="that compile")
+    parser.add_argument("--seconds", type=float, default=400, help="begin nothing after this long")
+    given = parser.parse_args()
+    start = time.perf_counter()
+    from triton.runtime import driver
+
+    context, target = multiprocessing.get_context("spawn"), driver.active.get_current_target()
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(given.processes, context, start_compiler, (target,)) as pool:
+        problems = {D: Problem((4, 8192, *given.heads, D), given.gate) for D in given.sizes}
+        wanted: list[tuple[int, str, Launch, list[Task]]] = []
+        for D, problem in problems.items():
+            with recording(runs=False) as tasks:
+                problem.run()
+            for kernel in given.kernels:
+                named = [by_dtype(task) for task in tasks if task.kernel.endswith(f":{kernel}_kernel")]
+                for launch in candidates(kernel, padded(D)) if named else ():
+                    wanted.append((D, kernel, launch, named))
+        # those in the table first: every pass runs them
+        wanted.sort(key=lambda one: one[2] != LAUNCHES[one[1]][padded(one[0])])
+        jobs: dict[tuple[int, str, Launch], list[Future]] = {}
+        for D, kernel, launch, named in wanted:
+            if (D, kernel, program_of(launch)) not in jobs:
+                again = [with_settings(task, launch) for task in named]
+                jobs[D, kernel, program_of(launch)] = [pool.submit(compiled, task) for task in again]
+        swept = dict.fromkeys((D, kernel) for D, kernel, _ in jobs)
+        for D, kernel in swept:
+            for job in jobs[D, kernel, program_of(LAUNCHES[kernel][padded(D)])]:
+                job.result()
+        print(f"{time.perf_counter() - start:.0f} s: {len(jobs)} programs to compile", flush=True)
+        for D, kernel in swept:
+            expected = None
+            for launch in candidates(kernel, padded(D)):
+                if time.perf_counter() - start > given.seconds:
+                    continue
+                row = {"D": D, "heads": given.heads, "kernel": kernel, **launch._asdict()}
+                for job in jobs[D, kernel, program_of(launch)]:
+                    row |= job.result()
+                if "error" not in row:
+                    more, expected = tried(problems[D], kernel, padded(D), launch, expected)
+                    row |= more
+                rows.append(row)
+                print(described(row), flush=True)
+            finish(rows, D, kernel)
+            write(given.out, {**provenance(), "gate": given.gate, "rows": rows, "launches": table()})
+            print(f"{time.perf_counter() - start:.0f} s", flush=True)
+        pool.shutdown(cancel_futures=True)
+    print("LAUNCHES: dict[str, dict[int, Launch]] = {")
+    for kernel, sizes in LAUNCHES.items():
+        print(f'    "{kernel}": {{{", ".join(f"{size}: {shown(launch)}" for size, launch in sizes.items())}}},')
+    print("}")
+
+
+def finish(rows: list[dict[str, Any]], D: int, kernel: str) -> None:
+    """Put the fastest settings of one kernel into the table, for those that follow to run with, and tell."""
+    timed = [row for row in rows if row["D"] == D and row["kernel"] == kernel and "seconds" in row]
+    if timed:
+        best = min(timed, key=lambda row: row["seconds"])
+        LAUNCHES[kernel][padded(D)] = Launch(*(best[field] for field in Launch._fields))
+        print(f"best of D={D} {kernel}: {described(best)}; the table's {1000 * timed[0]['seconds']:.3f} ms")
+
+
+def table() -> dict[str, dict[int, list[int]]]:
+    """The table as it stands, for JSON."""
+    return {kernel: {size: list(launch) for size, launch in sizes.items()} for kernel, sizes in LAUNCHES.items()}
+
+
+def shown(launch: Launch) -> str:
+    """As in the source, without defaults."""
+    values = list(launch)
+    while values and values[-1] == Launch._field_defaults.get(Launch._fields[len(values) - 1]):
+        values.pop()
+    return f"Launch({', '.join(map(str, values))})"
+
+
+def described(row: dict[str, Any]) -> str:
+    """A line for the terminal."""
+    what = f"D={row['D']} {row['kernel']:16} warps {row['num_warps']:2} stages {row['num_stages']} "
+    what += f"block {row['block']:3} registers {row['registers']:3}"
+    if "seconds" not in row:
+        return f"{what} {row.get('error')}"
+    return f"{what} {1000 * row['seconds']:7.3f} ms, compiled in {row.get('compile_seconds', 0.0):4.1f} s"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Liger Attention with the delta rule by its Triton kernels: the window, then the recurrence, which adds itself."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from linearize.ops import liger_delta_triton as kernels
+from linearize.ops import liger_window_triton as windows
+from linearize.ops.liger_fused import CHUNK, LAUNCHES, Call, add_sink_gradients, launch, padded, window
+
+
+class Solved(NamedTuple):
+    """What the forward pass makes of keys and values; the names are those of `liger_delta_triton`."""
+
+    key: Tensor
+    written: Tensor
+    erased: Tensor
+    solved: Tensor
+    beta: Tensor
+    log_g: Tensor
+    states: Tensor
+
+
+def heads(call: Call) -> dict[str, Any]:
+    """How kernels that see no queries are told the shapes."""
+    return {name: value for name, value in call.heads().items() if name != "GROUPS"} | {"PACKED": call.packed}
+
+
+def gated(call: Call) -> bool:
+    """Whether there is a decay."""
+    return call.gate == "gated_deltanet"
+
+
+def blocks(call: Call, kernel: str) -> tuple[int, dict[str, Any]]:
+    """Of value channels in a pass over the states, and how its kernel is told."""
+    D = call.q.shape[3]
+    BV = min(LAUNCHES[kernel][padded(D)].block, padded(D))
+    return triton.cdiv(D, BV), {"BV": BV, "GATED": gated(call), **launch(kernel, call)}
+
+
+def forward(call: Call, initial: Tensor, keep: bool) -> tuple[Tensor, Tensor, Solved, Tensor]:
+    """Output, final state, what it was made of, and the window's log-sum-exp; some of that is not there if not
+    `keep`."""
+    B, T, H, D = call.q.shape
+    output, lse = torch.empty_like(call.q), initial.new_empty(B, H, T)
+    window(call, output, lse if keep else None)
+    key, fresh, erased, written = (torch.empty_like(call.k, dtype=call.dtype) for _ in range(4))
+    solved = key.new_empty(call.pairs, call.chunks, CHUNK, CHUNK) if keep else key
+    beta, log_g = initial.new_empty(call.pairs, T), initial.new_empty(call.pairs, T)
+    told = {"FEATURE": call.feature_map, "GATED": gated(call)}
+    kernels.delta_solve_kernel[(call.chunks, call.pairs)](
+        call.k, call.v, call.first, key, fresh, erased, solved, beta, log_g, T, call.rate, call.strength,
+        KEEP=keep, **told, **heads(call), **launch("delta_solve", call),
+    )  # fmt: skip
+    states = key.new_empty(call.pairs, call.chunks, D, D)
+    final = torch.empty_like(initial)
+    count, passing = blocks(call, "delta_states")
+    kernels.delta_states_kernel[(count, call.pairs)](
+        key, fresh, erased, call.first, log_g, initial, states, written, final, T, **heads(call), **passing
+    )
+    kernels.delta_output_kernel[(call.chunks, B * H)](
+        call.q, key, written, call.mixing, call.first, log_g, states, output, T,
+        **told, **call.heads(), PACKED=call.packed, **launch("delta_output", call),
+    )  # fmt: skip
+    return output, final, Solved(key, written, erased, solved, beta, log_g, states), lse
+
+
+def backward(call: Call, made: Solved, lse: Tensor, doutput: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of q, k, v, the mixing weights and the initial state."""
+    B, T, H, D = call.q.shape
+    dq, dk, dv = torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v)
+    delta, dmixing = torch.empty_like(lse), lse.new_empty(B, H, call.chunks)
+    sinks = [lse.new_empty(B, H, call.chunks, call.sinks, D) for _ in range(2)]
+    told = call.heads() | {"PACKED": call.packed}
+    features = {"FEATURE": call.feature_map, "GATED": gated(call)}
+    given = call.q, call.k, call.v, call.cos, call.sin, call.mixing, call.first, lse
+    windows.window_query_gradients_kernel[(call.chunks, B * H)](
+        *given, doutput, dq, delta, dmixing, *sinks, T, call.rope_stride, call.scale,
+        R=call.rotary, W=call.window, SINKS=call.sinks, **told, **launch("window_query_gradients", call),
+    )  # fmt: skip
+    grid = (call.chunks, call.pairs)
+    windows.window_key_gradients_kernel[grid](
+        *given, delta, doutput, dk, dv, T, call.rope_stride, call.scale,
+        R=call.rotary, W=call.window, **told, **launch("window_key_gradients", call),
+    )  # fmt: skip
+    key, written, erased, solved, beta, log_g, states = made
+    near_query = torch.empty_like(call.q, dtype=call.dtype)
+    dwritten, dkey, dsums = torch.empty_like(key), torch.empty_like(key), torch.empty_like(log_g)
+    kernels.delta_query_gradients_kernel[grid](
+        call.q, key, written, call.mixing, call.first, log_g, states, doutput, dq, dmixing, near_query, dwritten, dkey,
+        dsums, T, **features, **told, **launch("delta_query_gradients", call),
+    )  # fmt: skip
+    dstates, dinitial = torch.empty_like(states), torch.empty_like(dfinal)
+    count, passing = blocks(call, "delta_state_gradients")
+    kernels.delta_state_gradients_kernel[(count, call.pairs)](
+        near_query, key, erased, call.first, log_g, doutput, dfinal, dwritten, dstates, dinitial, T, **told, **passing
+    )
+    kernels.delta_key_gradients_kernel[grid](
+        call.k, call.v, key, written, solved, call.first, beta, log_g, states, dstates, dwritten, dkey, dsums, dk, dv,
+        T, call.rate, call.strength, **features, **heads(call), **launch("delta_key_gradients", call),
+    )  # fmt: skip
+    if call.sinks > 0:
+        add_sink_gradients(call, dk, dv, *sinks)
+    return dq, dk, dv, dmixing.sum((0, 2)), dinitial
+
+
+class LigerDelta(torch.autograd.Function):
+    """(q, k, v, mixing, initial state, call without those) to (output, final state)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, initial: Tensor, call: Call) -> Any:
+        call = call._replace(q=q, k=k, v=v, mixing=mixing)
+        output, final, made, lse = forward(call, initial, keep=True)
+        ctx.save_for_backward(q, k, v, mixing, lse, *made)
+        nothing: Any = None
+        ctx.call = call._replace(q=nothing, k=nothing, v=nothing, mixing=nothing)
+        return output, final
+
+    @staticmethod
+    def backward(ctx: Any, doutput: Tensor, dfinal: Tensor) -> Any:
+        q, k, v, mixing, lse, *made = ctx.saved_tensors
+        call = ctx.call._replace(q=q, k=k, v=v, mixing=mixing)
+        return (*backward(call, Solved(*made), lse, doutput.contiguous(), dfinal.contiguous()), None)
+
+
+def run(call: Call, initial: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and final state."""
+    given = call.q, call.k, call.v, call.mixing, initial
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return LigerDelta.apply(*given, call)
+    return forward(call, initial, keep=False)[:2]

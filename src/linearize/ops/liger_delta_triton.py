@@ -1,0 +1,403 @@
+"""The delta rule of Liger Attention, forward and backward; added to what `liger_window_triton` writes.
+
+A program works on one chunk of 64 tokens of one head. With b the log decay up to and with each token of a chunk, S the
+state before it, and D_ij = exp(b_i - b_j) from key j to query i, what the tokens really write, u, solves
+
+    (1 + A) u = β v - E S,    A_ij = β_i D_ij k_i·k_j for j < i,    E_i = β_i exp(b_i) k_i
+
+With the inverse X of 1 + A: u = `fresh` - `erased` S, fresh = X β v, erased = X E. Then o = exp(b) q S + (D · q kᵀ) u
+and S ← exp(b_C) S + (exp(b_C - b) k)ᵀ u. Backward, z = Xᵀ du is the gradient of β v, -z Sᵀ of E, and -z uᵀ of A.
+
+q and k are of length 1, after the feature map. Tensors are contiguous: q, o `[B, T, H, D]`; k, v, key, fresh, erased, u
+`[B, T, KV, D]`; β and the log decay `[B * KV, T]` in fp32; X `[B * KV, chunks, C, C]`; states `[B * KV, chunks, D, D]`.
+"""
+
+import triton
+import triton.language as tl
+
+from linearize.ops.liger_steep_triton import decay_between
+from linearize.ops.liger_triton import (
+    CHUNK,
+    GONE,
+    LEVELS,
+    LIMIT,
+    load_first,
+    load_one_first,
+    load_state,
+    load_tile,
+    log_sigmoid,
+    product,
+    sigmoid,
+    store_tile,
+)
+
+LEAST = tl.constexpr(1e-12)  # length of a vector; shorter ones are not made longer than this makes them
+
+# --- features and gates ---
+
+
+@triton.jit
+def unit(x, columns, D: tl.constexpr, FEATURE: tl.constexpr):
+    """The feature map of x `[C, DP]` at length 1, and one over the length of what was scaled `[C, 1]`."""
+    if FEATURE == "softmax":
+        x = tl.where((columns < D)[None, :], x, -float("inf"))
+        x = tl.exp(x - tl.max(x, 1)[:, None])
+    scale = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), LEAST)[:, None]
+    return x * scale, scale
+
+
+@triton.jit
+def unit_backward(y, scale, dy, FEATURE: tl.constexpr):
+    """The gradient of `unit`'s input from its results and their gradient; that of a softmax sums to 0."""
+    dy -= y * tl.sum(y * dy, 1)[:, None]
+    return y * dy if FEATURE == "softmax" else scale * dy
+
+
+@triton.jit
+def load_sums(log_g, rows, T, GATED: tl.constexpr):
+    """Of one chunk's log decays, the sums from its start up to and with each token, and from after each token to the
+    chunk's end `[C]`: the second is never made by subtraction, since one -1e4 would swallow its neighbours."""
+    to_query, to_end = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
+    if GATED:
+        later = rows + 1
+        to_query = tl.cumsum(tl.load(log_g + rows, mask=rows < T, other=0.0), 0)
+        after = tl.load(log_g + later, mask=(later < T) & (later % CHUNK != 0), other=0.0)
+        to_end = tl.cumsum(after, 0, reverse=True)
+    return to_query, to_end
+
+
+@triton.jit
+def decay_mask(log_g, to_query, rows, T, GATED: tl.constexpr):
+    """exp(log decay from key j to query i) `[C, C]`, for j up to i."""
+    between = tl.full([CHUNK, CHUNK], 1.0, tl.float32)
+    if GATED:
+        if tl.min(to_query) > LIMIT:
+            between = tl.exp(tl.minimum(to_query[:, None] - to_query[None, :], 0.0))
+        else:
+            between = decay_between(tl.load(log_g + rows, mask=rows < T, other=0.0)[:, None])
+    return between
+
+
+@triton.jit
+def exact(x, y, DTYPE: tl.constexpr):
+    """x y with nearly fp32's precision: in bf16, both are split in two."""
+    if tl.float32 == DTYPE:
+        z = product(x, y, DTYPE)
+    else:
+        x_high, y_high = x.to(DTYPE), y.to(DTYPE)
+        z = product(x_high, y - y_high.to(tl.float32), DTYPE) + product(x - x_high.to(tl.float32), y_high, DTYPE)
+        z += product(x_high, y_high, DTYPE)
+    return z
+
+
+@triton.jit
+def inverse(a, DTYPE: tl.constexpr):
+    """(1 + a)^-1 `[C, C]` of a strictly lower triangle: inverses X and Z of neighbouring blocks on the diagonal, with
+    c below the first, merge to [[X, 0], [-Z c X, Z]]; 1 + 1 tokens, 2 + 2, ..."""
+    i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    x = tl.where(i == j, 1.0, tl.where((i // 2 == j // 2) & (i > j), -a, 0.0))
+    for level in range(1, LEVELS):
+        size = 1 << level
+        below = (i // (2 * size) == j // (2 * size)) & ((i & size) != 0) & ((j & size) == 0)
+        x -= exact(exact(x, tl.where(below, a, 0.0), DTYPE), x, DTYPE)
+    return x
+
+
+# --- who sees whom ---
+
+
+@triton.jit
+def reached(values, starts, start, PACKED: tl.constexpr):
+    """`[C]` for tokens that the state before the chunk reaches, else 0."""
+    if PACKED:
+        values = tl.where(starts < tl.maximum(start, 1), values, 0.0)
+    return values
+
+
+@triton.jit
+def lasting(values, first, rows, start, T, PACKED: tl.constexpr):
+    """`[C]` for tokens that the chunk's last one still sees, else 0."""
+    if PACKED:
+        values = tl.where(rows >= load_one_first(first, tl.minimum(start + CHUNK, T) - 1, PACKED), values, 0.0)
+    return values
+
+
+@triton.jit
+def kept(log_g, first, rows, start, T, GATED: tl.constexpr, PACKED: tl.constexpr):
+    """The share of the state before a chunk that is left after it."""
+    share = 1.0
+    if GATED:
+        share = tl.exp(tl.sum(tl.load(log_g + rows, mask=rows < T, other=0.0), 0))
+    if PACKED:
+        last_first = load_one_first(first, tl.minimum(start + CHUNK, T) - 1, PACKED)
+        share = tl.where(last_first < tl.maximum(start, 1), share, 0.0)
+    return share
+
+
+# --- forward ---
+
+
+@triton.jit(do_not_specialize=["T"])
+def delta_solve_kernel(
+    k, v, first, key, fresh, erased, solved, beta, log_g, T, rate, strength,
+    KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FEATURE: tl.constexpr, GATED: tl.constexpr,
+    PACKED: tl.constexpr, DTYPE: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Keys, gates, and what a chunk's tokens write, but for the state; β = strength · σ(mean of k). With KEEP, X goes
+    to `solved`."""
+    chunk, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    start = chunk * CHUNK
+    rows, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP)
+    at = (pair // KV * T * KV + pair % KV) * D
+    starts = load_first(first + pair // KV * T, rows, T, PACKED)
+    x = load_tile(k + at, rows, columns, T, KV * D, D).to(tl.float32)
+    values = load_tile(v + at, rows, columns, T, KV * D, D)
+    pooled = tl.sum(x, 1) / D
+    write = tl.where(rows < T, strength * sigmoid(pooled), 0.0)
+    tl.store(beta + pair * T + rows, write, mask=rows < T)
+    to_query, between = tl.zeros([CHUNK], tl.float32), tl.full([CHUNK, CHUNK], 1.0, tl.float32)
+    if GATED:
+        decay = tl.where(rows < T, log_sigmoid(pooled) * rate, 0.0)
+        tl.store(log_g + pair * T + rows, decay, mask=rows < T)
+        to_query = tl.cumsum(decay, 0)
+        if tl.min(to_query) > LIMIT:
+            between = tl.exp(tl.minimum(to_query[:, None] - to_query[None, :], 0.0))
+        else:
+            between = decay_between(decay[:, None])
+    unit_key, _ = unit(x, columns, D, FEATURE)
+    unit_key = tl.where((rows < T)[:, None], unit_key, 0.0).to(DTYPE)
+    store_tile(key + at, rows, columns, unit_key, T, KV * D, D)
+    seen = (rows[:, None] > rows[None, :]) & (rows[None, :] >= starts[:, None])
+    a = tl.where(seen, write[:, None] * between * product(unit_key, tl.trans(unit_key), DTYPE), 0.0)
+    inverted = inverse(a, DTYPE)
+    if KEEP:
+        i = tl.arange(0, CHUNK)
+        place = solved + (pair * tl.num_programs(0) + chunk) * CHUNK * CHUNK
+        tl.store(place + i[:, None] * CHUNK + i[None, :], inverted.to(solved.dtype.element_ty))
+    inverted *= write[None, :]
+    store_tile(fresh + at, rows, columns, product(inverted, values, DTYPE), T, KV * D, D)
+    inverted *= reached(tl.exp(to_query), starts, start, PACKED)[None, :]
+    store_tile(erased + at, rows, columns, product(inverted, unit_key, DTYPE), T, KV * D, D)
+
+
+@triton.jit(do_not_specialize=["T"])
+def delta_states_kernel(
+    key, fresh, erased, first, log_g, initial, states, written, final, T,
+    KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The state before every chunk, and what its tokens write, u, for BV value channels of one head."""
+    block, pair, chunks = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.cdiv(T, CHUNK)
+    at = (pair // KV * T * KV + pair % KV) * D
+    first += pair // KV * T
+    log_g += pair * T
+    channels, columns = tl.arange(0, DP), block * BV + tl.arange(0, BV)
+    inside = (channels < D)[:, None] & (columns < D)[None, :]
+    offsets = channels[:, None] * D + columns[None, :]
+    state = tl.load(initial + pair * D * D + offsets, mask=inside, other=0.0)
+    for chunk in range(chunks):
+        start = chunk * CHUNK
+        rows = start + tl.arange(0, CHUNK)
+        loss = load_tile(erased + at, rows, channels, T, KV * D, D)
+        gain = load_tile(fresh + at, rows, columns, T, KV * D, D).to(tl.float32)
+        unit_key = load_tile(key + at, rows, channels, T, KV * D, D)
+        tl.store(states + (pair * chunks + chunk) * D * D + offsets, state.to(states.dtype.element_ty), mask=inside)
+        gain -= product(loss, state, DTYPE)
+        store_tile(written + at, rows, columns, gain, T, KV * D, D)
+        _, to_end = load_sums(log_g, rows, T, GATED)
+        gain *= lasting(tl.exp(to_end), first, rows, start, T, PACKED)[:, None]
+        state *= kept(log_g, first, rows, start, T, GATED, PACKED)
+        state += product(tl.trans(unit_key), gain, DTYPE)
+    tl.store(final + pair * D * D + offsets, state, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T"])
+def delta_output_kernel(
+    q, key, written, mixing, first, log_g, states, output, T,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FEATURE: tl.constexpr,
+    GATED: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """To the output, w · recurrence, for one chunk and one query head."""
+    chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
+    index = tl.program_id(1).to(tl.int64)  # of a query head among all sequences
+    batch, query_head, pair = index // H, index % H, index // GROUPS
+    ours, theirs = (batch * T * H + query_head) * D, (batch * T * KV + query_head // GROUPS) * D
+    start = chunk * CHUNK
+    rows, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP)
+    starts = load_first(first + batch * T, rows, T, PACKED)
+    to_query, _ = load_sums(log_g + pair * T, rows, T, GATED)
+    between = decay_mask(log_g + pair * T, to_query, rows, T, GATED)
+    query, _ = unit(load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32), columns, D, FEATURE)
+    query = query.to(DTYPE)
+    unit_key = load_tile(key + theirs, rows, columns, T, KV * D, D)
+    seen = (rows[:, None] >= rows[None, :]) & (rows[None, :] >= starts[:, None])
+    p = tl.where(seen, between * product(query, tl.trans(unit_key), DTYPE), 0.0)
+    out = product(query, load_state(states, pair * chunks + chunk, columns, D), DTYPE)
+    out *= reached(tl.exp(to_query), starts, start, PACKED)[:, None]
+    out += product(p, load_tile(written + theirs, rows, columns, T, KV * D, D), DTYPE)
+    out *= tl.load(mixing + query_head)
+    out += load_tile(output + ours, rows, columns, T, H * D, D).to(tl.float32)
+    store_tile(output + ours, rows, columns, out, T, H * D, D)
+
+
+# --- backward ---
+
+
+@triton.jit(do_not_specialize=["T"])
+def delta_query_gradients_kernel(
+    q, key, written, mixing, first, log_g, states, doutput, dq, dmixing, near_query, dwritten, dkey, dsums, T,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FEATURE: tl.constexpr,
+    GATED: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of one chunk's queries of one key/value head, added to `dq` and `dmixing`; and from its own queries
+    alone those of u, of keys and, where there is a decay, of b `[B * KV, T]`. The queries that read the state, times w,
+    go to `near_query`."""
+    chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
+    pair = tl.program_id(1).to(tl.int64)
+    batch, head = pair // KV, pair % KV
+    theirs = (batch * T * KV + head) * D
+    start = chunk * CHUNK
+    rows, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP)
+    starts = load_first(first + batch * T, rows, T, PACKED)
+    to_query, _ = load_sums(log_g + pair * T, rows, T, GATED)
+    between = decay_mask(log_g + pair * T, to_query, rows, T, GATED)
+    reaching = reached(tl.exp(to_query), starts, start, PACKED)[:, None]
+    unit_key = load_tile(key + theirs, rows, columns, T, KV * D, D)
+    gain = load_tile(written + theirs, rows, columns, T, KV * D, D)
+    state = load_state(states, pair * chunks + chunk, columns, D)
+    between = tl.where((rows[:, None] >= rows[None, :]) & (rows[None, :] >= starts[:, None]), between, 0.0)
+    dgain, dunit_key = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
+    dsum = tl.zeros([CHUNK], tl.float32)
+    for group in range(GROUPS):
+        index = batch * H + head * GROUPS + group
+        ours = (batch * T * H + head * GROUPS + group) * D
+        w = tl.load(mixing + head * GROUPS + group)
+        dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
+        x = load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32)
+        y, scale = unit(x, columns, D, FEATURE)
+        query = y.to(DTYPE)
+        p = between * product(query, tl.trans(unit_key), DTYPE)
+        dp = between * product(dout, tl.trans(gain), DTYPE)
+        dgain += product(tl.trans(w * p), dout, DTYPE)
+        dunit_key += product(tl.trans(w * dp), query, DTYPE)
+        dquery = product(dp, unit_key, DTYPE) + reaching * product(dout, tl.trans(state), DTYPE)
+        store_tile(near_query + ours, rows, columns, w * reaching * y, T, H * D, D)
+        read = tl.where(rows < T, tl.sum(query.to(tl.float32) * dquery, 1), 0.0)
+        dsum += w * read
+        place = dmixing + index * chunks + chunk
+        tl.store(place, tl.load(place) + tl.sum(read, 0))
+        draw = w * unit_backward(y, scale, dquery, FEATURE)
+        draw += load_tile(dq + ours, rows, columns, T, H * D, D).to(tl.float32)
+        store_tile(dq + ours, rows, columns, draw, T, H * D, D)
+    store_tile(dwritten + theirs, rows, columns, dgain, T, KV * D, D)
+    store_tile(dkey + theirs, rows, columns, dunit_key, T, KV * D, D)
+    if GATED:
+        dsum -= tl.sum(unit_key.to(tl.float32) * dunit_key, 1)
+        tl.store(dsums + pair * T + rows, dsum, mask=rows < T)
+
+
+@triton.jit(do_not_specialize=["T"])
+def delta_state_gradients_kernel(
+    near_query, key, erased, first, log_g, doutput, dfinal, dwritten, dstates, dinitial, T,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr,
+    PACKED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """`delta_states_kernel` backwards: the gradient of the state after every chunk, and from it the rest of u's."""
+    block, pair, chunks, H = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.cdiv(T, CHUNK), KV * GROUPS
+    batch, head = pair // KV, pair % KV
+    at = (batch * T * KV + head) * D
+    first += batch * T
+    log_g += pair * T
+    channels, columns = tl.arange(0, DP), block * BV + tl.arange(0, BV)
+    inside = (channels < D)[:, None] & (columns < D)[None, :]
+    offsets = channels[:, None] * D + columns[None, :]
+    dstate = tl.load(dfinal + pair * D * D + offsets, mask=inside, other=0.0)
+    for n in range(chunks):
+        chunk = chunks - 1 - n
+        start = chunk * CHUNK
+        rows = start + tl.arange(0, CHUNK)
+        loss = load_tile(erased + at, rows, channels, T, KV * D, D)
+        unit_key = load_tile(key + at, rows, channels, T, KV * D, D)
+        dgain = load_tile(dwritten + at, rows, columns, T, KV * D, D).to(tl.float32)
+        tl.store(dstates + (pair * chunks + chunk) * D * D + offsets, dstate.to(dstates.dtype.element_ty), mask=inside)
+        _, to_end = load_sums(log_g, rows, T, GATED)
+        to_end = lasting(tl.exp(to_end), first, rows, start, T, PACKED)
+        dgain += to_end[:, None] * product(unit_key, dstate, DTYPE)
+        store_tile(dwritten + at, rows, columns, dgain, T, KV * D, D)
+        dstate *= kept(log_g, first, rows, start, T, GATED, PACKED)
+        dstate -= product(tl.trans(loss), dgain, DTYPE)
+        for group in range(GROUPS):
+            ours = (batch * T * H + head * GROUPS + group) * D
+            query = load_tile(near_query + ours, rows, channels, T, H * D, D)
+            dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
+            dstate += product(tl.trans(query), dout, DTYPE)
+    tl.store(dinitial + pair * D * D + offsets, dstate, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T"])
+def delta_key_gradients_kernel(
+    k, v, key, written, solved, first, beta, log_g, states, dstates, dwritten, dkey, dsums, dk, dv, T, rate, strength,
+    KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FEATURE: tl.constexpr, GATED: tl.constexpr,
+    PACKED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """To the gradients of a chunk's keys and values, those as keys, values and gates of the recurrence."""
+    chunk, chunks = tl.program_id(0), tl.num_programs(0)
+    pair = tl.program_id(1).to(tl.int64)
+    batch = pair // KV
+    at = (batch * T * KV + pair % KV) * D
+    first += batch * T
+    log_g += pair * T
+    start = chunk * CHUNK
+    i, rows, columns = tl.arange(0, CHUNK), start + tl.arange(0, CHUNK), tl.arange(0, DP)
+    starts = load_first(first, rows, T, PACKED)
+    to_query, to_end = load_sums(log_g, rows, T, GATED)
+    between = decay_mask(log_g, to_query, rows, T, GATED)
+    write = tl.load(beta + pair * T + rows, mask=rows < T, other=0.0)
+    inverted = tl.load(solved + (pair * chunks + chunk) * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :])
+    z = product(tl.trans(inverted), load_tile(dwritten + at, rows, columns, T, KV * D, D), DTYPE)
+
+    values = load_tile(v + at, rows, columns, T, KV * D, D).to(tl.float32)
+    dwrite = tl.sum(z * values, 1)
+    dvalues = write[:, None] * z + load_tile(dv + at, rows, columns, T, KV * D, D).to(tl.float32)
+    store_tile(dv + at, rows, columns, dvalues, T, KV * D, D)
+
+    unit_key = load_tile(key + at, rows, columns, T, KV * D, D)
+    gain = load_tile(written + at, rows, columns, T, KV * D, D)
+    seen = (rows[:, None] > rows[None, :]) & (rows[None, :] >= starts[:, None])
+    between = tl.where(seen, between, 0.0)
+    da = -product(z, tl.trans(gain), DTYPE)
+    a = da * between * product(unit_key, tl.trans(unit_key), DTYPE)
+    dwrite += tl.sum(a, 1)
+    da *= between * write[:, None]
+    dunit_key = load_tile(dkey + at, rows, columns, T, KV * D, D).to(tl.float32)
+    dunit_key += product(da, unit_key, DTYPE) + product(tl.trans(da), unit_key, DTYPE)
+
+    state = load_state(states, pair * chunks + chunk, columns, D)
+    reaching = reached(tl.exp(to_query), starts, start, PACKED)
+    derased = product(z, tl.trans(state), DTYPE)
+    dread = reaching * tl.sum(unit_key.to(tl.float32) * derased, 1)
+    dwrite -= dread
+    dunit_key -= (write * reaching)[:, None] * derased
+
+    dstate = load_state(dstates, pair * chunks + chunk, columns, D)
+    ending = lasting(tl.exp(to_end), first, rows, start, T, PACKED)
+    dended = ending[:, None] * product(gain, tl.trans(dstate), DTYPE)
+    dunit_key += dended
+
+    x = load_tile(k + at, rows, columns, T, KV * D, D).to(tl.float32)
+    pooled = tl.sum(x, 1) / D
+    share = sigmoid(pooled)
+    dpooled = dwrite * strength * share * (1.0 - share)
+    if GATED:
+        held = tl.sum(unit_key.to(tl.float32) * dended, 1)
+        a *= write[:, None]
+        dsum = tl.load(dsums + pair * T + rows, mask=rows < T, other=0.0)
+        dsum += tl.sum(a, 1) - tl.sum(a, 0) - write * dread - held
+        last = tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
+        last = last * kept(log_g, first, rows, start, T, GATED, PACKED) + tl.sum(held, 0)
+        decay = tl.load(log_g + rows, mask=rows < T, other=0.0)
+        dpooled += tl.where(decay > GONE, (tl.cumsum(dsum, 0, reverse=True) + last) * (1.0 - share) * rate, 0.0)
+    y, scale = unit(x, columns, D, FEATURE)
+    draw = unit_backward(y, scale, dunit_key, FEATURE) + (dpooled / D)[:, None]
+    draw += load_tile(dk + at, rows, columns, T, KV * D, D).to(tl.float32)
+    store_tile(dk + at, rows, columns, draw, T, KV * D, D)

@@ -1,0 +1,66 @@
+"""The sweep over launch settings, as far as it needs no GPU."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+if find_spec("triton") is None or torch.cuda.is_available():
+    pytest.skip("needs Triton's interpreter", allow_module_level=True)
+
+import interpreted  # noqa: F401
+
+from benchmarks import tune
+from linearize.ops.liger_fused import LAUNCHES, Launch
+
+SHAPE = (1, 70, 2, 1, 16)
+
+
+def test_a_candidate_is_run_checked_and_timed(monkeypatch):
+    problem = tune.Problem(SHAPE, "gla", "cpu", torch.float32)
+    timed = []
+    monkeypatch.setattr(tune, "seconds_of", lambda tasks: (timed.append(tasks), [2.0, 1.0, 3.0])[1])
+    row, expected = tune.tried(problem, "output", 16, Launch(2, 1), None)
+    assert row == {"difference": 0.0, "seconds": 2.0}
+    (tasks,) = timed
+    assert [task.kernel.split(":")[1] for task in tasks] == ["output_kernel"]
+    assert tasks[0].told["num_warps"] == 2
+    assert LAUNCHES["output"][16].num_warps != 2  # the table is as before
+    wrong = [2 * x for x in expected]
+    row, _ = tune.tried(problem, "output", 16, Launch(2, 1), wrong)
+    assert row["error"] == "other results"
+
+
+def test_launches_belong_to_the_kernel_before(monkeypatch):
+    from linearize.ops import liger_fused
+
+    monkeypatch.setattr(liger_fused, "segments_of", lambda call, blocks: (2, 1))
+    with tune.recording(runs=False) as tasks:
+        tune.Problem(SHAPE, "gla", "cpu", torch.float32).run()
+    assert not [task for task in tune.tasks_of("flow", tasks) if "flow" not in task.kernel]
+    names = [task.kernel.split(":")[1] for task in tune.tasks_of("states", tasks)]
+    assert names == ["states_kernel", "carry_kernel", "states_kernel"]
+
+
+@pytest.mark.parametrize("kernel", LAUNCHES)
+def test_candidates_begin_with_the_table(kernel):
+    found = tune.candidates(kernel, 128)
+    assert found[0] == LAUNCHES[kernel][128]
+    assert len(set(found)) == len(found) > 1
+
+
+def test_settings_as_in_the_source():
+    assert tune.shown(Launch(4, 1)) == "Launch(4, 1)"
+    assert tune.shown(Launch(4, 1, 64, 128)) == "Launch(4, 1, 64, 128)"
+    assert eval(tune.shown(Launch(4, 1, 32))) == Launch(4, 1, 32)
+
+
+def test_what_makes_the_states_of_segments_is_timed_with_them(monkeypatch):
+    from linearize.ops import liger_fused
+
+    monkeypatch.setattr(liger_fused, "flow_segments", lambda call: (2, 1))
+    with tune.recording(runs=False) as tasks:
+        tune.Problem(SHAPE, "gla", "cpu", torch.float32).run()
+    names = [task.kernel.split(":")[1] for task in tune.tasks_of("flow", tasks)]
+    assert names == ["prepare_kernel", "states_kernel", "carry_kernel", "flow_kernel"]
+    assert [task.kernel.split(":")[1] for task in tune.tasks_of("states", tasks)] == ["states_kernel"]
