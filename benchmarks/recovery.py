@@ -23,7 +23,7 @@ from linearize.evaluate import recurrence_off
 from linearize.evaluate.layers import layer_statistics
 from linearize.evaluate.perplexity import Scores, score, summarize
 from linearize.run import Base, load_base, train_variant
-from linearize.train.data import heldout_sequences, load_documents, tokenize
+from linearize.train.data import heldout_documents, heldout_sequences, tokenize
 
 
 def main() -> None:
@@ -59,7 +59,8 @@ def main() -> None:
 
 
 def _heldout(recipe: recipes.Recipe, base: Base) -> torch.Tensor:
-    documents = tokenize(load_documents(recipe.data.heldout, "heldout"), base.tokenizer)
+    texts = heldout_documents(recipe.data.heldout, recipe.evaluation.articles, recipe.data.train)
+    documents = tokenize(list(texts.values()), base.tokenizer)
     return heldout_sequences(documents, recipe.evaluation.sequence_length, recipe.evaluation.sequences)
 
 

@@ -9,8 +9,9 @@ import pytest
 import yaml
 from test_results import late, synthetic, without
 
+from linearize.drawing import spread_out
 from linearize.errors import LinearizeError
-from linearize.figures import FIGURES, _spread, figures
+from linearize.figures import FIGURES, figures
 from linearize.report import COLUMNS, model_card, render, table, write
 from linearize.results import read, verdict
 
@@ -196,7 +197,7 @@ def test_write(tmp_path):
         write(report, tmp_path / "new" / "folder" / "report.json")
 
 
-def test_labels_are_spread():
-    assert _spread([0, 1, 50], 10) == [-4.5, 5.5, 50]
-    assert _spread([0, 0, 0, 12], 10) == pytest.approx([-12, -2, 8, 18])
-    assert _spread([], 10) == []
+def test_labels_arespread_out():
+    assert spread_out([0, 1, 50], 10) == [-4.5, 5.5, 50]
+    assert spread_out([0, 0, 0, 12], 10) == pytest.approx([-12, -2, 8, 18])
+    assert spread_out([], 10) == []

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from linearize.figures import DARK, LABELS, figures
+from linearize.drawing import DARK, LABELS
+from linearize.figures import figures
 from linearize.files import disk_error, write_text
 from linearize.results import EARLY, Report, byte_size, context, count, findings, percent, ratio, verdict
 

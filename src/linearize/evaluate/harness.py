@@ -1,0 +1,122 @@
+"""A model in memory as lm-evaluation-harness takes it; importing this needs the extra `eval`."""
+
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from linearize.convert import decoder
+from linearize.families import Head
+
+AT_ONCE = {"cuda": 32768, "cpu": 4096}  # tokens of a batch
+HEAD_ROWS = 2048  # tokens for which logits exist at once
+
+
+class InMemory(TemplateLM):
+    """Scores in batches of similar lengths, padded at their ends, which no token before sees: so no mask is needed and
+    a score does not depend on what it is batched with, but for rounding."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: int = 64,
+        label: str = "",
+        progress: TextIO | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.rows, self.label = model, tokenizer, rows, label
+        self.progress = progress  # where the bar goes, or nowhere
+        self.head, self.max_length = Head(model), model.config.max_position_embeddings
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a text; it also is what an empty context becomes."""
+        ends = self.tokenizer.eos_token_id
+        return int(self.tokenizer.pad_token_id or 0) if ends is None else int(ends)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Tokens of `string`; with the special tokens that the tokenizer adds itself, unless told otherwise."""
+        given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer(string, verbose=False, **given)["input_ids"]
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """(log probability, whether it is what greedy decoding gives) of each continuation.
+
+        Options that differ in their last tokens alone, as letters do, share one forward pass.
+        """
+        wanted: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for number, (_, context, continuation) in enumerate(requests):
+            ids = (*context, *continuation)[-self.max_length - 1 : -1]
+            wanted.setdefault((ids, min(len(continuation), len(ids))), []).append(number)
+        scores: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        order = sorted(wanted, key=lambda key: -len(key[0]))
+        form: dict[str, Any] = {"unit": "tok", "unit_scale": True, "delay": 1, "leave": False}
+        total = sum(len(ids) for ids, _ in order)
+        with tqdm(total=total, desc=f"tasks {self.label}", file=self.progress, disable=disable_tqdm, **form) as bar:
+            for batch in self._batches(order):
+                for (ids, size), logits in zip(batch, self._logits(batch), strict=True):
+                    for number in wanted[ids, size]:
+                        scores[number] = _score(logits, requests[number][2][-size:])
+                bar.update(sum(len(ids) for ids, _ in batch))
+        return scores
+
+    def _batches(self, order: list[tuple[tuple[int, ...], int]]) -> Iterable[list[tuple[tuple[int, ...], int]]]:
+        """Runs of at most `rows` inputs and `AT_ONCE` tokens; `order` begins with the longest."""
+        most, start = AT_ONCE.get(self.model.device.type, AT_ONCE["cpu"]), 0
+        while start < len(order):
+            size = max(1, min(self.rows, most // max(1, len(order[start][0]))))
+            yield order[start : start + size]
+            start += size
+
+    def _logits(self, batch: list[tuple[tuple[int, ...], int]]) -> list[Tensor]:
+        """For each input the logarithmic probabilities that its last `size` positions give, `[size, vocab]`."""
+        longest = len(batch[0][0])
+        rows = [[*ids, *[self.eot_token_id] * (longest - len(ids))] for ids, _ in batch]
+        ids = torch.tensor(rows, device=self.model.device)
+        hidden = decoder(self.model)(input_ids=ids, use_cache=False).last_hidden_state
+        asked = torch.cat([row[len(ids) - size : len(ids)] for row, (ids, size) in zip(hidden, batch, strict=True)])
+        logits = torch.cat([self.head(part).float().log_softmax(-1).cpu() for part in asked.split(HEAD_ROWS)])
+        return list(logits.split([size for _, size in batch]))
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log probability of each whole text, in windows of the length that the model reads."""
+        scores = []
+        for (text,) in (request.args for request in requests):
+            windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+            pairs = [(None, *make_disjoint_window(window)) for window in windows]
+            scores.append(sum(score for score, _ in self._loglikelihood_tokens(pairs, True)))
+        return scores
+
+    @torch.no_grad()
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuations, each up to the first of its stopping sequences."""
+        texts = []
+        asked = [request.args for request in requests]
+        for context, given in tqdm(asked, desc=f"generate {self.label}", file=self.progress, delay=1, leave=False):
+            until = [given["until"]] if isinstance(given.get("until"), str) else list(given.get("until") or [])
+            most = int(given.get("max_gen_toks", 256))
+            ids = torch.tensor([self.tok_encode(context)[-(self.max_length - most) :]], device=self.model.device)
+            stops: dict[str, Any] = {"stop_strings": until, "tokenizer": self.tokenizer} if until else {}
+            output = self.model.generate(
+                ids, max_new_tokens=most, do_sample=False, pad_token_id=self.eot_token_id, **stops
+            )
+            text = self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+            for stop in filter(None, until):
+                text = text.split(stop)[0]
+            texts.append(text)
+        return texts
+
+
+def _score(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
+    targets = torch.tensor(continuation)
+    greedy = bool((logits.argmax(-1) == targets).all())
+    return logits.gather(1, targets[:, None]).double().sum().item(), greedy
