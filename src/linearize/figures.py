@@ -13,6 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from linearize import drawing
 from linearize.drawing import COLORS, HALF, INK, LABELS, MUTED, PAPER, SHADE, WIDE, to_svg
+from linearize.measures import RecallScore
 from linearize.results import Curve, Report, byte_size, context, count, ratio
 
 
@@ -171,6 +172,63 @@ def _heatmap(figure: Figure, ax: Axes, bar: Axes, data: np.ndarray, norm: Normal
         bar.yaxis.set_major_locator(MaxNLocator(3 if rows < 12 else 5))
 
 
+def half_lives(report: Report) -> Figure | None:
+    """For each layer the range of its channels' half-lives."""
+    rows = [row for row in report.layers if len(row.half_life) == 5 and np.isfinite(row.half_life).all()]
+    if not rows or min(row.half_life[0] for row in rows) <= 0:
+        return None
+    low, high = min(row.half_life[0] for row in rows), max(row.half_life[-1] for row in rows)
+    figure = drawing.canvas(WIDE, 2.6)
+    ax = drawing.panel(figure, (0.066, 0.17, 0.92, 0.76), "", "layer", "half-life (tokens)")
+    ax.set_yscale("log")
+    ax.set_ylim(low / 1.5, high * 1.5)
+    drawing.ticks(ax.yaxis, drawing.round_steps(*ax.get_ylim()), count)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for row in rows:
+        lowest, lower, median, upper, highest = row.half_life
+        ax.plot([row.layer, row.layer], [lowest, highest], color=COLORS["recurrence_off"], lw=1)
+        ax.plot([row.layer, row.layer], [lower, upper], color=COLORS["converted"], lw=5, solid_capstyle="butt")
+        ax.plot([row.layer], [median], color=PAPER, marker="o", ms=3)
+    return figure
+
+
+def recall(report: Report) -> Figure | None:
+    """A panel for each recall task: accuracy against distance, chance dotted, what the window covers shaded."""
+    found = {} if report.suite is None else report.suite.recall
+    tasks = list(dict.fromkeys(score.task for scores in found.values() for score in scores))
+    if not tasks:
+        return None
+    figure = drawing.canvas(WIDE, 2.9)
+    left, right, gap = 0.055, 0.185, 0.022
+    width = (1 - left - right - gap * (len(tasks) - 1)) / len(tasks)
+    for place, task in enumerate(tasks):
+        box = (left + place * (width + gap), 0.17, width, 0.7)
+        ax = drawing.panel(figure, box, task.replace("_", " "), "distance" if place == 0 else "", "")
+        _recall_panel(ax, {name: [s for s in scores if s.task == task] for name, scores in found.items()}, report)
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+        if place:
+            ax.tick_params(labelleft=False)
+    ends = {name: [s.accuracy for s in scores if s.task == tasks[-1]][-1] for name, scores in found.items()}
+    drawing.label_right(ax, [(end, LABELS.get(name, name), name) for name, end in ends.items()])
+    return figure
+
+
+def _recall_panel(ax: Axes, lines: dict[str, list[RecallScore]], report: Report) -> None:
+    distances = sorted({score.distance for scores in lines.values() for score in scores})
+    ax.set_xscale("log", base=2)
+    ax.set_xlim(distances[0] / 1.3, distances[-1] * 1.3)
+    ax.set_ylim(-0.03, 1.03)
+    ax.yaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
+    drawing.ticks(ax.xaxis, distances[:: math.ceil(len(distances) / 3)], context)
+    if report.models.converted.window:
+        ax.axvspan(distances[0] / 1.3, report.models.converted.window, color=SHADE, zorder=0, lw=0)
+    for name, scores in lines.items():
+        x = np.array([score.distance for score in scores], dtype=float)
+        drawing.line(ax, x, np.array([score.accuracy for score in scores]), name, marker="o")
+    chance = next(iter(lines.values()))
+    ax.plot([s.distance for s in chance], [s.chance for s in chance], color=MUTED, lw=0.9, ls=(0, (1, 2)))
+
+
 def memory(report: Report) -> Figure | None:
     """Bytes of cache against context length."""
     return _by_context(report.cache_bytes, "Cache for each sequence", "", byte_size, report, base=2)
@@ -266,6 +324,7 @@ FIGURES: dict[str, Callable[[Report], Figure | None]] = {
     "ablation": ablation,
     "training": training,
     "layers": layers,
+    "half_lives": half_lives,
     "memory": memory,
     "speed": speed,
 }

@@ -155,7 +155,7 @@ def verdict(report: Report) -> str:
 def findings(report: Report) -> list[str]:
     """The sentences of the verdict, the most important one first."""
     models = report.models
-    found = [_against_window(report), _against_equal_memory(report)]
+    found = [_against_window(report), _against_equal_memory(report), _recalled(report)]
     found += _mismatches("window-only baseline", models.window_only, models.converted, same_window=True)
     found += _mismatches("equal-memory baseline", models.window_equal_memory, models.converted, same_window=False)
     found += [_ablation(models), _left(models)]
@@ -229,6 +229,25 @@ def _against_equal_memory(report: Report) -> str:
         verb = "does better" if share <= -NOTHING else "does as well"
         return f"At equal memory it adds nothing: a window{length} without the recurrence {verb} ({loss})."
     return f"At equal memory, a window{length}, it closes {percent(share)} of the late gap ({loss})."
+
+
+def _recalled(report: Report) -> str:
+    """What is left of needles beyond the window, all distances together."""
+    found = {} if report.suite is None else report.suite.recall
+    window = report.models.converted.window or 0
+    shares = {}
+    for name in ("converted", "window_only", "teacher"):
+        scores = [score for score in found.get(name, ()) if score.task == "needle" and score.distance > window]
+        if scores:
+            shares[name] = sum(score.accuracy for score in scores) / len(scores)
+    if "converted" not in shares:
+        return ""
+    others = {"window_only": "with the window only", "teacher": "the teacher's"}
+    said = ", ".join(f"{percent(shares[name])} {words}" for name, words in others.items() if name in shares)
+    return (
+        f"Of single needles beyond the window it finds {percent(shares['converted'])} ({f'{said}, ' if said else ''}"
+        "10 % by chance)."
+    )
 
 
 def _mismatches(name: str, baseline: ModelResult | None, ours: ModelResult, *, same_window: bool) -> list[str]:

@@ -85,7 +85,9 @@ def check(tasks: Sequence[str], data: Path | None = None) -> None:
     if data is None and any(task in LOCAL for task in tasks):
         bundle_folder(TASKS)
     try:
-        import linearize.evaluate.harness  # noqa: F401 - for what it imports
+        import lm_eval  # noqa: F401
+
+        import linearize.evaluate.harness  # noqa: F401 - for the rest that it takes
     except ImportError as error:
         raise LinearizeError(
             f"the tasks {', '.join(tasks)} need lm-evaluation-harness ({error.msg}); pip install 'linearize[eval]', "

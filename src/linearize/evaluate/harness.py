@@ -8,7 +8,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from linearize.convert import decoder
 from linearize.families import Head
@@ -105,15 +105,39 @@ class InMemory(TemplateLM):
             until = [given["until"]] if isinstance(given.get("until"), str) else list(given.get("until") or [])
             most = int(given.get("max_gen_toks", 256))
             ids = torch.tensor([self.tok_encode(context)[-(self.max_length - most) :]], device=self.model.device)
-            stops: dict[str, Any] = {"stop_strings": until, "tokenizer": self.tokenizer} if until else {}
+            stop = Stop(self.tokenizer, ids.shape[1], list(filter(None, until)))
             output = self.model.generate(
-                ids, max_new_tokens=most, do_sample=False, pad_token_id=self.eot_token_id, **stops
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=most,
+                do_sample=False,
+                pad_token_id=self.eot_token_id,
+                stopping_criteria=StoppingCriteriaList([stop]),
             )
-            text = self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-            for stop in filter(None, until):
-                text = text.split(stop)[0]
-            texts.append(text)
+            texts.append(stop.before(output))
         return texts
+
+
+class Stop(StoppingCriteria):
+    """Ends a text of one row at the first of some strings, wherever tokens begin and end."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int, strings: list[str]) -> None:
+        self.tokenizer, self.start, self.strings = tokenizer, start, strings
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Whether it is to end, `[1]`."""
+        text = self._text(input_ids)
+        return torch.tensor([any(string in text for string in self.strings)], device=input_ids.device)
+
+    def before(self, ids: Tensor) -> str:
+        """What was generated before the first of the strings."""
+        text = self._text(ids)
+        for string in self.strings:
+            text = text.split(string)[0]
+        return text
+
+    def _text(self, ids: Tensor) -> str:
+        return self.tokenizer.decode(ids[0, self.start :], skip_special_tokens=True)
 
 
 def _score(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
