@@ -51,41 +51,47 @@ class InMemory(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(log probability, whether it is what greedy decoding gives) of each continuation.
 
-        Options that differ in their last tokens alone, as letters do, share one forward pass.
+        Options that differ in their last token alone, as letters do, share one forward pass.
         """
-        wanted: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        wanted: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}  # inputs -> (number, what is to follow)
         for number, (_, context, continuation) in enumerate(requests):
             ids = (*context, *continuation)[-self.max_length - 1 : -1]
-            wanted.setdefault((ids, min(len(continuation), len(ids))), []).append(number)
+            wanted.setdefault(ids, []).append((number, continuation[max(0, len(continuation) - len(ids)) :]))
         scores: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        order = sorted(wanted, key=lambda key: -len(key[0]))
+        order = sorted(wanted, key=lambda ids: -len(ids))
         form: dict[str, Any] = {"unit": "tok", "unit_scale": True, "delay": 1, "leave": False}
-        total = sum(len(ids) for ids, _ in order)
+        total = sum(map(len, order))
         with tqdm(total=total, desc=f"tasks {self.label}", file=self.progress, disable=disable_tqdm, **form) as bar:
             for batch in self._batches(order):
-                for (ids, size), logits in zip(batch, self._logits(batch), strict=True):
-                    for number in wanted[ids, size]:
-                        scores[number] = _score(logits, requests[number][2][-size:])
-                bar.update(sum(len(ids) for ids, _ in batch))
+                asked = [(row, end) for row, ids in enumerate(batch) for number, end in wanted[ids]]
+                numbers = [number for ids in batch for number, end in wanted[ids]]
+                for number, score in zip(numbers, self._scored(batch, asked), strict=True):
+                    scores[number] = score
+                bar.update(sum(map(len, batch)))
         return scores
 
-    def _batches(self, order: list[tuple[tuple[int, ...], int]]) -> Iterable[list[tuple[tuple[int, ...], int]]]:
+    def _batches(self, order: list[tuple[int, ...]]) -> Iterable[list[tuple[int, ...]]]:
         """Runs of at most `rows` inputs and `AT_ONCE` tokens; `order` begins with the longest."""
         most, start = AT_ONCE.get(self.model.device.type, AT_ONCE["cpu"]), 0
         while start < len(order):
-            size = max(1, min(self.rows, most // max(1, len(order[start][0]))))
+            size = max(1, min(self.rows, most // max(1, len(order[start]))))
             yield order[start : start + size]
             start += size
 
-    def _logits(self, batch: list[tuple[tuple[int, ...], int]]) -> list[Tensor]:
-        """For each input the logarithmic probabilities that its last `size` positions give, `[size, vocab]`."""
-        longest = len(batch[0][0])
-        rows = [[*ids, *[self.eot_token_id] * (longest - len(ids))] for ids, _ in batch]
-        ids = torch.tensor(rows, device=self.model.device)
-        hidden = decoder(self.model)(input_ids=ids, use_cache=False).last_hidden_state
-        asked = torch.cat([row[len(ids) - size : len(ids)] for row, (ids, size) in zip(hidden, batch, strict=True)])
-        logits = torch.cat([self.head(part).float().log_softmax(-1).cpu() for part in asked.split(HEAD_ROWS)])
-        return list(logits.split([size for _, size in batch]))
+    def _scored(self, batch: list[tuple[int, ...]], asked: list[tuple[int, list[int]]]) -> list[tuple[float, bool]]:
+        """For each pair of a row of `batch` and what follows the input there: its score."""
+        device, longest = self.model.device, len(batch[0])
+        rows = [[*ids, *[self.eot_token_id] * (longest - len(ids))] for ids in batch]
+        hidden = decoder(self.model)(input_ids=torch.tensor(rows, device=device), use_cache=False).last_hidden_state
+        spans = [hidden[row, len(batch[row]) - len(end) : len(batch[row])] for row, end in asked]
+        targets = torch.tensor([token for _, end in asked for token in end], device=device)
+        parts = []
+        for part, target in zip(torch.cat(spans).split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
+            logits = self.head(part).float()
+            loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+            parts.append(torch.stack([-loss.double(), (logits.argmax(-1) == target).double()]))
+        scores = torch.cat(parts, dim=1).cpu().split([len(end) for _, end in asked], dim=1)
+        return [(logs.sum().item(), bool(greedy.all())) for logs, greedy in scores]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log probability of each whole text, in windows of the length that the model reads."""
@@ -138,9 +144,3 @@ class Stop(StoppingCriteria):
 
     def _text(self, ids: Tensor) -> str:
         return self.tokenizer.decode(ids[0, self.start :], skip_special_tokens=True)
-
-
-def _score(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    targets = torch.tensor(continuation)
-    greedy = bool((logits.argmax(-1) == targets).all())
-    return logits.gather(1, targets[:, None]).double().sum().item(), greedy

@@ -265,15 +265,14 @@ def _cut(ids: list[int], length: int) -> list[int]:
 @torch.no_grad()
 def _asked(model: PreTrainedModel, ids: Tensor, most: int, back: int | None) -> tuple[Tensor, Tensor]:
     """For the last `most` tokens of each row the logits that predict them; and greedy guesses, `back` tokens before."""
-    device = model.device
-    half = torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else nullcontext()
-    with half:
+    device, head = model.device, Head(model)
+    with torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else nullcontext():
         hidden = decoder(model)(input_ids=ids.to(device), use_cache=False).last_hidden_state
-        logits = Head(model)(hidden[:, -most - 1 : -1]).float().log_softmax(-1).cpu()
-        if back is None:
-            return logits, torch.zeros(len(ids), 0, dtype=torch.long)
-        before = Head(model)(hidden[:, -most - 1 - back : -1 - back]).argmax(-1).cpu()
-    return logits, before
+    hidden = hidden.to(model.dtype)  # in bf16, logits would often be equal
+    logits = head(hidden[:, -most - 1 : -1]).float().cpu()
+    if back is None:
+        return logits, torch.zeros(len(ids), 0, dtype=torch.long)
+    return logits, head(hidden[:, -most - 1 - back : -1 - back]).argmax(-1).cpu()
 
 
 def _judged(trial: Trial, logits: Tensor, before: Tensor) -> tuple[float, float, float]:
