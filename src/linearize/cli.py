@@ -134,6 +134,10 @@ def evaluate(
     checkpoint: Checkpoint,
     suite: Suite = None,
     limit: Limit = None,
+    seed_of: Annotated[
+        list[Path],
+        typer.Option(help="A checkpoint of another seed that has its full report: late gaps are pooled with its."),
+    ] = [],  # noqa: B006
     baseline: Baselines = [],  # noqa: B006
     no_baseline: NoBaseline = False,
     set_: Set = [],  # noqa: B006
@@ -152,7 +156,7 @@ def evaluate(
         "baselines": _baselines(baseline, no_baseline),
     }
     given = {key: value for key, value in given.items() if value is not None}
-    report = evaluate_only(checkpoint, read_recipe(checkpoint, set_, given))
+    report = evaluate_only(checkpoint, read_recipe(checkpoint, set_, given), seed_of)
     print(reports.table(report))
     print(f"\n{reports.verdict(report)}\n\n{checkpoint / 'report.html'}")
 

@@ -29,6 +29,7 @@ from linearize.convert import attention_of, check_convertible, convert
 from linearize.errors import LinearizeError
 from linearize.evaluate import evaluate
 from linearize.evaluate import suite as suites
+from linearize.evaluate.late_gap import pooled
 from linearize.files import (
     MARKER,
     check_replaceable,
@@ -40,6 +41,7 @@ from linearize.files import (
     write_text,
 )
 from linearize.inspect import equal_memory_window
+from linearize.measures import Suite
 from linearize.recipe import Recipe, StageSettings
 from linearize.results import Curve, Report
 from linearize.results import read as read_report
@@ -158,9 +160,13 @@ def merge_only(source: Path, out: Path) -> None:
         checkpoint.write(student, tokenizer, recipe, checkpoint.read_curves(source), folder, out)
 
 
-def evaluate_only(source: Path, recipe: Recipe) -> Report:
-    """Evaluate the checkpoint in `source` against its teacher and, trained here by its recipe, its baselines."""
+def evaluate_only(source: Path, recipe: Recipe, seeds: Sequence[Path] = ()) -> Report:
+    """Evaluate the checkpoint in `source` against its teacher and, trained here by its recipe, its baselines.
+
+    `seeds` are checkpoints of the same recipe but for its seed, whose full reports are there: late gaps are pooled.
+    """
     check_writable(source / "report.json")
+    others = [_other_seed(seed, recipe) for seed in seeds]
     before, free = checkpoint.read_recipe(source), {"evaluation", "baselines", "data"}
     if recipe.model_dump(exclude=free) != before.model_dump(exclude=free) or recipe.data.train != before.data.train:
         raise LinearizeError(f"{source} was made by its recipe.yaml; valid to set: evaluation, baselines, data.heldout")
@@ -172,8 +178,24 @@ def evaluate_only(source: Path, recipe: Recipe) -> Report:
         for name in recipe.baselines:
             variants[name] = train_variant(recipe, name, base, work)
     report = _measure(recipe, base, variants)
+    if others and report.suite is not None:
+        found = [report.suite.late, *(other.late for other in others)]
+        report.suite.late = [pooled(gaps) for gaps in zip(*found, strict=True)]
+        report.seeds |= {f"late gap of {seed}": read_report(seed).recipe["seed"] for seed in seeds}
     _write_report(report, recipe, source)
     return report
+
+
+def _other_seed(folder: Path, recipe: Recipe) -> Suite:
+    """What the full suite found of another seed's checkpoint; LinearizeError where that is no match for `recipe`."""
+    report = read_report(folder)
+    if report.suite is None or recipe.evaluation.suite != "full":
+        raise LinearizeError(f"{folder} cannot be pooled: both need --suite full")
+    given, other = recipe.model_dump(mode="json"), report.recipe
+    differ = [key for key in given if key != "seed" and given[key] != other.get(key)]
+    if differ or given["seed"] == other["seed"]:
+        raise LinearizeError(f"{folder} is no other seed of this recipe: {', '.join(differ) or 'the seed is the same'}")
+    return report.suite
 
 
 def load_base(recipe: Recipe, variants: Iterable[str] = (), train: bool = False, heldout: bool = False) -> Base:

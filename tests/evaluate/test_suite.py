@@ -87,6 +87,26 @@ def test_the_suite_and_the_quick_part_agree(done):
         assert sum(losses[0]) / len(losses[0]) == pytest.approx(models[name].late_loss, rel=1e-6)
 
 
+def test_seeds_are_pooled(done, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "NEW_TOKENS", 8)
+    first, out = done
+    second = recipe.model_copy(update={"seed": 1})
+    job.run(second, tmp_path / "second")
+    report = job.evaluate_only(tmp_path / "second", second, [out])
+    for gap, own in zip(report.suite.late, first.suite.late, strict=True):
+        assert gap.losses["converted"][1] == own.losses["converted"][0]
+        assert len(gap.losses["teacher"]) == 2
+        assert all(len(share.by_seed) == 2 for share in gap.closed.values())
+    with pytest.raises(LinearizeError, match="the seed is the same"):
+        job.evaluate_only(out, recipe, [out])
+    fewer = recipe.evaluation.model_copy(update={"trials": 1})
+    with pytest.raises(LinearizeError, match="no other seed of this recipe: evaluation"):
+        job.evaluate_only(tmp_path / "second", second.model_copy(update={"evaluation": fewer}), [out])
+    quick = recipe.evaluation.model_copy(update={"suite": "quick"})
+    with pytest.raises(LinearizeError, match="both need --suite full"):
+        job.evaluate_only(tmp_path / "second", second.model_copy(update={"evaluation": quick}), [out])
+
+
 def test_half_lives_are_quantiles_of_the_layers(done):
     report, _ = done
     assert [layer.layer for layer in report.layers] == [0, 2]
