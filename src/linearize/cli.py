@@ -41,6 +41,10 @@ GateTemperature = Annotated[float | None, typer.Option(help="The log decay is di
 Mixing = Annotated[str | None, typer.Option(help="The recurrence's weight: fixed, or per_head, learned.")]
 MixingWeight = Annotated[float | None, typer.Option(help="Its value, or where it starts.")]
 Layers = Annotated[str | None, typer.Option(help="Layers to convert: all, or numbers and ranges like 0-7,16.")]
+Suite = Annotated[
+    str | None, typer.Option(help="quick, or full: late gap by length, recall, benchmarks and generation as well.")
+]
+Limit = Annotated[int | None, typer.Option(help="Items of each benchmark, and prompts, at most.")]
 SoftmaxEvery = Annotated[int | None, typer.Option(help="Leave every N-th layer as softmax attention.")]
 
 
@@ -128,6 +132,12 @@ def distill(checkpoint: Checkpoint, out: Out, recipe: RecipeName = "default", se
 @app.command("eval")
 def evaluate(
     checkpoint: Checkpoint,
+    suite: Suite = None,
+    limit: Limit = None,
+    seed_of: Annotated[
+        list[Path],
+        typer.Option(help="A checkpoint of another seed that has its full report: late gaps are pooled with its."),
+    ] = [],  # noqa: B006
     baseline: Baselines = [],  # noqa: B006
     no_baseline: NoBaseline = False,
     set_: Set = [],  # noqa: B006
@@ -140,8 +150,13 @@ def evaluate(
     from linearize.checkpoint import read_recipe
     from linearize.run import evaluate_only
 
-    chosen = _baselines(baseline, no_baseline)
-    report = evaluate_only(checkpoint, read_recipe(checkpoint, set_, {} if chosen is None else {"baselines": chosen}))
+    given = {
+        "evaluation.suite": suite,
+        "evaluation.limit": limit,
+        "baselines": _baselines(baseline, no_baseline),
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    report = evaluate_only(checkpoint, read_recipe(checkpoint, set_, given), seed_of)
     print(reports.table(report))
     print(f"\n{reports.verdict(report)}\n\n{checkpoint / 'report.html'}")
 

@@ -1,10 +1,7 @@
 """The report's figures: each a function from a report to a matplotlib figure, or None where nothing was measured."""
 
 import math
-import re
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from io import StringIO
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib as mpl
@@ -14,41 +11,10 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from linearize import drawing
+from linearize.drawing import COLORS, HALF, INK, LABELS, MUTED, PAPER, SHADE, WIDE, to_svg
+from linearize.measures import RecallScore
 from linearize.results import Curve, Report, byte_size, context, count, ratio
-
-PAPER, INK, MUTED, GRID, SHADE = "#ffffff", "#1f2429", "#5c6670", "#dfe3e8", "#f1f4f7"
-DARK = {  # what each colour becomes on a dark page
-    PAPER: "#16191d",
-    INK: "#e4e8ec",
-    MUTED: "#9aa5b1",
-    GRID: "#31373f",
-    SHADE: "#1f242a",
-    "#0072b2": "#4fb0e8",
-    "#d55e00": "#f4924a",
-    "#a8487f": "#dd8dbb",
-    "#8a939c": "#7d8791",
-    "#4aa6dc": "#2f7fb0",
-}
-LABELS = {
-    "teacher": "teacher",
-    "untrained": "converted, untrained",
-    "window_only": "window only",
-    "window_equal_memory": "window, equal memory",
-    "converted": "converted",
-    "recurrence_off": "converted, recurrence off",
-}
-COLORS = {  # Okabe and Ito's, some darkened so that text in them can be read
-    "teacher": INK,
-    "untrained": "#8a939c",
-    "window_only": "#d55e00",
-    "window_equal_memory": "#a8487f",
-    "converted": "#0072b2",
-    "recurrence_off": "#4aa6dc",
-}
-DASHES = {"window_equal_memory": (0, (5, 2)), "untrained": (0, (1, 1.2))}
-FONT = "system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif"
-WIDE, HALF = 9.6, 4.7  # inches; at 72 dpi the page shows both at the same scale
-_rc_lock = threading.Lock()  # rcParams are the only way to ask for text as text
 
 
 def figures(report: Report) -> dict[str, str]:
@@ -57,19 +23,11 @@ def figures(report: Report) -> dict[str, str]:
     return {name: to_svg(figure, name) for name, figure in drawn.items() if figure is not None}
 
 
-def to_svg(figure: Figure, name: str) -> str:
-    """The figure as SVG with text as text, the same bytes each time, its ids prefixed by `name`."""
-    out = StringIO()
-    with _rc_lock, mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(out, format="svg", metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"]))
-    svg = re.sub(r"'DejaVu Sans'[^;\"]*sans-serif", FONT, out.getvalue())
-    return re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", svg)
-
-
 def loss_by_position(report: Report) -> Figure | None:
     """Left the loss, right what each model loses against the teacher, by position."""
     models = report.models.measured()
-    models.pop("recurrence_off", None)
+    for off in ("recurrence_off", "window_off"):
+        models.pop(off, None)
     losses = {name: np.array(result.loss_by_position, dtype=float) for name, result in models.items()}
     size = min(map(len, losses.values()))
     losses = {name: loss[:size] for name, loss in losses.items()}
@@ -77,15 +35,17 @@ def loss_by_position(report: Report) -> Figure | None:
     if size == 0 or not np.isfinite(np.concatenate(main)).any():
         return None
     x = (np.arange(size) + 0.5) * report.bucket
-    figure = _figure(WIDE, 3.7)
+    figure = drawing.canvas(WIDE, 3.7)
     axes = [
-        _axes(figure, (0.066, 0.125, 0.262, 0.78), "Loss", "position (tokens)", "mean loss (nats)"),
-        _axes(figure, (0.4, 0.125, 0.43, 0.78), "Loss above the teacher", "position (tokens)", "difference (nats)"),
+        drawing.panel(figure, (0.066, 0.125, 0.262, 0.78), "Loss", "position (tokens)", "mean loss (nats)"),
+        drawing.panel(
+            figure, (0.4, 0.125, 0.43, 0.78), "Loss above the teacher", "position (tokens)", "difference (nats)"
+        ),
     ]
     excess = {name: loss - losses["teacher"] for name, loss in losses.items()}
     limits = [
-        _limits(main, 0.06),
-        _limits([e for n, e in excess.items() if n not in ("untrained", "teacher")], 0.12, 0),
+        drawing.limits(main, 0.06),
+        drawing.limits([e for n, e in excess.items() if n not in ("untrained", "teacher")], 0.12, 0),
     ]
     for ax, lines, (low, high) in zip(axes, (losses, excess), limits, strict=True):
         ax.set_xlim(0, report.sequence_length)
@@ -96,11 +56,11 @@ def loss_by_position(report: Report) -> Figure | None:
         ax.axvspan(report.sequence_length / 2, report.sequence_length, color=SHADE, zorder=0, lw=0)
         ax.annotate("late", (0.995, 0.985), xycoords="axes fraction", ha="right", va="top", color=MUTED, fontsize=8)
         for name, line in lines.items():
-            _line(ax, x, line, name, marker="o" if size == 1 else None)
+            drawing.line(ax, x, line, name, marker="o" if size == 1 else None)
     tail = max(1, size // 8)  # a label stands at the mean of the end of its line
     ends = {name: float(np.mean(line[-tail:])) for name, line in excess.items()}
-    _label_right(
-        axes[1], [(_clip(ends[name], limits[1]), _end_text(name, ends[name], limits[1]), name) for name in ends]
+    drawing.label_right(
+        axes[1], [(drawing.clip(ends[name], limits[1]), _end_text(name, ends[name], limits[1]), name) for name in ends]
     )
     return figure
 
@@ -116,13 +76,13 @@ def training(report: Report) -> Figure | None:
     stages = list(dict.fromkeys(curve.stage for curve in curves))
     if not stages:
         return None
-    figure = _figure(WIDE, 3.3)
+    figure = drawing.canvas(WIDE, 3.3)
     left, right, gap = 0.075, 0.16, 0.22
     width = (1 - left - right - gap * (len(stages) - 1)) / len(stages)
     for i, stage in enumerate(stages):
         box = (left + i * (width + gap), 0.14, width, 0.75)
         _training_panel(
-            _axes(figure, box, stage[:1].upper() + stage[1:], "tokens", "training loss"),
+            drawing.panel(figure, box, stage[:1].upper() + stage[1:], "tokens", "training loss"),
             [c for c in curves if c.stage == stage],
         )
     return figure
@@ -131,29 +91,29 @@ def training(report: Report) -> Figure | None:
 def _training_panel(ax: Axes, curves: list[Curve]) -> None:
     ends, smooth_lines, last = [], [], 1
     for curve in curves:
-        tokens, loss = _thin(np.array(curve.tokens, dtype=float), np.array(curve.loss, dtype=float))
-        smooth = _smooth(loss)
+        tokens, loss = drawing.thinned(np.array(curve.tokens, dtype=float), np.array(curve.loss, dtype=float))
+        smooth = drawing.smoothed(loss)
         color = COLORS.get(curve.model, MUTED)
         ax.plot(tokens, loss, color=color, alpha=0.22, lw=0.8)
-        _line(ax, tokens, smooth, curve.model, marker="o" if len(tokens) == 1 else None)
+        drawing.line(ax, tokens, smooth, curve.model, marker="o" if len(tokens) == 1 else None)
         smooth_lines.append(smooth)
         last = max(last, curve.tokens[-1])
         if np.isfinite(smooth[-1]):
             ends.append((float(smooth[-1]), LABELS.get(curve.model, curve.model), curve.model))
-    low, high = _limits(smooth_lines, 0.08)
+    low, high = drawing.limits(smooth_lines, 0.08)
     finite = np.concatenate(smooth_lines)
     finite = finite[np.isfinite(finite)]
     ax.set_xlim(0, last)
     if len(finite) and finite.min() > 0 and finite.max() > 8 * finite.min():
         ax.set_yscale("log")
         ax.set_ylim(finite.min() / 1.15, finite.max() * 1.15)
-        _plain_log(ax)
+        drawing.plain_log(ax)
     else:
         ax.set_ylim(low, high)
         ax.yaxis.set_major_locator(MaxNLocator(6))
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
-    _label_right(ax, ends)
+    drawing.label_right(ax, ends)
 
 
 def layers(report: Report) -> Figure | None:
@@ -173,11 +133,11 @@ def layers(report: Report) -> Figure | None:
         return None
     heights = [min(max(0.15 * len(data), 0.95), 3.2) for data, *_ in panels]
     total = sum(heights) + 0.85 * len(panels)
-    figure = _figure(WIDE, total)
+    figure = drawing.canvas(WIDE, total)
     top = total
     for (data, norm, title, rows, unit), height in zip(panels, heights, strict=True):
         top -= 0.35 + height
-        ax = _axes(figure, (0.06, top / total, 0.85, height / total), title, "layer", rows)
+        ax = drawing.panel(figure, (0.06, top / total, 0.85, height / total), title, "layer", rows)
         bar = figure.add_axes((0.924, top / total, 0.013, height / total))
         _heatmap(figure, ax, bar, data, norm, unit)
         for missing in set(range(data.shape[1])) - {row.layer for row in report.layers}:
@@ -188,7 +148,7 @@ def layers(report: Report) -> Figure | None:
 
 
 def _heatmap(figure: Figure, ax: Axes, bar: Axes, data: np.ndarray, norm: Normalize, unit: str) -> None:
-    cmap = mpl.colormaps["cividis"] if isinstance(norm, LogNorm) else _BLUES
+    cmap = mpl.colormaps["cividis"] if isinstance(norm, LogNorm) else BLUES
     ax.set_facecolor(SHADE)
     ax.grid(False)
     ax.spines[:].set_visible(False)
@@ -205,11 +165,68 @@ def _heatmap(figure: Figure, ax: Axes, bar: Axes, data: np.ndarray, norm: Normal
     bar.set_title(unit, loc="left", fontsize=8, color=MUTED, pad=5)
     bar.tick_params(length=0, labelsize=8, labelcolor=MUTED)
     if isinstance(norm, LogNorm):
-        bar.yaxis.set_major_locator(FixedLocator(_round_steps(*image.get_clim(), most=3 if rows < 6 else 7)))
+        bar.yaxis.set_major_locator(FixedLocator(drawing.round_steps(*image.get_clim(), most=3 if rows < 6 else 7)))
         bar.yaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
         bar.yaxis.set_minor_locator(NullLocator())
     else:
         bar.yaxis.set_major_locator(MaxNLocator(3 if rows < 12 else 5))
+
+
+def half_lives(report: Report) -> Figure | None:
+    """For each layer the range of its channels' half-lives."""
+    rows = [row for row in report.layers if len(row.half_life) == 5 and np.isfinite(row.half_life).all()]
+    if not rows or min(row.half_life[0] for row in rows) <= 0:
+        return None
+    low, high = min(row.half_life[0] for row in rows), max(row.half_life[-1] for row in rows)
+    figure = drawing.canvas(WIDE, 2.6)
+    ax = drawing.panel(figure, (0.066, 0.17, 0.92, 0.76), "", "layer", "half-life (tokens)")
+    ax.set_yscale("log")
+    ax.set_ylim(low / 1.5, high * 1.5)
+    drawing.ticks(ax.yaxis, drawing.round_steps(*ax.get_ylim()), count)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for row in rows:
+        lowest, lower, median, upper, highest = row.half_life
+        ax.plot([row.layer, row.layer], [lowest, highest], color=COLORS["recurrence_off"], lw=1)
+        ax.plot([row.layer, row.layer], [lower, upper], color=COLORS["converted"], lw=5, solid_capstyle="butt")
+        ax.plot([row.layer], [median], color=PAPER, marker="o", ms=3)
+    return figure
+
+
+def recall(report: Report) -> Figure | None:
+    """A panel for each recall task: accuracy against distance, chance dotted, what the window covers shaded."""
+    found = {} if report.suite is None else report.suite.recall
+    tasks = list(dict.fromkeys(score.task for scores in found.values() for score in scores))
+    if not tasks:
+        return None
+    figure = drawing.canvas(WIDE, 2.9)
+    left, right, gap = 0.055, 0.185, 0.022
+    width = (1 - left - right - gap * (len(tasks) - 1)) / len(tasks)
+    for place, task in enumerate(tasks):
+        box = (left + place * (width + gap), 0.17, width, 0.7)
+        ax = drawing.panel(figure, box, task.replace("_", " "), "distance" if place == 0 else "", "")
+        _recall_panel(ax, {name: [s for s in scores if s.task == task] for name, scores in found.items()}, report)
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+        if place:
+            ax.tick_params(labelleft=False)
+    ends = {name: [s.accuracy for s in scores if s.task == tasks[-1]][-1] for name, scores in found.items()}
+    drawing.label_right(ax, [(end, LABELS.get(name, name), name) for name, end in ends.items()])
+    return figure
+
+
+def _recall_panel(ax: Axes, lines: dict[str, list[RecallScore]], report: Report) -> None:
+    distances = sorted({score.distance for scores in lines.values() for score in scores})
+    ax.set_xscale("log", base=2)
+    ax.set_xlim(distances[0] / 1.3, distances[-1] * 1.3)
+    ax.set_ylim(-0.03, 1.03)
+    ax.yaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
+    drawing.ticks(ax.xaxis, distances[:: math.ceil(len(distances) / 3)], context)
+    if report.models.converted.window:
+        ax.axvspan(distances[0] / 1.3, report.models.converted.window, color=SHADE, zorder=0, lw=0)
+    for name, scores in lines.items():
+        x = np.array([score.distance for score in scores], dtype=float)
+        drawing.line(ax, x, np.array([score.accuracy for score in scores]), name, marker="o")
+    chance = next(iter(lines.values()))
+    ax.plot([s.distance for s in chance], [s.chance for s in chance], color=MUTED, lw=0.9, ls=(0, (1, 2)))
 
 
 def memory(report: Report) -> Figure | None:
@@ -232,8 +249,8 @@ def _by_context(
     }
     if not measured:
         return None
-    figure = _figure(HALF, 3.3)
-    ax = _axes(figure, (0.135, 0.14, 0.585, 0.745), title, "context (tokens)", unit)
+    figure = drawing.canvas(HALF, 3.3)
+    ax = drawing.panel(figure, (0.135, 0.14, 0.585, 0.745), title, "context (tokens)", unit)
     contexts = sorted({length for points in measured.values() for length in points})
     values = [value for points in measured.values() for value in points.values()]
     ax.set_xscale("log", base=2)
@@ -242,13 +259,13 @@ def _by_context(
     ax.set_xlim(contexts[0] / pad / 1.06, contexts[-1] * pad * 1.06)
     ax.set_ylim(min(values) / 1.6, max(values) * 1.6)
     step = math.ceil(len(contexts) / 6)
-    _ticks(ax.xaxis, contexts[::-1][::step][::-1], context)
-    _ticks(ax.yaxis, _powers(*ax.get_ylim()) if base == 2 else _round_steps(*ax.get_ylim()), form)
+    drawing.ticks(ax.xaxis, contexts[::-1][::step][::-1], context)
+    drawing.ticks(ax.yaxis, drawing.powers(*ax.get_ylim()) if base == 2 else drawing.round_steps(*ax.get_ylim()), form)
     ends = []
     for name, points in measured.items():
-        _line(ax, np.array(list(points)), np.array(list(points.values()), dtype=float), name, marker="o")
+        drawing.line(ax, np.array(list(points)), np.array(list(points.values()), dtype=float), name, marker="o")
         ends.append((float(list(points.values())[-1]), LABELS.get(name, name), name))
-    _label_right(ax, ends)
+    drawing.label_right(ax, ends)
     longest = report.common_context(measured)
     if longest is not None:
         _gap(ax, longest, measured["teacher"][longest], measured["converted"][longest])
@@ -272,14 +289,14 @@ def ablation(report: Report) -> Figure | None:
     models.pop("untrained")
     teacher = models.pop("teacher").late_loss
     excess = {name: result.late_loss - teacher for name, result in models.items()}
-    matched = [value for name, value in excess.items() if name != "recurrence_off" and math.isfinite(value)]
+    matched = [value for name, value in excess.items() if not name.endswith("_off") and math.isfinite(value)]
     if len(excess) < 2 or not matched or not math.isfinite(teacher):
         return None
     most = 3.2 * max(map(abs, matched)) or 1.0  # a longer bar would hide the difference that matters: it is cut
     shown = {name: min(value, most) if value == value else 0.0 for name, value in excess.items()}
-    figure = _figure(WIDE, 0.85 + 0.32 * len(excess))
+    figure = drawing.canvas(WIDE, 0.85 + 0.32 * len(excess))
     height = 1 - 0.8 / figure.get_figheight()
-    ax = _axes(
+    ax = drawing.panel(
         figure, (0.175, 0.45 / figure.get_figheight(), 0.64, height), "", "late loss above the teacher (nats)", ""
     )
     low = min(0.0, *shown.values())
@@ -307,96 +324,11 @@ FIGURES: dict[str, Callable[[Report], Figure | None]] = {
     "ablation": ablation,
     "training": training,
     "layers": layers,
+    "half_lives": half_lives,
     "memory": memory,
     "speed": speed,
 }
-_BLUES = LinearSegmentedColormap.from_list("weight", ["#eef3f7", "#8fc3e3", "#0072b2", "#00263d"])
-
-
-# Drawing
-
-
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=72, facecolor=PAPER)
-
-
-def _axes(figure: Figure, box: tuple[float, float, float, float], title: str, x: str, y: str) -> Axes:
-    ax = figure.add_axes(box, facecolor="none")
-    ax.set_title(_plain(title), loc="left", fontsize=9.5, fontweight="bold", color=INK, pad=7)
-    ax.set_xlabel(x, fontsize=8.5, color=MUTED, labelpad=4)
-    ax.set_ylabel(y, fontsize=8.5, color=MUTED, labelpad=5)
-    ax.tick_params(which="both", colors=GRID, labelcolor=MUTED, labelsize=8.5, length=3, width=0.8)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(GRID)
-    ax.grid(True, color=GRID, lw=0.6)
-    ax.set_axisbelow(True)
-    return ax
-
-
-def _line(ax: Axes, x: np.ndarray, y: np.ndarray, name: str, marker: str | None = None) -> None:
-    width = {"untrained": 1.1, "converted": 2.1}.get(name, 1.6)
-    style: Any = DASHES.get(name, "-")
-    color, top = COLORS.get(name, MUTED), 4 if name == "converted" else 3
-    ax.plot(x, y, color=color, lw=width, ls=style, marker=marker, ms=3.6, zorder=top, solid_joinstyle="round")
-
-
-def _label_right(ax: Axes, ends: Iterable[tuple[float, str, str]], gap: float = 11.5) -> None:
-    """Name each line at the right of the axes, at least `gap` points apart."""
-    ends = sorted(ends)
-    wanted = [float(ax.transData.transform((ax.get_xlim()[1], y))[1]) for y, _, _ in ends]
-    for (y, text, name), at, spread in zip(ends, wanted, _spread(wanted, gap), strict=True):
-        ax.annotate(_plain(text), (1, y), (7, spread - at), xycoords=("axes fraction", "data"), va="center_baseline",
-                    textcoords="offset points", color=COLORS.get(name, MUTED), fontsize=8.5,
-                    fontweight="bold" if name == "converted" else "normal", annotation_clip=False)  # fmt: skip
-
-
-def _spread(wanted: list[float], gap: float) -> list[float]:
-    """The nearest ascending places at least `gap` apart: runs that collide are centred on their mean."""
-    runs: list[list[float]] = []
-    for at in wanted:
-        runs.append([at])
-        while len(runs) > 1 and _start(runs[-1], gap) < _start(runs[-2], gap) + gap * len(runs[-2]):
-            last = runs.pop()
-            runs[-1] += last
-    return [_start(run, gap) + gap * i for run in runs for i in range(len(run))]
-
-
-def _start(run: list[float], gap: float) -> float:
-    return sum(run) / len(run) - gap * (len(run) - 1) / 2
-
-
-def _limits(lines: list[np.ndarray], pad: float, include: float | None = None) -> tuple[float, float]:
-    """The range of the finite values, with a margin."""
-    values = np.concatenate([np.asarray(line, dtype=float) for line in lines])
-    values = values[np.isfinite(values)]
-    if include is not None:
-        values = np.append(values, include)
-    if not len(values):
-        return 0.0, 1.0
-    low, high = float(values.min()), float(values.max())
-    margin = pad * (high - low) or 0.5
-    return low - margin, high + margin
-
-
-def _clip(value: float, limits: tuple[float, float]) -> float:
-    return min(max(value, limits[0]), limits[1]) if value == value else limits[1]
-
-
-def _smooth(loss: np.ndarray) -> np.ndarray:
-    """A centred moving average over about a twentieth of the curve, skipping what is not finite."""
-    width = max(1, len(loss) // 20)
-    kernel, finite = np.ones(2 * (width // 2) + 1), np.isfinite(loss)
-    total = np.convolve(np.where(finite, loss, 0.0), kernel, "same")
-    weight = np.convolve(finite.astype(float), kernel, "same")
-    return np.divide(total, weight, out=np.full(len(loss), np.nan), where=weight > 0)[: len(loss)]
-
-
-def _thin(x: np.ndarray, y: np.ndarray, most: int = 600) -> tuple[np.ndarray, np.ndarray]:
-    """At most about `most` points, each the mean of its neighbours: a figure needs no more."""
-    step = math.ceil(len(x) / most)
-    edges = np.arange(0, len(x), step)
-    sizes = np.diff(np.append(edges, len(x)))
-    return np.add.reduceat(x, edges) / sizes, np.add.reduceat(y, edges) / sizes
+BLUES = LinearSegmentedColormap.from_list("weight", ["#eef3f7", "#8fc3e3", "#0072b2", "#00263d"])
 
 
 def _grid(report: Report, field: str) -> np.ndarray:
@@ -406,32 +338,3 @@ def _grid(report: Report, field: str) -> np.ndarray:
     for layer, values in rows.items():
         grid[: len(values), layer] = values
     return np.where(np.isfinite(grid), grid, np.nan)
-
-
-def _ticks(axis: Any, places: Sequence[float], form: Callable[[float], str]) -> None:
-    axis.set_major_locator(FixedLocator(places))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
-
-
-def _plain_log(ax: Axes) -> None:
-    _ticks(ax.yaxis, _round_steps(*ax.get_ylim()), lambda value: f"{value:g}")
-
-
-def _powers(low: float, high: float) -> list[float]:
-    """Powers of two between the two, at most about six."""
-    first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))
-    step = max(1, math.ceil((last - first + 1) / 6))
-    return [2.0**i for i in range(first, last + 1, step)]
-
-
-def _round_steps(low: float, high: float, most: int = 7) -> list[float]:
-    """1, 2, 5, 10, 20, ... between the two, or only powers of ten where those would be too many."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = [m * 10.0**d for d in decades for m in (1, 2, 5) if low <= m * 10.0**d <= high]
-    return steps if len(steps) <= most else [10.0**d for d in decades if low <= 10.0**d <= high]
-
-
-def _plain(text: str) -> str:
-    """Text from outside, never read as mathematics."""
-    return text.replace("$", r"\$")

@@ -55,7 +55,7 @@ class LinearizedAttention(nn.Module):
             self.recurrence = Recurrence(layer)
             if config.local != "none":
                 self.mixing = MIXINGS[config.mixing](layer)
-        self.ablated = False  # whether the recurrence is left out, to see what it does
+        self.ablated: str | None = None  # the branch, "recurrence" or "window", left out to see what it does
         self.layer, self.kernel = layer, self._kernel(layer)
         if not any(parameter.is_meta for parameter in self.parameters()):  # else: when there are values
             self.reset_parameters()
@@ -97,9 +97,9 @@ class LinearizedAttention(nn.Module):
         output, state = self.fused(q, k, v, position_embeddings, tokens, cache)
         if state is not None:
             memory = Memory(state)
-        elif sinks is not None:
+        elif sinks is not None and self.ablated != "window":
             output, normalizer = self.local(*rotated, v, sinks, past, tokens)
-        if self.recurrence is not None and not self.ablated and state is None:
+        if self.recurrence is not None and self.ablated != "recurrence" and state is None:
             read, memory = self.recurrence(hidden_states, q, k, v, rotated, tokens, memory, past)
             output = self.mixed(read, output, normalizer, hidden_states)
         if cache is not None:

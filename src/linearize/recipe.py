@@ -84,7 +84,7 @@ class DistillSettings(StageSettings):
 
 
 class EvaluationSettings(Settings):
-    """Held-out sequences, and the contexts at which decoding is timed."""
+    """What is measured, and how much of it."""
 
     sequence_length: int = Field(1024, ge=16, description="tokens of a held-out sequence")
     sequences: int = Field(8, ge=1, description="held-out sequences, at most")
@@ -92,6 +92,22 @@ class EvaluationSettings(Settings):
         (256, 1024, 4096), min_length=1, description="lengths at which decoding is timed"
     )
     decode_tokens: int = Field(16, ge=1, description="steps timed at each")
+    articles: str | None = Field(
+        None, description="held-out documents by their numbers, like 1-20; null: all, of wiki 21-30"
+    )
+    suite: Literal["quick", "full"] = Field("quick", description="full adds all that follows here")
+    lengths: tuple[Annotated[int, Field(ge=16)], ...] = Field(
+        (1024, 2048, 4096), description="lengths at which the late gap is measured, as far as there is text"
+    )
+    distances: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192), description="of recall, in tokens"
+    )
+    trials: int = Field(64, ge=1, description="of recall, for each task and distance")
+    tasks: tuple[str, ...] = Field(
+        ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "mmlu"),
+        description="multiple choice: these come with the package index, others of lm-evaluation-harness with a hub",
+    )
+    limit: int | None = Field(None, ge=1, description="items of each task (of mmlu, of each subject), and prompts")
 
 
 Baseline = Literal["window_only", "window_equal_memory"]

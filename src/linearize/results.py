@@ -4,18 +4,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from linearize.errors import LinearizeError
+from linearize.measures import Schema, Suite
 
 EARLY = 128  # positions that `early_loss` covers
 NOTHING = 0.01  # a smaller share of the late gap is called nothing
 FEW_TOKENS = 50_000  # below, a difference of a few hundredths of a nat may be noise
-
-
-class Schema(BaseModel):
-    # Losses of a diverged model are not finite: written as strings, JSON stays JSON and reads back as floats.
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
 class ModelResult(Schema):
@@ -45,10 +41,21 @@ class Models(Schema):
     recurrence_off: ModelResult | None = Field(
         None, description="ablation: the converted model with its recurrence switched off"
     )
+    window_off: ModelResult | None = Field(
+        None, description="ablation: the converted model with its window and sinks switched off"
+    )
 
     def measured(self) -> dict[str, ModelResult]:
         """The models that were evaluated, by field name, in the order in which reports show them."""
-        order = ("teacher", "untrained", "window_only", "window_equal_memory", "converted", "recurrence_off")
+        order = (
+            "teacher",
+            "untrained",
+            "window_only",
+            "window_equal_memory",
+            "converted",
+            "recurrence_off",
+            "window_off",
+        )
         return {name: result for name in order if (result := getattr(self, name)) is not None}
 
 
@@ -74,6 +81,10 @@ class Layer(Schema):
     layer: int = Field(ge=0)
     mixing: list[float] = Field(description="weight of the recurrence, for each query head")
     decay_tokens: list[float] = Field(description="mean decay time, -1 / mean log decay, for each key/value head")
+    half_life: list[float] = Field(
+        default_factory=list,
+        description="of the state in tokens: 5, 25, 50, 75, 95 % of its channels are below; [] without decay",
+    )
 
 
 class LateGapClosed(Schema):
@@ -102,14 +113,15 @@ class Report(Schema):
         default_factory=dict, description="decoding: model -> context -> speed"
     )
     cache_dtype: str = Field("float32", description="of keys and values in cache_bytes; states are always float32")
-    curves: list[Curve] = []
+    suite: Suite | None = Field(None, description="of `--suite full`")
+    curves: list[Curve] = Field(default_factory=list)
     layers: list[Layer] = Field(default_factory=list, description="layers left as full attention have no row")
     seconds: dict[str, float] = Field(default_factory=dict, description="by stage and model")
     trained_tokens: dict[str, int] = Field(default_factory=dict, description="by model, all stages together")
     hardware: str
-    versions: dict[str, str] = {}
-    recipe: dict[str, Any] = {}
-    seeds: dict[str, int] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    seeds: dict[str, int] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fill_gaps(self) -> "Report":
@@ -143,7 +155,7 @@ def verdict(report: Report) -> str:
 def findings(report: Report) -> list[str]:
     """The sentences of the verdict, the most important one first."""
     models = report.models
-    found = [_against_window(report), _against_equal_memory(report)]
+    found = [_against_window(report), _against_equal_memory(report), _recalled(report)]
     found += _mismatches("window-only baseline", models.window_only, models.converted, same_window=True)
     found += _mismatches("equal-memory baseline", models.window_equal_memory, models.converted, same_window=False)
     found += [_ablation(models), _left(models)]
@@ -217,6 +229,25 @@ def _against_equal_memory(report: Report) -> str:
         verb = "does better" if share <= -NOTHING else "does as well"
         return f"At equal memory it adds nothing: a window{length} without the recurrence {verb} ({loss})."
     return f"At equal memory, a window{length}, it closes {percent(share)} of the late gap ({loss})."
+
+
+def _recalled(report: Report) -> str:
+    """What is left of needles beyond the window, all distances together."""
+    found = {} if report.suite is None else report.suite.recall
+    window = report.models.converted.window or 0
+    shares = {}
+    for name in ("converted", "window_only", "teacher"):
+        scores = [score for score in found.get(name, ()) if score.task == "needle" and score.distance > window]
+        if scores:
+            shares[name] = sum(score.accuracy for score in scores) / len(scores)
+    if "converted" not in shares:
+        return ""
+    others = {"window_only": "with the window only", "teacher": "the teacher's"}
+    said = ", ".join(f"{percent(shares[name])} {words}" for name, words in others.items() if name in shares)
+    return (
+        f"Of single needles beyond the window it finds {percent(shares['converted'])} ({f'{said}, ' if said else ''}"
+        "10 % by chance)."
+    )
 
 
 def _mismatches(name: str, baseline: ModelResult | None, ours: ModelResult, *, same_window: bool) -> list[str]:

@@ -5,10 +5,11 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,8 @@ from linearize.config import MixerSettings
 from linearize.convert import attention_of, check_convertible, convert
 from linearize.errors import LinearizeError
 from linearize.evaluate import evaluate
+from linearize.evaluate import suite as suites
+from linearize.evaluate.late_gap import pooled
 from linearize.files import (
     MARKER,
     check_replaceable,
@@ -38,11 +41,12 @@ from linearize.files import (
     write_text,
 )
 from linearize.inspect import equal_memory_window
+from linearize.measures import Suite
 from linearize.recipe import Recipe, StageSettings
 from linearize.results import Curve, Report
 from linearize.results import read as read_report
 from linearize.train.align import align_loss
-from linearize.train.data import heldout_sequences, load_documents, pack, tokenize
+from linearize.train.data import heldout_documents, heldout_sequences, load_documents, pack, tokenize
 from linearize.train.distill import distill_loss
 from linearize.train.trainer import Loss, shared_copy, train, with_lora
 
@@ -54,6 +58,7 @@ class Base(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     documents: Sequence[np.ndarray] = ()  # tokens to train on, where they are read already
     heldout: Tensor | None = None  # [N, T], where it is to be measured
+    texts: Mapping[int, str] = MappingProxyType({})  # the documents that `heldout` was cut from, by number
 
 
 class Trained(NamedTuple):
@@ -155,9 +160,13 @@ def merge_only(source: Path, out: Path) -> None:
         checkpoint.write(student, tokenizer, recipe, checkpoint.read_curves(source), folder, out)
 
 
-def evaluate_only(source: Path, recipe: Recipe) -> Report:
-    """Evaluate the checkpoint in `source` against its teacher and, trained here by its recipe, its baselines."""
+def evaluate_only(source: Path, recipe: Recipe, seeds: Sequence[Path] = ()) -> Report:
+    """Evaluate the checkpoint in `source` against its teacher and, trained here by its recipe, its baselines.
+
+    `seeds` are checkpoints of the same recipe but for its seed, whose full reports are there: late gaps are pooled.
+    """
     check_writable(source / "report.json")
+    others = [_other_seed(seed, recipe) for seed in seeds]
     before, free = checkpoint.read_recipe(source), {"evaluation", "baselines", "data"}
     if recipe.model_dump(exclude=free) != before.model_dump(exclude=free) or recipe.data.train != before.data.train:
         raise LinearizeError(f"{source} was made by its recipe.yaml; valid to set: evaluation, baselines, data.heldout")
@@ -169,8 +178,24 @@ def evaluate_only(source: Path, recipe: Recipe) -> Report:
         for name in recipe.baselines:
             variants[name] = train_variant(recipe, name, base, work)
     report = _measure(recipe, base, variants)
+    if others and report.suite is not None:
+        found = [report.suite.late, *(other.late for other in others)]
+        report.suite.late = [pooled(gaps) for gaps in zip(*found, strict=True)]
+        report.seeds |= {f"late gap of {seed}": read_report(seed).recipe["seed"] for seed in seeds}
     _write_report(report, recipe, source)
     return report
+
+
+def _other_seed(folder: Path, recipe: Recipe) -> Suite:
+    """What the full suite found of another seed's checkpoint; LinearizeError where that is no match for `recipe`."""
+    report = read_report(folder)
+    if report.suite is None or recipe.evaluation.suite != "full":
+        raise LinearizeError(f"{folder} cannot be pooled: both need --suite full")
+    given, other = recipe.model_dump(mode="json"), report.recipe
+    differ = [key for key in given if key != "seed" and given[key] != other.get(key)]
+    if differ or given["seed"] == other["seed"]:
+        raise LinearizeError(f"{folder} is no other seed of this recipe: {', '.join(differ) or 'the seed is the same'}")
+    return report.suite
 
 
 def load_base(recipe: Recipe, variants: Iterable[str] = (), train: bool = False, heldout: bool = False) -> Base:
@@ -184,14 +209,17 @@ def load_base(recipe: Recipe, variants: Iterable[str] = (), train: bool = False,
             f"data.train and data.heldout are both {recipe.data.train!r}; give a held-out text of its own"
         )
     texts = load_documents(recipe.data.train, "train") if train else []
-    heldout_texts = load_documents(recipe.data.heldout, "heldout") if heldout else []
+    heldout_texts: dict[int, str] = {}
+    if heldout:
+        suites.check(recipe.evaluation)
+        heldout_texts = heldout_documents(recipe.data.heldout, recipe.evaluation.articles, recipe.data.train)
     teacher, tokenizer = load_pretrained(resolve_model(recipe.model))
     for name in variants:
         check_convertible(teacher, mixer_of(recipe, name, teacher), recipe.layers, recipe.softmax_every)
-    sequences = _sequences(recipe, tokenizer, heldout_texts) if heldout else None
+    sequences = _sequences(recipe, tokenizer, list(heldout_texts.values())) if heldout else None
     documents = _tokens(recipe, tokenizer, texts) if train else []
     teacher.to("cuda" if torch.cuda.is_available() else "cpu")
-    return Base(teacher, tokenizer, documents, sequences)
+    return Base(teacher, tokenizer, documents, sequences, heldout_texts)
 
 
 def _sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
@@ -293,7 +321,13 @@ def _measure(recipe: Recipe, base: Base, variants: dict[str, Trained]) -> Report
     untrained = build(recipe, recipe.mixer, base.teacher).eval()
     models = {name: (unwrapped(v.student).eval(), v.tokens, v.mixer.widest_window()) for name, v in variants.items()}
     curves = [curve for v in variants.values() for curve in v.curves]
-    return evaluate(recipe, base.teacher, base.heldout, untrained, models, curves)
+    report = evaluate(recipe, base.teacher, base.heldout, untrained, models, curves)
+    if recipe.evaluation.suite == "full":
+        order = ("teacher", "window_only", "window_equal_memory", "converted")
+        found = {"teacher": base.teacher} | {name: model for name, (model, _, _) in models.items()}
+        compared = {name: found[name] for name in order if name in found}
+        report.suite = suites.measure(recipe.evaluation, compared, base.tokenizer, base.texts, report.seconds)
+    return report
 
 
 def _write_report(report: Report, recipe: Recipe, folder: Path) -> None:

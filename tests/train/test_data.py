@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from linearize.errors import LinearizeError
 from linearize.train import data
-from linearize.train.data import heldout_sequences, load_documents, pack, tokenize
+from linearize.train.data import heldout_documents, heldout_sequences, heldout_windows, load_documents, pack, tokenize
 
 TEXTS = ["first document", "zweites – Dokument", "third\nwith two lines"]
 
@@ -155,6 +155,53 @@ def test_leads_of_heldout_articles_are_left_out():
     rows = [{"title": title, "extract": extract} for title, extract in leads.items()]
     kept = data._leads_of_others(rows, articles)
     assert [text.split(":")[0] for text in kept] == ["Kept"] * 4
+
+
+@pytest.fixture
+def wiki(monkeypatch) -> list[str]:
+    """Thirty articles, as the embedded text has them."""
+    articles = [f"article {number}" for number in range(1, 31)]
+    monkeypatch.setattr(data, "_articles", lambda: articles)
+    return articles
+
+
+@pytest.mark.parametrize(
+    ("articles", "train", "expected"),
+    [
+        (None, "", range(21, 31)),
+        (None, "wiki", range(21, 31)),
+        ("1-20", "other.txt", range(1, 21)),
+        ("25, 3,4-6,5", "other.txt", [3, 4, 5, 6, 25]),
+        ("22-23", "wiki", [22, 23]),
+    ],
+)
+def test_articles_of_wiki_by_number(wiki, articles, train, expected):
+    found = heldout_documents("wiki", articles, train)
+    assert found == {number: f"article {number}" for number in expected}
+
+
+@pytest.mark.parametrize(
+    ("articles", "words"),
+    [("20-21", "1-20 are trained on; valid: 21-30"), ("0-3", "within 1-30"), ("30-31", "within 1-30"),
+     ("25-22", "within 1-30"), ("x", "'1-20,25'"), ("", "'1-20,25'"), ("21,,22", "'1-20,25'")],
+)  # fmt: skip
+def test_articles_that_cannot_be_measured_on(wiki, articles, words):
+    with pytest.raises(LinearizeError, match=words):
+        heldout_documents("wiki", articles, "wiki")
+
+
+def test_documents_of_a_file_by_number(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes(jsonl(["a", " ", "b", "c"]))
+    assert heldout_documents(str(path)) == {1: "a", 2: "b", 3: "c"}
+    assert heldout_documents(str(path), "2-3") == {2: "b", 3: "c"}
+
+
+def test_windows_know_their_documents():
+    documents = [np.arange(size) for size in (12, 3, 9)]
+    found, places = heldout_windows(documents, 4, 10)
+    assert places == [0, 2, 0, 2, 0]
+    assert torch.equal(found, heldout_sequences(documents, 4, 10))
 
 
 def test_unknown_split():

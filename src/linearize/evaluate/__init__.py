@@ -2,8 +2,6 @@
 
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 
 import torch
@@ -11,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearize.convert import mixers
+from linearize.evaluate.ablation import ablations, recurrence_off, window_off
 from linearize.evaluate.decoding import decode_parity, decode_speed
 from linearize.evaluate.layers import layer_statistics
 from linearize.evaluate.perplexity import score, summarize
@@ -44,9 +42,12 @@ def evaluate(
     for name, variant in variants.items():
         add(name, *variant)
     ours = variants["converted"][0]
-    if recipe.mixer.values("structure") != ["none"] and "none" not in recipe.mixer.values("local"):
+    if ablations(ours):
         with recurrence_off(ours):
             add("recurrence_off", *variants["converted"])
+        if settings.suite == "full":
+            with window_off(ours):
+                add("window_off", *variants["converted"])
 
     speed, size = {}, {}
     for name, model in (("teacher", teacher), ("converted", ours)):
@@ -74,19 +75,6 @@ def evaluate(
         recipe=recipe.model_dump(mode="json"),
         seeds={"recipe": recipe.seed},
     )
-
-
-@contextmanager
-def recurrence_off(model: PreTrainedModel) -> Iterator[None]:
-    """The ablation: the window alone in every converted layer, with the weights as they are."""
-    found = mixers(model)
-    try:
-        for mixer in found:
-            mixer.ablated = True
-        yield
-    finally:
-        for mixer in found:
-            mixer.ablated = False
 
 
 def hardware() -> str:

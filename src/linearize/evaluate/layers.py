@@ -1,5 +1,6 @@
 """What the converted layers learned: how much each head takes from the recurrence, and how long it remembers."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from transformers import PreTrainedModel
 
 from linearize.convert import decoder, mixers
 from linearize.results import Layer
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of half-lives, over the channels of a layer's states
 
 
 @torch.no_grad()
@@ -20,8 +23,16 @@ def layer_statistics(model: PreTrainedModel, ids: Int[Tensor, "T"]) -> list[Laye
         def hook(recurrence: Any, arguments: tuple[Any, ...]) -> None:
             inputs, _ = recurrence.inputs(*arguments[:7])
             log_g = getattr(inputs, "log_g", torch.zeros_like(inputs.k)).double()
-            decay = (-1 / log_g.mean(dim=(0, 1)).clamp(max=-1e-9)).mean(-1)
-            row = Layer(layer=mixer.layer_idx, mixing=mixer.mixing_weights().tolist(), decay_tokens=decay.tolist())
+            decay = -1 / log_g.mean(dim=(0, 1)).clamp(max=-1e-9)
+            half_life: list[float] = []
+            if hasattr(inputs, "log_g"):
+                half_life = (math.log(2) * decay.flatten().quantile(decay.new_tensor(QUANTILES))).tolist()
+            row = Layer(
+                layer=mixer.layer_idx,
+                mixing=mixer.mixing_weights().tolist(),
+                decay_tokens=decay.mean(-1).tolist(),
+                half_life=half_life,
+            )
             rows.append(row)
 
         return hook

@@ -167,18 +167,53 @@ def _suffixes() -> str:
     return ", ".join(READERS)
 
 
+def heldout_documents(source: str, articles: str | None = None, train: str = "") -> dict[int, str]:
+    """The held-out documents of `source` by their numbers, from 1 on: all, or those that `articles` ("1-20,25") lists.
+
+    Of the embedded `wiki`, whose whole articles are numbered 1-30, all are 21-30, which nothing here trains on.
+    Raises `LinearizeError` as `load_documents` does, for numbers that there are not, and for articles of `wiki` that
+    training on `train` has seen.
+    """
+    found = dict(enumerate(_articles() if source == "wiki" else load_documents(source, "heldout"), 1))
+    if source == "wiki" and articles is None:
+        articles = f"{TRAIN_ARTICLES + 1}-{len(found)}"
+    chosen = list(found) if articles is None else _numbers(articles, len(found), source)
+    if source == train == "wiki" and min(chosen) <= TRAIN_ARTICLES:
+        raise LinearizeError(
+            f"articles {articles!r} of wiki: 1-{TRAIN_ARTICLES} are trained on; valid: {TRAIN_ARTICLES + 1}-"
+            f"{len(found)}, or another text to train on"
+        )
+    return {number: found[number] for number in chosen}
+
+
+def _numbers(articles: str, count: int, source: str) -> list[int]:
+    """The numbers that "1-20,25" means, each once, in order."""
+    parts = [re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part) for part in articles.split(",")]
+    ranges = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
+    if len(ranges) < len(parts) or any(not 1 <= first <= last <= count for first, last in ranges):
+        raise LinearizeError(
+            f"articles {articles!r} of {source} are not valid; give numbers and ranges like '1-20,25' within 1-{count}"
+        )
+    return sorted({number for first, last in ranges for number in range(first, last + 1)})
+
+
 # --- the embedded text -----------------------------------------------------------------------------------------------
 
 
 def _wiki(split: str) -> list[str]:
     """Whole articles 1-20 and the first paragraphs of others to train on; whole articles 21-30 held out."""
-    lines = asset_file(TEXTS["wiki_demo.txt"]).read_text(encoding="utf-8").split("\n")
-    articles = [line for line in lines if line.strip()]
+    articles = _articles()
     training, heldout = articles[:TRAIN_ARTICLES], articles[TRAIN_ARTICLES:]
     if split == "heldout":
         return heldout
     leads = json.loads(asset_file(TEXTS["wiki leads"]).read_text(encoding="utf-8"))
     return training + _leads_of_others(leads.values(), heldout)
+
+
+def _articles() -> list[str]:
+    """The 30 whole articles."""
+    lines = asset_file(TEXTS["wiki_demo.txt"]).read_text(encoding="utf-8").split("\n")
+    return [line for line in lines if line.strip()]
 
 
 def _leads_of_others(leads: Iterable[dict[str, str]], articles: list[str]) -> list[str]:
@@ -287,6 +322,13 @@ def heldout_sequences(
     Windows do not overlap and shorter tails are dropped. Raises `LinearizeError` if no document is as long as that,
     or if a number is below 1.
     """
+    return heldout_windows(documents, sequence_length, count, source)[0]
+
+
+def heldout_windows(
+    documents: Sequence[np.ndarray], sequence_length: int, count: int, source: str = "the text"
+) -> tuple[Int64[Tensor, "N T"], list[int]]:
+    """As `heldout_sequences`, and for each window the place of its document."""
     if sequence_length < 1 or count < 1:
         raise LinearizeError(f"sequence_length and count must be 1 or more, not {sequence_length}, {count}")
     longest = max(map(len, documents), default=0)
@@ -294,10 +336,11 @@ def heldout_sequences(
         raise LinearizeError(
             f"{source}: the longest held-out document has {longest} tokens, fewer than {sequence_length}"
         )
-    windows = [
-        document[start : start + sequence_length].astype(np.int64)
+    cuts = [
+        (place, start)
         for start in range(0, longest - sequence_length + 1, sequence_length)
-        for document in documents
+        for place, document in enumerate(documents)
         if len(document) >= start + sequence_length
-    ]
-    return torch.from_numpy(np.stack(windows[:count]))
+    ][:count]
+    windows = [documents[place][start : start + sequence_length].astype(np.int64) for place, start in cuts]
+    return torch.from_numpy(np.stack(windows)), [place for place, _ in cuts]

