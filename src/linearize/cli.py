@@ -199,6 +199,42 @@ def inspect_(
     show(model, context)
 
 
+@app.command()
+def select(
+    model: Annotated[str, typer.Argument(help="An embedded model's name, a folder, or a hub name owner/name.")],
+    keep: Annotated[int, typer.Option(min=1, help="Layers to leave as softmax attention.")] = 3,
+    selector: Annotated[str, typer.Option(metavar="NAME", help="late, recall, both, or align.")] = "late",
+    greedy: Annotated[bool, typer.Option("--greedy", help="Score a layer beside those already chosen.")] = False,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences that late loss is measured on.")] = 4,
+    trials: Annotated[int, typer.Option(min=1, help="Needles of each length.")] = 8,
+    tokens: Annotated[str, typer.Option(help="To align on, with align.")] = "32K",
+    out: Annotated[Path | None, typer.Option(help="File for all scores, as JSON.")] = None,
+    data: Data = None,
+    structure: Structure = None,
+    window: Window = None,
+    sinks: Sinks = None,
+    set_: Set = [],  # noqa: B006
+) -> None:
+    """Choose the layers to leave as softmax attention.
+
+    By what leaving each of them full gains in an untrained conversion: late loss, a needle's recall, or both; or by
+    how badly it aligns. Prints scores and the `layers` that a recipe then converts.
+    """
+    flags = locals()
+    from linearize.files import check_writable, write_text
+    from linearize.recipe import parse_tokens
+    from linearize.select import select as choose
+    from linearize.select import table
+
+    if out is not None:
+        check_writable(out)
+    chosen = choose(_recipe("default", set_, flags), keep, selector, greedy, sequences, trials, parse_tokens(tokens))
+    if out is not None:
+        write_text(out, chosen.model_dump_json(indent=1) + "\n")
+    print(table(chosen))
+    print(f"\nlayers: {chosen.layers}")
+
+
 @bench.command("state-tracking")
 def state_tracking(
     structure: Annotated[

@@ -16,14 +16,21 @@ from linearize.train.losses import relative_error
 def align_loss(
     student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor], checkpointing: bool = False
 ) -> Tensor:
-    """Mean over converted layers of ‖mixer - attention‖² / ‖attention‖².
+    """Mean over converted layers of ‖mixer - attention‖² / ‖attention‖²."""
+    return torch.stack(list(layer_errors(student, teacher, batch, checkpointing).values())).mean()
+
+
+def layer_errors(
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor], checkpointing: bool = False
+) -> dict[int, Tensor]:
+    """‖mixer - attention‖² / ‖attention‖² of each converted layer.
 
     One teacher pass gives every layer its input and its target, so layers learn side by side and no gradient runs
     from one to the next; with `checkpointing` one layer's graph at a time is in memory.
     """
     layers = mixers(student)
     seen = _watch(teacher, [mixer.layer_idx for mixer in layers], batch)
-    sinks, losses = most_sinks(student.config.linearize), []
+    sinks, errors = most_sinks(student.config.linearize), {}
     for mixer in layers:
         kwargs, target = seen.pop(mixer.layer_idx)
         tokens = describe(batch["input_ids"].shape, sinks, target.device, position_ids=batch["position_ids"])
@@ -32,11 +39,10 @@ def align_loss(
             output = checkpoint(_run, *inputs, use_reentrant=False)
         else:
             output = _run(*inputs)
-        loss = relative_error(output, target)
-        if not torch.isfinite(loss):
+        errors[mixer.layer_idx] = error = relative_error(output, target)
+        if not torch.isfinite(error):
             raise FloatingPointError(f"the attention output of layer {mixer.layer_idx}")
-        losses.append(loss)
-    return torch.stack(losses).mean()
+    return errors
 
 
 def _run(mixer: LinearizedAttention, hidden: Tensor, rope: tuple[Tensor, Tensor], tokens: Any) -> Tensor:
