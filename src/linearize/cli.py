@@ -32,7 +32,7 @@ Baselines = Annotated[
 ]
 NoBaseline = Annotated[bool, typer.Option("--no-baseline", help="Train no baseline.")]
 Model = Annotated[str | None, typer.Option(help="An embedded model's name, a folder, or a hub name owner/name.")]
-Data = Annotated[str | None, typer.Option(help="Training text: wiki, a file, a folder, or a hub data set.")]
+Data = Annotated[str | None, typer.Option(help="Training text: wiki, self, a file, a folder, or a hub data set.")]
 Heldout = Annotated[str | None, typer.Option(help="Text to measure on, of the same kinds.")]
 Structure = Annotated[str | None, typer.Option(help="The recurrence; none leaves the window alone.")]
 Window = Annotated[int | None, typer.Option(help="Tokens that softmax attention sees.")]
@@ -233,6 +233,27 @@ def select(
         write_text(out, chosen.model_dump_json(indent=1) + "\n")
     print(table(chosen))
     print(f"\nlayers: {chosen.layers}")
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="An embedded model's name, a folder, or a hub name owner/name.")],
+    out: Annotated[Path, typer.Option(help="File to write: .jsonl, .jsonl.gz or .jsonl.xz.")],
+    tokens: Annotated[str, typer.Option(help="How many, at least.")] = "2M",
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a document, at most.")] = 1024,
+    temperature: Annotated[float, typer.Option(help="1 is the model's own distribution.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    rows: Annotated[int | None, typer.Option(min=1, help="Documents at once; by default as memory allows.")] = None,
+) -> None:
+    """Write text that a model samples, to train on with --data.
+
+    Half of it chats, if it has a chat template, half plain text. A run with --data self samples for itself.
+    """
+    from linearize.recipe import parse_tokens
+    from linearize.train.sample import export
+
+    documents, written = export(model, parse_tokens(tokens), out, length, temperature, seed, rows)
+    print(f"{out}: {documents:,} documents, {written:,} tokens")
 
 
 @bench.command("state-tracking")

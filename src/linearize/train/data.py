@@ -18,6 +18,7 @@ from linearize.assets import HUB_NAME, TEXTS, asset_file, quick_hub
 from linearize.errors import LinearizeError, unknown
 
 SPLITS = ("train", "heldout")
+SELF = "self"  # a source that is not read: the teacher samples it (`train.sample`)
 TRAIN_ARTICLES = 20  # of the 30 embedded ones; the others are held out
 IGNORED = -100  # what cross_entropy takes for "no target here"
 BATCH = 64  # documents tokenised at once: enough for the tokenizer's threads, few enough to stop early
@@ -36,6 +37,11 @@ def load_documents(source: str, split: Literal["train", "heldout"] = "train") ->
     """
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
+    if source == SELF:
+        raise LinearizeError(
+            f"{SELF} is text to train on, which the model samples; here: wiki, a file or folder of {_suffixes()}, "
+            "or owner/name"
+        )
     path = Path(source).expanduser()
     hub = re.fullmatch(rf"({HUB_NAME.pattern})(?::(\S+))?", source)
     documents: Iterator[str]
