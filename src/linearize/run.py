@@ -42,7 +42,7 @@ from linearize.recipe import Recipe, StageSettings
 from linearize.results import Curve, Report
 from linearize.results import read as read_report
 from linearize.train.align import align_loss
-from linearize.train.data import SELF, heldout_sequences, load_documents, pack, tokenize
+from linearize.train.data import SELF, Document, heldout_sequences, load_documents, pack, tokenize
 from linearize.train.distill import distill_loss
 from linearize.train.sample import sampled_documents
 from linearize.train.trainer import Loss, shared_copy, train, with_lora
@@ -197,7 +197,7 @@ def load_base(recipe: Recipe, variants: Iterable[str] = (), train: bool = False,
     return Base(teacher, tokenizer, documents, sequences)
 
 
-def _sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
+def _sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document]) -> Tensor:
     settings = recipe.evaluation
     return heldout_sequences(
         tokenize(texts, tokenizer), settings.sequence_length, settings.sequences, recipe.data.heldout
@@ -225,7 +225,7 @@ def _most_tokens(recipe: Recipe) -> int:
     return max(settings.tokens for settings, _ in _stages(recipe).values()) + recipe.data.sequence_length
 
 
-def _tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+def _tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document]) -> list[np.ndarray]:
     """The training text's tokens, of as many documents as the longest stage needs; at least one sequence."""
     documents = tokenize(texts, tokenizer, limit=_most_tokens(recipe))
     pack(documents, recipe.data.sequence_length, 1, recipe.data.train)

@@ -30,7 +30,7 @@ from linearize.recipe import AlignSettings, Recipe
 from linearize.results import Schema
 from linearize.run import Base, build, load_base, mixer_of, train_stage
 from linearize.train.align import align_loss, layer_errors
-from linearize.train.data import heldout_sequences, load_documents, pack, tokenize
+from linearize.train.data import Document, heldout_sequences, load_documents, pack, tokenize
 from linearize.train.trainer import shared_copy, with_lora
 
 SELECTORS = ("late", "recall", "both", "align")
@@ -229,7 +229,7 @@ def _best(scores: dict[int, float], count: int) -> list[int]:
 
 
 def probes(
-    documents: Sequence[str],
+    documents: Sequence[Document],
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     sequences: int,
