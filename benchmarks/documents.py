@@ -37,6 +37,7 @@ PAGES = (
     "docs/settings.md",
     "docs/state-tracking.md",
     "docs/structures.md",
+    "docs/training-text.md",
 )
 PART = re.compile(r"(<!-- part: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SKIPPED = {"__pycache__", "linearize.egg-info", "results", "images"}
@@ -138,6 +139,20 @@ def selection() -> str:
             f"{row['recall']:.2f} | {'–' if seconds is None else seconds} |"
         )
     return "\n".join([*lines, "", f"{data['hardware']}, {_versions(data['versions'])}."])
+
+
+def training_text() -> str:
+    """What the rebuilt training text is made of."""
+    path = RESULTS / "training_text.json"
+    if not path.exists():
+        return "Not made yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| source | documents | characters | tokens |", "| --- | ---: | ---: | ---: |"]
+    for name, row in (*data["sources"].items(), ("in all", data["total"])):
+        lines.append(f"| {name} | {row['documents']:,} | {row['characters']:,} | {row['tokens']:,} |")
+    refused = ", ".join(f"{count} of {name}" for name, count in data["refused"].items()) or "none"
+    missing = "; ".join(data["missing"]) or "none"
+    return "\n".join([*lines, "", f"Documents left out as held out: {refused}. Packages left out: {missing}."])
 
 
 def operators() -> str:
@@ -359,6 +374,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "default": default_table,
     "screening": screening,
     "selection": selection,
+    "training-text": training_text,
     "operators": operators,
     "kernels": kernels,
     "recipe-keys": recipe_keys,
