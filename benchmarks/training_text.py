@@ -309,9 +309,7 @@ def main() -> None:
         raise SystemExit(f"{arguments.out} does not end with .jsonl.xz")
     check_writable(arguments.out)
     articles = asset_file(TEXTS["wiki_demo.txt"]).read_text(encoding="utf-8").split("\n")
-    others = [
-        text for source in arguments.heldout for text in load_documents(source, "heldout") if isinstance(text, str)
-    ]
+    others = [text for source in arguments.heldout for text in load_documents(source, "heldout")]
     heldout = [article for article in articles if article.strip()]
     rows, refused, missing = build(packages(), [*heldout, *others], {"wiki leads": leads(heldout)}, arguments.seed)
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

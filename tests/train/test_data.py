@@ -107,6 +107,12 @@ def test_rows_of_messages_become_text_by_the_template(tmp_path):
     assert found == ["atext<eos>", "u,howlong.a,asitis.<eos>", "theend<eos>"]
 
 
+def test_heldout_text_has_no_chats(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x"}) + "\n" + json.dumps({"messages": TURNS}))
+    with pytest.raises(LinearizeError, match=r"a.jsonl:2: rows of 'messages' are to train on"):
+        load_documents(str(tmp_path / "a.jsonl"), "heldout")
+
+
 def test_a_chat_has_no_second_beginning(tmp_path):
     words = tiny.tokenizer()
     words.chat_template = "{{ '<unk>' }}" + TEMPLATE

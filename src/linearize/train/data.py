@@ -6,7 +6,7 @@ import lzma
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, cast
+from typing import Any, BinaryIO, Literal, NamedTuple, cast, overload
 
 import numpy as np
 import torch
@@ -38,13 +38,21 @@ Document = str | Chat
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def load_documents(source: str, split: Literal["train", "heldout"] = "train") -> list[Document]:
+@overload
+def load_documents(source: str, split: Literal["heldout"]) -> list[str]: ...
+
+
+@overload
+def load_documents(source: str, split: Literal["train"] = "train") -> list[Document]: ...
+
+
+def load_documents(source: str, split: Literal["train", "heldout"] = "train") -> list[Document] | list[str]:
     """The documents of `source`, without blank ones.
 
     `source` is `wiki` (the embedded text), a local file (`.jsonl`, `.jsonl.xz`, `.jsonl.gz`, `.parquet`: one document
     a row, in `text`, or a chat in `messages`; `.txt`: the whole file is one document), a folder of such files (in the
-    order of their names), or a hub dataset `owner/name[:split]` (`train` unless named). `split` chooses within `wiki`
-    only.
+    order of their names), or a hub dataset `owner/name[:split]` (`train` unless named). `split` chooses within `wiki`;
+    held-out text has no chats.
     Raises `LinearizeError` that names the file, and the line or byte, when the source cannot be read or holds no text.
     """
     if split not in SPLITS:
@@ -70,6 +78,8 @@ def load_documents(source: str, split: Literal["train", "heldout"] = "train") ->
     found = [document for document in documents if _has_text(document)]
     if not found:
         raise LinearizeError(f"{source} holds no text; give some longer than one sequence")
+    if split == "heldout" and (chat := next((one for one in found if isinstance(one, Chat)), None)):
+        raise LinearizeError(f"{chat.place}: rows of 'messages' are to train on; give held-out text in rows of 'text'")
     return found
 
 
