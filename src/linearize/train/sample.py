@@ -41,7 +41,7 @@ from linearize.train.trainer import shared_copy
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")  # of documents in pretraining; a chat model's own ends are of turns
 SPEECH = "linearize"  # a user's words, to find their place in a chat template
 FREE = -1  # in a script: the model speaks
-MOST_ROWS = {"cuda": 2048, "cpu": 16}
+MOST_ROWS = {"cuda": 2048, "cpu": 32}
 FREE_MEMORY = 0.6  # the share of a GPU's that rows may take
 
 
