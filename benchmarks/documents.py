@@ -33,9 +33,11 @@ PAGES = (
     "docs/recipe.md",
     "docs/report.md",
     "docs/recovery.md",
+    "docs/selection.md",
     "docs/settings.md",
     "docs/state-tracking.md",
     "docs/structures.md",
+    "docs/training-text.md",
 )
 PART = re.compile(r"(<!-- part: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SKIPPED = {"__pycache__", "linearize.egg-info", "results", "images"}
@@ -117,6 +119,40 @@ def screening() -> str:
     lines.append(f"| teacher | – | {teacher['perplexity']:.2f} | {teacher['late_loss']:.4f} | – | – | – |")
     common = ", ".join(f"`{setting}`" for setting in data["common"])
     return "\n".join([*lines, "", f"All rows: {common}. {data['hardware']}, {_versions(data['versions'])}."])
+
+
+def selection() -> str:
+    """What the layers that each selector chose can do, left full in an untrained conversion."""
+    path = RESULTS / "selection.json"
+    if not path.exists():
+        return "Not measured yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    window, teacher = data["rows"]["window"], data["rows"]["teacher"]
+    lines = ["| layers by | full layers | late loss | late gap closed | needles found | log-probability | seconds |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, row in data["rows"].items():
+        full = {"teacher": "all", "window": "none"}.get(name, ", ".join(map(str, row["layers"])))
+        closed = (window["late_loss"] - row["late_loss"]) / (window["late_loss"] - teacher["late_loss"])
+        seconds = data["selectors"].get(name.rpartition(" ")[0], {}).get("seconds")
+        lines.append(
+            f"| {name} | {full} | {row['late_loss']:.4f} | {closed:.0%} | {row['accuracy']:.0%} | "
+            f"{row['recall']:.2f} | {'–' if seconds is None else seconds} |"
+        )
+    return "\n".join([*lines, "", f"{data['hardware']}, {_versions(data['versions'])}."])
+
+
+def training_text() -> str:
+    """What the rebuilt training text is made of."""
+    path = RESULTS / "training_text.json"
+    if not path.exists():
+        return "Not made yet."
+    data = json.loads(path.read_text(encoding="utf-8"))
+    lines = ["| source | documents | characters | tokens |", "| --- | ---: | ---: | ---: |"]
+    for name, row in (*data["sources"].items(), ("in all", data["total"])):
+        lines.append(f"| {name} | {row['documents']:,} | {row['characters']:,} | {row['tokens']:,} |")
+    refused = ", ".join(f"{count} of {name}" for name, count in data["refused"].items()) or "none"
+    missing = "; ".join(data["missing"]) or "none"
+    return "\n".join([*lines, "", f"Documents left out as held out: {refused}. Packages left out: {missing}."])
 
 
 def operators() -> str:
@@ -337,6 +373,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "default": default_table,
     "screening": screening,
+    "selection": selection,
+    "training-text": training_text,
     "operators": operators,
     "kernels": kernels,
     "recipe-keys": recipe_keys,

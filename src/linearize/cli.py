@@ -32,7 +32,7 @@ Baselines = Annotated[
 ]
 NoBaseline = Annotated[bool, typer.Option("--no-baseline", help="Train no baseline.")]
 Model = Annotated[str | None, typer.Option(help="An embedded model's name, a folder, or a hub name owner/name.")]
-Data = Annotated[str | None, typer.Option(help="Training text: wiki, a file, a folder, or a hub data set.")]
+Data = Annotated[str | None, typer.Option(help="Training text: wiki, self, a file, a folder, or a hub data set.")]
 Heldout = Annotated[str | None, typer.Option(help="Text to measure on, of the same kinds.")]
 Structure = Annotated[str | None, typer.Option(help="The recurrence; none leaves the window alone.")]
 Window = Annotated[int | None, typer.Option(help="Tokens that softmax attention sees.")]
@@ -212,6 +212,63 @@ def inspect_(
     from linearize.inspect import show
 
     show(model, context)
+
+
+@app.command()
+def select(
+    model: Annotated[str, typer.Argument(help="An embedded model's name, a folder, or a hub name owner/name.")],
+    keep: Annotated[int, typer.Option(min=1, help="Layers to leave as softmax attention.")] = 3,
+    selector: Annotated[str, typer.Option(metavar="NAME", help="late, recall, both, or align.")] = "late",
+    greedy: Annotated[bool, typer.Option("--greedy", help="Score a layer beside those already chosen.")] = False,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences that late loss is measured on.")] = 4,
+    trials: Annotated[int, typer.Option(min=1, help="Needles of each length.")] = 8,
+    tokens: Annotated[str, typer.Option(help="To align on, with align.")] = "32K",
+    out: Annotated[Path | None, typer.Option(help="File for all scores, as JSON.")] = None,
+    data: Data = None,
+    structure: Structure = None,
+    window: Window = None,
+    sinks: Sinks = None,
+    set_: Set = [],  # noqa: B006
+) -> None:
+    """Choose the layers to leave as softmax attention.
+
+    By what leaving each of them full gains in an untrained conversion: late loss, a needle's recall, or both; or by
+    how badly it aligns. Prints scores and the `layers` that a recipe then converts.
+    """
+    flags = locals()
+    from linearize.files import check_writable, write_text
+    from linearize.recipe import parse_tokens
+    from linearize.select import select as choose
+    from linearize.select import table
+
+    if out is not None:
+        check_writable(out)
+    chosen = choose(_recipe("default", set_, flags), keep, selector, greedy, sequences, trials, parse_tokens(tokens))
+    if out is not None:
+        write_text(out, chosen.model_dump_json(indent=1) + "\n")
+    print(table(chosen))
+    print(f"\nlayers: {chosen.layers}")
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="An embedded model's name, a folder, or a hub name owner/name.")],
+    out: Annotated[Path, typer.Option(help="File to write: .jsonl, .jsonl.gz or .jsonl.xz.")],
+    tokens: Annotated[str, typer.Option(help="How many, at least.")] = "2M",
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a document, at most.")] = 1024,
+    temperature: Annotated[float, typer.Option(help="1 is the model's own distribution.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    rows: Annotated[int | None, typer.Option(min=1, help="Documents at once; by default as memory allows.")] = None,
+) -> None:
+    """Write text that a model samples, to train on with --data.
+
+    Half of it chats, if it has a chat template, half plain text. A run with --data self samples for itself.
+    """
+    from linearize.recipe import parse_tokens
+    from linearize.train.sample import export
+
+    documents, written = export(model, parse_tokens(tokens), out, length, temperature, seed, rows)
+    print(f"{out}: {documents:,} documents, {written:,} tokens")
 
 
 @bench.command("state-tracking")

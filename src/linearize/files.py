@@ -89,10 +89,15 @@ def replace_folder(source: Path, target: Path) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` so that a reader sees the old file or the whole new one."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """As `write_text`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         _fsync(temporary)
         os.replace(temporary, path)
     except OSError as error:

@@ -37,9 +37,16 @@ class Settings(BaseModel):
 class DataSettings(Settings):
     """Where text comes from: `wiki` is the embedded default; else a file, a folder or a hub data set."""
 
-    train: str = Field("wiki", description="text to train on: wiki (embedded), a file, a folder or a hub data set")
+    train: str = Field(
+        "wiki",
+        description="text to train on: wiki (embedded), self (the model's own), a file, a folder or a hub data set",
+    )
     heldout: str = Field("wiki", description="text to measure on, which must be another")
     sequence_length: int = Field(1024, ge=8, description="tokens that are packed into one sequence")
+    self_tokens: Tokens | None = Field(
+        None, description="to sample where train is self; null: as many as the longest stage takes"
+    )
+    self_temperature: float = Field(1.0, gt=0, description="of that sampling; 1 is the model's own distribution")
 
 
 class LoraSettings(Settings):

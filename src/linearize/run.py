@@ -46,8 +46,17 @@ from linearize.recipe import Recipe, StageSettings
 from linearize.results import Curve, Report
 from linearize.results import read as read_report
 from linearize.train.align import align_loss
-from linearize.train.data import heldout_documents, heldout_sequences, load_documents, pack, tokenize
+from linearize.train.data import (
+    SELF,
+    Document,
+    heldout_documents,
+    heldout_sequences,
+    load_documents,
+    pack,
+    tokenize,
+)
 from linearize.train.distill import distill_loss
+from linearize.train.sample import sampled_documents
 from linearize.train.trainer import Loss, shared_copy, train, with_lora
 
 
@@ -208,7 +217,7 @@ def load_base(recipe: Recipe, variants: Iterable[str] = (), train: bool = False,
         raise LinearizeError(
             f"data.train and data.heldout are both {recipe.data.train!r}; give a held-out text of its own"
         )
-    texts = load_documents(recipe.data.train, "train") if train else []
+    texts = load_documents(recipe.data.train, "train") if train and recipe.data.train != SELF else []
     heldout_texts: dict[int, str] = {}
     if heldout:
         suites.check(recipe.evaluation)
@@ -217,23 +226,45 @@ def load_base(recipe: Recipe, variants: Iterable[str] = (), train: bool = False,
     for name in variants:
         check_convertible(teacher, mixer_of(recipe, name, teacher), recipe.layers, recipe.softmax_every)
     sequences = _sequences(recipe, tokenizer, list(heldout_texts.values())) if heldout else None
-    documents = _tokens(recipe, tokenizer, texts) if train else []
+    documents = _tokens(recipe, tokenizer, texts) if texts else []
     teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+    if train and recipe.data.train == SELF:
+        documents = _sampled(recipe, teacher, tokenizer)
     return Base(teacher, tokenizer, documents, sequences, heldout_texts)
 
 
-def _sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
+def _sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document]) -> Tensor:
     settings = recipe.evaluation
     return heldout_sequences(
         tokenize(texts, tokenizer), settings.sequence_length, settings.sequences, recipe.data.heldout
     )
 
 
-def _tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+def _documents(recipe: Recipe, base: Base) -> Sequence[np.ndarray]:
+    """The training text's tokens, read or sampled here if they are not in `base`."""
+    if base.documents:
+        return base.documents
+    if recipe.data.train == SELF:
+        return _sampled(recipe, base.teacher, base.tokenizer)
+    return _tokens(recipe, base.tokenizer, load_documents(recipe.data.train, "train"))
+
+
+def _sampled(recipe: Recipe, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+    """Text of the teacher's own, as much as the longest stage needs, or as the recipe says."""
+    data = recipe.data
+    tokens = data.self_tokens or _most_tokens(recipe)
+    return sampled_documents(teacher, tokenizer, tokens, data.sequence_length, recipe.seed, data.self_temperature)
+
+
+def _most_tokens(recipe: Recipe) -> int:
+    """What the longest stage reads, and one sequence more."""
+    return max(settings.tokens for settings, _ in _stages(recipe).values()) + recipe.data.sequence_length
+
+
+def _tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document]) -> list[np.ndarray]:
     """The training text's tokens, of as many documents as the longest stage needs; at least one sequence."""
-    most, length = max(settings.tokens for settings, _ in _stages(recipe).values()), recipe.data.sequence_length
-    documents = tokenize(texts, tokenizer, limit=most + length)
-    pack(documents, length, 1, recipe.data.train)
+    documents = tokenize(texts, tokenizer, limit=_most_tokens(recipe))
+    pack(documents, recipe.data.sequence_length, 1, recipe.data.train)
     return documents
 
 
@@ -296,8 +327,7 @@ def train_stage(
     recipe: Recipe, stage: str, name: str, settings: StageSettings, loss: Loss, student: Student, base: Base, work: Path
 ) -> Curve:
     """One stage of one variant; all of them read the same text from its beginning."""
-    documents = base.documents or _tokens(recipe, base.tokenizer, load_documents(recipe.data.train, "train"))
-    sequences = pack(documents, recipe.data.sequence_length, settings.tokens)
+    sequences = pack(_documents(recipe, base), recipe.data.sequence_length, settings.tokens)
     return train(stage, name, student, base.teacher, loss, sequences, settings, work / f"{name}-{stage}", recipe.seed)
 
 

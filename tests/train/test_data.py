@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tiny
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -63,9 +64,13 @@ def test_folder_is_read_in_order_and_blank_documents_are_skipped(tmp_path):
         ("a.txt", b"four\xff", "a.txt is not UTF-8 at byte 4"),
         ("a.jsonl", jsonl(["x"]) + b"\xff", "a.jsonl is not UTF-8 at byte 14"),
         ("a.jsonl", jsonl(["x"]) + b"{", "a.jsonl:2: not JSON"),
-        ("a.jsonl", jsonl(["x"]) + b'{"body": 1, "id": 2}', "a.jsonl:2: no string field 'text'; it has: body, id"),
+        (
+            "a.jsonl",
+            jsonl(["x"]) + b'{"body": 1, "id": 2}',
+            "a.jsonl:2: no string field 'text', and no 'messages'; it has: body, id",
+        ),
         ("a.jsonl", b'{"text": null}', "a.jsonl:1: no string field 'text'"),
-        ("a.jsonl", b"[1]", "a.jsonl:1: no string field 'text'; it has: list"),
+        ("a.jsonl", b"[1]", "a.jsonl:1: no string field 'text', and no 'messages'; it has: list"),
         ("a.jsonl.xz", lzma.compress(jsonl(["x"]))[:-9], "cannot read .*a.jsonl.xz"),
         ("a.jsonl.gz", gzip.compress(jsonl(["x"]), mtime=0)[:-9], "cannot read .*a.jsonl.gz"),
         ("a.jsonl.gz", b"no gzip", "cannot read .*a.jsonl.gz"),
@@ -80,11 +85,66 @@ def test_bad_files_are_named(tmp_path, name, content, message):
 
 def test_parquet_needs_a_column_of_strings(tmp_path):
     write_parquet(tmp_path / "a.parquet", {"body": ["x"], "id": [1]})
-    with pytest.raises(LinearizeError, match=r"a.parquet: no column 'text'; it has: body, id"):
+    with pytest.raises(LinearizeError, match=r"a.parquet: no column 'text' or 'messages'; it has: body, id"):
         load_documents(str(tmp_path / "a.parquet"))
     write_parquet(tmp_path / "a.parquet", {"text": [1]})
     with pytest.raises(LinearizeError, match=r"a.parquet: column 'text' holds int"):
         load_documents(str(tmp_path / "a.parquet"))
+
+
+TURNS = [{"role": "user", "content": "how long"}, {"role": "assistant", "content": "as it is"}]
+TEMPLATE = "{% for m in messages %}{{ m['role'][0] + ',' + m['content'] + '.' }}{% endfor %}"
+
+
+def test_rows_of_messages_become_text_by_the_template(tmp_path):
+    rows = [{"text": "a text"}, {"messages": TURNS}, {"source": "x", "messages": [{"role": "user", "content": " "}]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": "the end"}]))
+    documents = load_documents(str(tmp_path / "a.jsonl"))
+    assert documents == ["a text", data.Chat(TURNS, f"{tmp_path / 'a.jsonl'}:2"), "the end"]
+    words = tiny.tokenizer()
+    words.chat_template = TEMPLATE + "{{ '<eos> ' }}"
+    found = [words.decode(ids).replace(" ", "") for ids in tokenize(documents, words)]
+    assert found == ["atext<eos>", "u,howlong.a,asitis.<eos>", "theend<eos>"]
+
+
+def test_heldout_text_has_no_chats(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x"}) + "\n" + json.dumps({"messages": TURNS}))
+    with pytest.raises(LinearizeError, match=r"a.jsonl:2: rows of 'messages' are to train on"):
+        load_documents(str(tmp_path / "a.jsonl"), "heldout")
+
+
+def test_a_chat_has_no_second_beginning(tmp_path):
+    words = tiny.tokenizer()
+    words.chat_template = "{{ '<unk>' }}" + TEMPLATE
+    words._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<unk> $A", special_tokens=[("<unk>", words.unk_token_id)]
+    )
+    (text, chat) = tokenize(["text", data.Chat(TURNS, "a.jsonl:1")], words)
+    assert text[0] == chat[0] == words.unk_token_id
+    assert list(chat).count(words.unk_token_id) == 1
+
+
+def test_columns_of_messages(tmp_path):
+    write_parquet(tmp_path / "a.parquet", {"id": [1, 2], "messages": [TURNS, None]})
+    assert load_documents(str(tmp_path / "a.parquet")) == [data.Chat(TURNS, str(tmp_path / "a.parquet"))]
+
+
+@pytest.mark.parametrize(
+    "row", [{"messages": []}, {"messages": "hello"}, {"messages": [{"role": "user"}]}, {"messages": [["user", "x"]]}]
+)
+def test_bad_messages_are_named(tmp_path, row):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x"}) + "\n" + json.dumps(row))
+    with pytest.raises(LinearizeError, match=r"a.jsonl:2: 'messages' is no list of objects that have strings"):
+        load_documents(str(tmp_path / "a.jsonl"))
+
+
+def test_messages_need_a_template_that_takes_them():
+    words, chat = tiny.tokenizer(), data.Chat(TURNS, "chat.jsonl:3")
+    with pytest.raises(LinearizeError, match=r"chat.jsonl:3: a row of 'messages' needs a chat template"):
+        tokenize(["a text", chat], words)
+    words.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(LinearizeError, match=r"chat.jsonl:3: the chat template does not take .*: roles must alternate"):
+        tokenize([chat], words)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +177,7 @@ def test_hub_dataset(monkeypatch):
     assert load_documents("owner/good") == TEXTS
     assert load_documents("owner/good:test[:1%]") == TEXTS
     assert asked == [("owner/good", "train"), ("owner/good", "test[:1%]")]
-    with pytest.raises(LinearizeError, match="owner/bad: no column 'text'; it has: body"):
+    with pytest.raises(LinearizeError, match="owner/bad: no column 'text' or 'messages'; it has: body"):
         load_documents("owner/bad")
 
 

@@ -23,10 +23,10 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def score(model: PreTrainedModel, sequences: Int[Tensor, "N T"], label: str = "", rows: int = 1024) -> Scores:
-    """Losses and greedy choices of `model`; logits exist for `rows` tokens at a time."""
+    """Losses and greedy choices of `model`; logits exist for `rows` tokens at a time. A bar needs a label."""
     device, head = model.device, Head(model)
     losses, choices = [], []
-    for ids in tqdm(sequences, desc=f"evaluate {label}", unit="sequence", delay=1):
+    for ids in tqdm(sequences, desc=f"evaluate {label}", unit="sequence", delay=1, disable=not label):
         ids = ids.to(device)
         hidden = decoder(model)(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
         loss, choice = [], []

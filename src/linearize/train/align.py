@@ -21,7 +21,18 @@ def align_loss(
     checkpointing: bool = False,
     documents: int | None = None,
 ) -> Tensor:
-    """Mean over converted layers of ‖mixer - attention‖² / ‖attention‖².
+    """Mean over converted layers of ‖mixer - attention‖² / ‖attention‖²; arguments as `layer_errors` takes them."""
+    return torch.stack(list(layer_errors(student, teacher, batch, checkpointing, documents).values())).mean()
+
+
+def layer_errors(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batch: dict[str, Tensor],
+    checkpointing: bool = False,
+    documents: int | None = None,
+) -> dict[int, Tensor]:
+    """‖mixer - attention‖² / ‖attention‖² of each converted layer.
 
     One teacher pass gives every layer its input and its target, so layers learn side by side and no gradient runs
     from one to the next; with `checkpointing` one layer's graph at a time is in memory. `documents` is how many are
@@ -29,7 +40,7 @@ def align_loss(
     """
     layers = mixers(student)
     seen = _watch(teacher, [mixer.layer_idx for mixer in layers], batch)
-    shape, sinks, losses = batch["input_ids"].shape, most_sinks(student.config.linearize), []
+    shape, sinks, errors = batch["input_ids"].shape, most_sinks(student.config.linearize), {}
     for mixer in layers:
         kwargs, target = seen.pop(mixer.layer_idx)
         tokens = describe(shape, sinks, target.device, position_ids=batch["position_ids"], documents=documents)
@@ -38,11 +49,11 @@ def align_loss(
             output = checkpoint(_run, *inputs, use_reentrant=False)
         else:
             output = _run(*inputs)
-        loss = relative_error(output, target)
-        if not is_cuda_stream_capturing() and not torch.isfinite(loss):
+        error = relative_error(output, target)
+        if not is_cuda_stream_capturing() and not torch.isfinite(error):
             raise FloatingPointError(f"the attention output of layer {mixer.layer_idx}")
-        losses.append(loss)
-    return torch.stack(losses).mean()
+        errors[mixer.layer_idx] = error
+    return errors
 
 
 def _run(mixer: LinearizedAttention, hidden: Tensor, rope: tuple[Tensor, Tensor], tokens: Any) -> Tensor:

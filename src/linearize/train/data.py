@@ -6,7 +6,7 @@ import lzma
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, NamedTuple, cast, overload
 
 import numpy as np
 import torch
@@ -18,27 +18,53 @@ from linearize.assets import HUB_NAME, TEXTS, asset_file, quick_hub
 from linearize.errors import LinearizeError, unknown
 
 SPLITS = ("train", "heldout")
+SELF = "self"  # a source that is not read: the teacher samples it (`train.sample`)
 TRAIN_ARTICLES = 20  # of the 30 embedded ones; the others are held out
 IGNORED = -100  # what cross_entropy takes for "no target here"
+FIELDS = ("text", "messages")  # of a row, of which the first that is there is its document
 BATCH = 64  # documents tokenised at once: enough for the tokenizer's threads, few enough to stop early
+
+
+class Chat(NamedTuple):
+    """A document of turns, which becomes text by the tokenizer's chat template."""
+
+    messages: list[dict[str, Any]]  # each has a `role` and a `content`
+    place: str  # where it was read
+
+
+Document = str | Chat
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def load_documents(source: str, split: Literal["train", "heldout"] = "train") -> list[str]:
+@overload
+def load_documents(source: str, split: Literal["heldout"]) -> list[str]: ...
+
+
+@overload
+def load_documents(source: str, split: Literal["train"] = "train") -> list[Document]: ...
+
+
+def load_documents(source: str, split: Literal["train", "heldout"] = "train") -> list[Document] | list[str]:
     """The documents of `source`, without blank ones.
 
     `source` is `wiki` (the embedded text), a local file (`.jsonl`, `.jsonl.xz`, `.jsonl.gz`, `.parquet`: one document
-    a row, in `text`; `.txt`: the whole file is one document), a folder of such files (in the order of their names), or
-    a hub dataset `owner/name[:split]` (`train` unless named). `split` chooses within `wiki` only.
+    a row, in `text`, or a chat in `messages`; `.txt`: the whole file is one document), a folder of such files (in the
+    order of their names), or a hub dataset `owner/name[:split]` (`train` unless named). `split` chooses within `wiki`;
+    held-out text has no chats.
     Raises `LinearizeError` that names the file, and the line or byte, when the source cannot be read or holds no text.
     """
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
+    if source == SELF:
+        raise LinearizeError(
+            f"{SELF} is text to train on, which the model samples; here: wiki, a file or folder of {_suffixes()}, "
+            "or owner/name"
+        )
     path = Path(source).expanduser()
     hub = re.fullmatch(rf"({HUB_NAME.pattern})(?::(\S+))?", source)
-    documents: Iterator[str]
+    documents: Iterator[Document]
     if source == "wiki":
         documents = iter(_wiki(split))
     elif source and path.is_dir():
@@ -49,13 +75,20 @@ def load_documents(source: str, split: Literal["train", "heldout"] = "train") ->
         documents = _read_hub(hub[1], hub[2] or "train")
     else:
         raise LinearizeError(f"no data at {source!r}; valid: wiki, a file or folder of {_suffixes()}, or owner/name")
-    found = [document for document in documents if document.strip()]
+    found = [document for document in documents if _has_text(document)]
     if not found:
         raise LinearizeError(f"{source} holds no text; give some longer than one sequence")
+    if split == "heldout" and (chat := next((one for one in found if isinstance(one, Chat)), None)):
+        raise LinearizeError(f"{chat.place}: rows of 'messages' are to train on; give held-out text in rows of 'text'")
     return found
 
 
-def _read_folder(folder: Path) -> Iterator[str]:
+def _has_text(document: Document) -> bool:
+    parts = [document] if isinstance(document, str) else [turn["content"] for turn in document.messages]
+    return any(part.strip() for part in parts)
+
+
+def _read_folder(folder: Path) -> Iterator[Document]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and _suffix(path))
     if not paths:
         raise LinearizeError(f"no text in {folder}; files end with one of {_suffixes()}")
@@ -63,7 +96,7 @@ def _read_folder(folder: Path) -> Iterator[str]:
         yield from _read_file(path)
 
 
-def _read_file(path: Path) -> Iterator[str]:
+def _read_file(path: Path) -> Iterator[Document]:
     if not path.exists():
         raise LinearizeError(f"there is no file {path}; give wiki, a file or folder of {_suffixes()}, or owner/name")
     suffix = _suffix(path)
@@ -79,7 +112,7 @@ def _read_txt(path: Path) -> Iterator[str]:
     yield _decode(path.read_bytes(), path, 0)
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
+def _read_jsonl(path: Path) -> Iterator[Document]:
     openers: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
     offset = 0
     with openers.get(path.suffix, open)(path, "rb") as opened:
@@ -87,36 +120,46 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             line = _decode(raw, path, offset)
             offset += len(raw)
             if line.strip():
-                yield _text_of(line, f"{path}:{number}")
+                yield _document_of(line, f"{path}:{number}")
 
 
-def _text_of(line: str, place: str) -> str:
+def _document_of(line: str, place: str) -> Document:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise LinearizeError(f"{place}: not JSON: {error}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise LinearizeError(f"{place}: no string field 'text'; it has: {has}")
-    return row["text"]
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return row["text"]
+    if isinstance(row, dict) and "text" not in row and "messages" in row:
+        return _chat(row["messages"], place)
+    has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+    raise LinearizeError(f"{place}: no string field 'text', and no 'messages'; it has: {has}")
 
 
-def _read_parquet(path: Path) -> Iterator[str]:
+def _chat(messages: Any, place: str) -> Chat:
+    turns = messages if isinstance(messages, list) else []
+    if not turns or not all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in turns
+    ):
+        raise LinearizeError(f"{place}: 'messages' is no list of objects that have strings 'role' and 'content'")
+    return Chat(turns, place)
+
+
+def _read_parquet(path: Path) -> Iterator[Document]:
     import pyarrow  # slow to import, and only parquet needs it
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if "text" not in names:
-                raise LinearizeError(f"{path}: no column 'text'; it has: {', '.join(names)}")
-            for batch in file.iter_batches(columns=["text"]):
-                yield from _strings(batch.column(0).to_pylist(), str(path))
+            name = _field(file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(columns=[name]):
+                yield from _column(name, batch.column(0).to_pylist(), str(path))
     except pyarrow.ArrowException as error:
         raise LinearizeError(f"cannot read {path}: {error}") from error
 
 
-def _read_hub(name: str, split: str) -> Iterator[str]:
+def _read_hub(name: str, split: str) -> Iterator[Document]:
     import datasets  # slow to import, and only hub names need it
 
     try:
@@ -128,16 +171,27 @@ def _read_hub(name: str, split: str) -> Iterator[str]:
             f"no local file {name}, and the hub gave no dataset {name} (split {split}): {reason}; "
             "connect, or give a local file or folder with --data"
         ) from error
-    if "text" not in rows.column_names:
-        raise LinearizeError(f"{name}: no column 'text'; it has: {', '.join(rows.column_names)}")
-    yield from _strings(rows["text"], name)
+    field = _field(rows.column_names, name)
+    yield from _column(field, rows[field], name)
 
 
-def _strings(column: Iterable[object], place: str) -> Iterator[str]:
-    for value in column:
-        if isinstance(value, str):
+def _field(names: Sequence[str], place: str) -> str:
+    """The column that holds the documents."""
+    for name in FIELDS:
+        if name in names:
+            return name
+    raise LinearizeError(f"{place}: no column 'text' or 'messages'; it has: {', '.join(names)}")
+
+
+def _column(name: str, values: Iterable[object], place: str) -> Iterator[Document]:
+    for value in values:
+        if value is None:  # an empty cell is a blank document
+            continue
+        if name == "messages":
+            yield _chat(value, place)
+        elif isinstance(value, str):
             yield value
-        elif value is not None:  # an empty cell is a blank document
+        else:
             raise LinearizeError(f"{place}: column 'text' holds {type(value).__name__}, not strings")
 
 
@@ -150,7 +204,7 @@ def _decode(raw: bytes, path: Path, offset: int) -> str:
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
-READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
     ".jsonl": _read_jsonl,
     ".jsonl.xz": _read_jsonl,
     ".jsonl.gz": _read_jsonl,
@@ -243,28 +297,55 @@ def _words(text: str) -> list[str]:
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def tokenize(documents: Sequence[str], tokenizer: Any, limit: int | None = None) -> list[np.ndarray]:
+def tokenize(documents: Sequence[Document], tokenizer: Any, limit: int | None = None) -> list[np.ndarray]:
     """Token ids (int32) of each document, ended by the tokenizer's end-of-text token if it has one.
 
-    A beginning-of-text token is there only if the tokenizer adds it itself. Stops after the document with which
-    `limit` tokens are reached.
+    A beginning-of-text token is there only if the tokenizer, or for a chat its template, adds it itself. Stops after
+    the document with which `limit` tokens are reached. Raises LinearizeError for a chat where there is no template, or
+    one that does not take it.
     """
     found: list[np.ndarray] = []
     tokens = read = 0
-    characters = sum(map(len, documents))
+    characters = sum(map(_size, documents))
     with tqdm(desc="tokenizing", unit="tok", unit_scale=True, delay=1, leave=False) as bar:
         for start in range(0, len(documents), BATCH):
             batch = list(documents[start : start + BATCH])
-            # verbose=False: no warning that a document is longer than the model reads; it will be cut
-            for text, ids in zip(batch, tokenizer(batch, verbose=False)["input_ids"], strict=True):
+            for document, ids in zip(batch, _encoded(batch, tokenizer), strict=True):
                 found.append(_ended(ids, tokenizer.eos_token_id))
-                tokens, read = tokens + len(found[-1]), read + len(text)
+                tokens, read = tokens + len(found[-1]), read + _size(document)
                 if limit is not None and tokens >= limit:
                     return found
             expected = tokens * characters // max(read, 1)
             bar.total = expected if limit is None else min(expected, limit)
             bar.update(tokens - bar.n)
     return found
+
+
+def _size(document: Document) -> int:
+    """Characters."""
+    return len(document) if isinstance(document, str) else sum(len(turn["content"]) for turn in document.messages)
+
+
+def _encoded(batch: Sequence[Document], tokenizer: Any) -> list[list[int]]:
+    texts = [document for document in batch if isinstance(document, str)]
+    chats = [_rendered(document, tokenizer) for document in batch if isinstance(document, Chat)]
+    # verbose=False: no warning that a document is longer than the model reads; it will be cut
+    plain = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else [])
+    turns = iter(tokenizer(chats, add_special_tokens=False, verbose=False)["input_ids"] if chats else [])
+    return [next(turns if isinstance(document, Chat) else plain) for document in batch]
+
+
+def _rendered(chat: Chat, tokenizer: Any) -> str:
+    """The chat as text, which ends where its last turn does."""
+    if tokenizer.chat_template is None:
+        raise LinearizeError(
+            f"{chat.place}: a row of 'messages' needs a chat template, and this model's tokenizer has none; "
+            "give rows of 'text', or a chat model"
+        )
+    try:
+        return tokenizer.apply_chat_template(chat.messages, tokenize=False).rstrip()
+    except Exception as error:  # whatever a template raises: templates are programs
+        raise LinearizeError(f"{chat.place}: the chat template does not take these 'messages': {error}") from error
 
 
 def _ended(ids: list[int], eos: int | None) -> np.ndarray:

@@ -1,0 +1,126 @@
+"""Ways to choose the layers that stay softmax attention, against each other: late loss and recall of what they chose.
+
+    python -m benchmarks.selection --data TEXT --heldout ARTICLES --out docs/results/selection.json
+
+Layers are chosen on the training text; the chosen ones, left full in an untrained conversion to window and sinks, are
+measured on other texts, as are evenly spaced ones, those given by `--sets`, the window alone and the teacher. Finished
+rows are kept, so that the same command goes on where it was; results are printed and written as they come.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import provenance, write
+from linearize import recipe as recipes
+from linearize.convert import choose_layers
+from linearize.run import load_base, mixer_of
+from linearize.select import Candidates, by_alignment, by_gain, probes, uniform
+from linearize.train.data import load_documents
+
+KEEP = (1, 3, 4)
+SELECTORS = ("late", "recall", "both")
+
+
+def main() -> None:
+    """Run the rows that have no result yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--data", default="wiki")
+    parser.add_argument("--heldout", default="wiki")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
+    parser.add_argument("--sequences", type=int, default=8, help="to choose on")
+    parser.add_argument("--trials", type=int, default=12, help="needles of each length to choose on")
+    parser.add_argument("--heldout-sequences", type=int, default=20)
+    parser.add_argument("--heldout-trials", type=int, default=50)
+    parser.add_argument("--align-tokens", type=int, default=32_768, help="0: do not align")
+    parser.add_argument("--sets", nargs="*", default=[], help="more layers to measure, as in 20,21,23")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing further after this long")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    given = {name: value for name, value in vars(arguments).items() if name not in ("out", "seconds", "sets")}
+    results: dict[str, Any] = {**provenance(), "settings": given, "selectors": {}, "rows": {}}
+    if arguments.out.is_file():
+        results = json.loads(arguments.out.read_text(encoding="utf-8"))
+        if results["settings"] != given:
+            raise SystemExit(f"{arguments.out} was made with {results['settings']}, not {given}; give another --out")
+    choosing, measuring, align = prepare(arguments)
+    count = len(measuring.layers)
+
+    def measure(name: str, layers: list[int]) -> None:
+        if name not in results["rows"] and time.perf_counter() - started < arguments.seconds:
+            row = {"layers": sorted(layers), **measuring.measure(layers).model_dump()}
+            results["rows"][name] = row | {"function": measuring.function(layers)[:12]}
+            print(name, json.dumps(results["rows"][name]), flush=True)
+            write(arguments.out, results)
+
+    measure("teacher", list(range(count)))
+    measure("window", [])
+    for keep in KEEP:
+        measure(f"uniform {keep}", uniform(keep, count))
+    for layers in arguments.sets:
+        measure(layers, choose_layers(layers, None, count))
+    selectors: dict[str, Callable[[], Any]] = {"align": align} if arguments.align_tokens else {}
+    for name in SELECTORS:
+        selectors[name] = partial(by_gain, choosing, max(KEEP), name, greedy=False)
+        selectors[f"{name}, greedy"] = partial(by_gain, choosing, max(KEEP), name, greedy=True)
+    for name, choose in selectors.items():
+        if name not in results["selectors"] and time.perf_counter() - started < arguments.seconds:
+            begun = time.perf_counter()
+            try:
+                kept, rounds = choose()
+            except Exception as error:  # one selector that fails, as where memory runs out, does not end the others
+                print(f"{name}: {type(error).__name__}: {error}", flush=True)
+                continue
+            seconds = round(time.perf_counter() - begun, 1)
+            results["selectors"][name] = {"kept": kept, "rounds": rounds, "seconds": seconds}
+            write(arguments.out, results)
+        if name in results["selectors"]:
+            for keep in KEEP:
+                measure(f"{name} {keep}", results["selectors"][name]["kept"][:keep])
+
+
+def prepare(arguments: argparse.Namespace) -> tuple[Candidates, Candidates, Callable[[], Any]]:
+    """What layers are chosen with, what the chosen are measured with, and the selector that aligns."""
+    tokens = arguments.align_tokens
+    keys = {
+        "model": arguments.model,
+        "seed": arguments.seed,
+        "data.train": arguments.data,
+        "data.heldout": arguments.heldout,
+        "data.sequence_length": arguments.length,
+        "align.tokens": max(tokens, 1),
+    }
+    recipe = recipes.read("default", ["distill=null"], keys)
+    base = load_base(recipe, ["window_only"], train=tokens > 0)
+    mixer = mixer_of(recipe, "window_only", base.teacher)
+    chosen = Candidates(
+        base.teacher,
+        mixer,
+        probes(
+            load_documents(arguments.data, "train"),
+            base.tokenizer,
+            arguments.length,
+            arguments.sequences,
+            arguments.trials,
+            arguments.seed,
+            arguments.data,
+        ),
+    )
+    other = arguments.seed + 1  # of needles and their places
+    texts = load_documents(arguments.heldout, "heldout")
+    counts = arguments.heldout_sequences, arguments.heldout_trials
+    measured = Candidates(
+        base.teacher, mixer, probes(texts, base.tokenizer, arguments.length, *counts, other, arguments.heldout)
+    )
+    return chosen, measured, partial(by_alignment, recipe, base, max(KEEP), tokens)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,373 @@
+"""Which layers to leave as softmax attention: a score for each, from window conversions or a short alignment.
+
+A conversion that keeps some layers shares its teacher's parameters, so a candidate costs a few forward passes.
+"""
+
+import hashlib
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from pydantic import Field
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from linearize.checkpoint import unwrapped
+from linearize.config import MixerSettings
+from linearize.convert import convert, decoder
+from linearize.errors import LinearizeError, unknown
+from linearize.evaluate.perplexity import score
+from linearize.families import Head
+from linearize.recipe import AlignSettings, Recipe
+from linearize.results import Schema
+from linearize.run import Base, build, load_base, mixer_of, train_stage
+from linearize.train.align import align_loss, layer_errors
+from linearize.train.data import Document, heldout_sequences, load_documents, pack, tokenize
+from linearize.train.trainer import shared_copy, with_lora
+
+SELECTORS = ("late", "recall", "both", "align")
+NEEDLE_LENGTHS = (256, 512)
+WORDS = ("apple", "bridge", "candle", "desert", "engine", "forest", "guitar", "hammer", "island", "jacket")
+STATEMENT, QUESTION = "\nThe secret word is {}.\n", "\nThe secret word is"
+FINGERPRINT_TOKENS = 32  # past window and sinks, where conversions begin to differ
+TEXTS = 64  # documents that are tokenised at once, until there are sequences enough
+
+
+class Needles(NamedTuple):
+    """Texts of one length that state a word early on and ask for it at their end."""
+
+    rows: Int64[Tensor, "N T"]
+    answers: Int64[Tensor, "N"]  # index into `choices`
+    choices: Int64[Tensor, "C"]  # the token by which each word is told from the others
+
+
+class Measured(Schema):
+    """What a conversion that keeps some layers can do."""
+
+    late_loss: float = Field(description="nats, positions >= T / 2")
+    recall: float = Field(description="mean log-probability of a needle's right word, among all words")
+    accuracy: float = Field(description="share of needles whose right word is the most likely one")
+
+
+class Selection(Schema):
+    """Chosen layers, the best first, and what they were chosen by."""
+
+    model: str
+    selector: str
+    greedy: bool
+    window: int
+    sinks: int
+    kept: list[int] = Field(description="layers to leave as softmax attention, the best first")
+    layers: str = Field(description="the others: a recipe's `layers`")
+    rounds: list[dict[int, float]] = Field(description="scores by layer; one round, or one for each chosen layer")
+    measured: dict[str, Measured] = Field(description="of the teacher, the window alone, these layers, as many evenly")
+    functions: int = Field(description="different functions that were scored")
+    seconds: float
+
+
+class Probes(NamedTuple):
+    """What candidates are measured on."""
+
+    sequences: Int64[Tensor, "N T"]
+    needles: list[Needles]
+
+
+class Candidates:
+    """Window conversions of one teacher, each by the layers that it keeps; what is one function is measured once."""
+
+    def __init__(self, teacher: PreTrainedModel, mixer: MixerSettings, probes: Probes) -> None:
+        shortest = min(rows.shape[1] for rows in (probes.sequences, *(n.rows for n in probes.needles)))
+        if shortest <= (seen := mixer.widest_window() + max(mixer.values("sinks"))):
+            raise LinearizeError(f"texts of {shortest} tokens fit into window and sinks ({seen}); give longer ones")
+        self.teacher, self.mixer, self.probes = teacher, mixer, probes
+        self.layers = range(teacher.config.num_hidden_layers)
+        self.fixed = probes.sequences[:2, : seen + FINGERPRINT_TOKENS]
+        self._model: tuple[frozenset[int], PreTrainedModel] | None = None  # the one measured last
+        self._functions: dict[frozenset[int], str] = {}
+        self._found: dict[tuple[str, str], Any] = {}
+
+    @property
+    def functions(self) -> int:
+        """How many different functions were met so far."""
+        return len(set(self._functions.values()))
+
+    def model(self, kept: Iterable[int]) -> PreTrainedModel:
+        """The conversion that keeps `kept`; the teacher itself where that is all layers."""
+        kept = frozenset(kept)
+        if self._model is None or self._model[0] != kept:
+            others = [index for index in self.layers if index not in kept]
+            made = convert(shared_copy(self.teacher), layers=others, **self.mixer.root) if others else self.teacher
+            self._model = kept, made.eval()
+        return self._model[1]
+
+    @torch.no_grad()
+    def function(self, kept: Iterable[int]) -> str:
+        """A hash of the last hidden states on a few fixed tokens: equal for conversions that are the same function."""
+        kept = frozenset(kept)
+        if kept not in self._functions:
+            model = self.model(kept)
+            hidden = decoder(model)(input_ids=self.fixed.to(model.device), use_cache=False).last_hidden_state
+            self._functions[kept] = hashlib.sha256(hidden.float().cpu().numpy().tobytes()).hexdigest()
+        return self._functions[kept]
+
+    def late_loss(self, kept: Iterable[int]) -> float:
+        """Mean loss over the second half of the positions, in nats."""
+        half = self.probes.sequences.shape[1] // 2
+        return self._once(
+            "late", kept, lambda model: score(model, self.probes.sequences).loss[:, half:].double().mean().item()
+        )
+
+    def recall(self, kept: Iterable[int]) -> tuple[float, float]:
+        """Mean log-probability of the right words, and how often they are the most likely."""
+        return self._once("recall", kept, lambda model: recall(model, self.probes.needles))
+
+    def measure(self, kept: Iterable[int]) -> Measured:
+        """All of it."""
+        log_probability, accuracy = self.recall(kept)
+        return Measured(late_loss=self.late_loss(kept), recall=log_probability, accuracy=accuracy)
+
+    def _once(self, what: str, kept: Iterable[int], measure: Callable[[PreTrainedModel], Any]) -> Any:
+        key = what, self.function(kept)
+        if key not in self._found:
+            self._found[key] = measure(self.model(kept))
+        return self._found[key]
+
+
+# --- selectors -------------------------------------------------------------------------------------------------------
+
+
+def by_gain(candidates: Candidates, keep: int, selector: str, greedy: bool) -> tuple[list[int], list[dict[int, float]]]:
+    """The `keep` best layers, the best first, and the scores of each round.
+
+    A layer's score is what leaving it full gains: nats of late loss (`late`), nats of the right words'
+    log-probability (`recall`), or the mean of the two, each as a share of what the teacher gains (`both`). Greedily a
+    layer is scored beside those chosen before it, else alone.
+    """
+    gain = partial(GAINS[selector], candidates)
+    kept: list[int] = []
+    rounds: list[dict[int, float]] = []
+    total = sum(len(candidates.layers) - done for done in range(keep if greedy else 1))
+    with tqdm(desc=f"select {selector}", total=total, unit="candidate") as bar:
+        while len(kept) < keep:
+            scores = {}
+            for index in candidates.layers:
+                if index not in kept:
+                    scores[index] = gain([*kept, index])
+                    bar.update()
+            rounds.append(scores)
+            kept += _best(scores, 1 if greedy else keep)
+    return kept, rounds
+
+
+def late_gain(candidates: Candidates, kept: Iterable[int]) -> float:
+    """What keeping these layers takes off the window's late loss, in nats."""
+    return candidates.late_loss(()) - candidates.late_loss(kept)
+
+
+def recall_gain(candidates: Candidates, kept: Iterable[int]) -> float:
+    """What keeping these layers adds to the right words' log-probability, in nats."""
+    return candidates.recall(kept)[0] - candidates.recall(())[0]
+
+
+def both_gain(candidates: Candidates, kept: Iterable[int]) -> float:
+    """The mean of both, each as a share of the teacher's."""
+    gaps = [gain(candidates, candidates.layers) for gain in (late_gain, recall_gain)]
+    if min(gaps) <= 0:
+        raise LinearizeError(
+            f"the teacher is {gaps[0]:.3f} (late) and {gaps[1]:.3f} (recall) nats better than its window, and shares "
+            "need both above 0; valid selectors: late, recall, align"
+        )
+    return (late_gain(candidates, kept) / gaps[0] + recall_gain(candidates, kept) / gaps[1]) / 2
+
+
+GAINS: dict[str, Callable[[Candidates, Iterable[int]], float]] = {
+    "late": late_gain,
+    "recall": recall_gain,
+    "both": both_gain,
+}
+
+
+def by_alignment(recipe: Recipe, base: Base, keep: int, tokens: int) -> tuple[list[int], list[dict[int, float]]]:
+    """The `keep` layers that are worst at giving the teacher's attention output after a short alignment, and errors.
+
+    All layers are aligned side by side on `tokens` by the recipe, one sequence a step; the error is measured on the
+    text's last sequences of them.
+    """
+    given = (recipe.align or AlignSettings()).model_dump()
+    settings = AlignSettings(**given | {"tokens": tokens, "batch_size": 1, "accumulate": 1, "save_every": 0})
+    torch.manual_seed(recipe.seed)
+    student = build(recipe, recipe.mixer, base.teacher)
+    trained = student if recipe.lora is None else with_lora(student, recipe.lora)
+    with tempfile.TemporaryDirectory() as work:
+        train_stage(recipe, "align", "select", settings, align_loss, trained, base, Path(work))
+    sequences = pack(base.documents, recipe.data.sequence_length, tokens)[-4:]
+    batch = {key: torch.stack([one[key] for one in sequences]).to(base.teacher.device) for key in sequences[0]}
+    with torch.no_grad():
+        errors = layer_errors(unwrapped(trained).eval(), base.teacher, batch)
+    scores = {index: error.item() for index, error in errors.items()}
+    return _best(scores, keep), [scores]
+
+
+def uniform(keep: int, layers: int) -> list[int]:
+    """`keep` of `layers` in the middles of equal parts of the depth."""
+    return [(2 * part + 1) * layers // (2 * keep) for part in range(keep)]
+
+
+def _best(scores: dict[int, float], count: int) -> list[int]:
+    return sorted(scores, key=lambda index: (-scores[index], index))[:count]
+
+
+# --- what candidates are measured on ---------------------------------------------------------------------------------
+
+
+def probes(
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    sequences: int,
+    trials: int,
+    seed: int,
+    source: str = "the text",
+) -> Probes:
+    """Up to `sequences` of `length` tokens, and needles in other stretches of the same documents, by `seed`."""
+    order = random.Random(seed).sample(range(len(documents)), len(documents))
+    long: list[np.ndarray] = []
+    needed = max(length, *NEEDLE_LENGTHS)
+    for start in range(0, len(order), TEXTS):
+        some = tokenize([documents[index] for index in order[start : start + TEXTS]], tokenizer)
+        long += [ids for ids in some if len(ids) >= needed]
+        if len(long) >= sequences:
+            break
+    windows = heldout_sequences(long, length, sequences, source)
+    return Probes(windows, [needles(long, tokenizer, size, trials, seed) for size in NEEDLE_LENGTHS])
+
+
+def needles(
+    documents: Sequence[np.ndarray], tokenizer: PreTrainedTokenizerBase, length: int, trials: int, seed: int
+) -> Needles:
+    """`trials` texts of `length` tokens: a word is stated in the first half of running text and asked for last."""
+    draw = random.Random(f"{seed} {length}")
+    asked = [tokenizer(f"{QUESTION} {word}", add_special_tokens=False)["input_ids"] for word in WORDS]
+    common = next((i for i, ids in enumerate(zip(*asked, strict=False)) if len(set(ids)) > 1), -1)
+    choices = [ids[common] for ids in asked]
+    if len(set(choices)) < len(choices):
+        raise LinearizeError(f"this tokenizer begins some of the words {', '.join(WORDS)} alike; valid: late, align")
+    begin = [token for token in tokenizer("")["input_ids"] if token != tokenizer.eos_token_id]
+    rows, answers = [], []
+    for trial in range(trials):
+        answer = trial % len(WORDS)
+        stated = tokenizer(STATEMENT.format(WORDS[answer]), add_special_tokens=False)["input_ids"]
+        filler = length - len(begin) - len(stated) - common
+        text = documents[draw.randrange(len(documents))]
+        start = draw.randrange(len(text) - filler + 1)
+        place = start + draw.randrange(filler // 8, filler // 2)
+        rows.append([*begin, *text[start:place], *stated, *text[place : start + filler], *asked[answer][:common]])
+        answers.append(answer)
+    return Needles(torch.tensor(np.array(rows)).long(), torch.tensor(answers), torch.tensor(choices))
+
+
+@torch.no_grad()
+def recall(model: PreTrainedModel, needles: Iterable[Needles], rows: int = 8) -> tuple[float, float]:
+    """Mean log-probability of the right words among all, and the share of needles where they come first."""
+    head, found = Head(model), []
+    for texts in needles:
+        for ids, answers in zip(texts.rows.split(rows), texts.answers.split(rows), strict=True):
+            hidden = decoder(model)(input_ids=ids.to(model.device), use_cache=False).last_hidden_state[:, -1]
+            words = head(hidden).float().cpu()[:, texts.choices].log_softmax(-1)
+            right = words.gather(1, answers[:, None])[:, 0]
+            found.append(torch.stack([right, (words.argmax(-1) == answers).float()], dim=1))
+    log_probability, accuracy = torch.cat(found).double().mean(0).tolist()
+    return log_probability, accuracy
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def select(
+    recipe: Recipe,
+    keep: int,
+    selector: str = "late",
+    greedy: bool = False,
+    sequences: int = 4,
+    trials: int = 8,
+    tokens: int = 32_768,
+) -> Selection:
+    """Choose `keep` layers of the recipe's model to leave as softmax attention, on its training text.
+
+    `late`, `recall` and `both` (see `by_gain`) look at `sequences` of the recipe's length and at `trials` needles of
+    each length, in untrained conversions to the recipe's window without a recurrence; `align` (see `by_alignment`)
+    trains on `tokens`. Raises LinearizeError for an unknown selector, a `keep` that leaves no layer to convert, and
+    what else is wrong with the recipe.
+    """
+    if selector not in SELECTORS:
+        raise unknown("selector", selector, SELECTORS)
+    if greedy and selector == "align":
+        raise LinearizeError(
+            "greedy has no meaning for align, which scores all layers at once; valid: late, recall, both"
+        )
+    started = time.perf_counter()
+    recipe = recipe.model_copy(update={"layers": "all", "softmax_every": None, "distill": None})
+    recipe = recipe.model_copy(
+        update={"align": (recipe.align or AlignSettings()).model_copy(update={"tokens": tokens})}
+    )
+    texts = load_documents(recipe.data.train, "train")
+    base = load_base(recipe, ["window_only"], train=selector == "align")
+    count = base.teacher.config.num_hidden_layers
+    if not 1 <= keep < count:
+        raise LinearizeError(f"keep is {keep}; valid for this model: 1-{count - 1}")
+    given = recipe.data.sequence_length, sequences, trials, recipe.seed, recipe.data.train
+    mixer = mixer_of(recipe, "window_only", base.teacher)
+    candidates = Candidates(base.teacher, mixer, probes(texts, base.tokenizer, *given))
+    if selector == "align":
+        kept, rounds = by_alignment(recipe, base, keep, tokens)
+    else:
+        kept, rounds = by_gain(candidates, keep, selector, greedy)
+    sets = {"teacher": candidates.layers, "window": (), "chosen": kept, "uniform": uniform(keep, count)}
+    return Selection(
+        model=recipe.model,
+        selector=selector,
+        greedy=greedy,
+        window=mixer.widest_window(),
+        sinks=max(mixer.values("sinks")),
+        kept=kept,
+        layers=spans(index for index in range(count) if index not in kept),
+        rounds=rounds,
+        measured={name: candidates.measure(layers) for name, layers in sets.items()},
+        functions=candidates.functions,
+        seconds=round(time.perf_counter() - started, 2),
+    )
+
+
+def spans(indices: Iterable[int]) -> str:
+    """Indices as a recipe's `layers` has them: "0-4,6,8-29"."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def table(chosen: Selection) -> str:
+    """Scores by layer, and what the chosen layers can do, as text."""
+    heads = ["layer", *([f"round {i}" for i in range(1, len(chosen.rounds) + 1)] if chosen.greedy else ["score"]), ""]
+    lines = ["".join(f"{head:>10}" for head in heads)]
+    for index in chosen.rounds[0]:
+        cells = [f"{scores[index]:.4f}" if index in scores else "" for scores in chosen.rounds]
+        place = f"chosen {chosen.kept.index(index) + 1}" if index in chosen.kept else ""
+        lines.append("".join(f"{cell:>10}" for cell in (index, *cells, place)).rstrip())
+    lines += ["", f"{'full layers':24}{'late loss':>10}{'recall':>10}{'accuracy':>10}"]
+    names = {"teacher": "all", "window": "none", "chosen": ",".join(map(str, sorted(chosen.kept)))}
+    for name, found in chosen.measured.items():
+        cells = [f"{found.late_loss:.4f}", f"{found.recall:.4f}", f"{found.accuracy:.0%}"]
+        lines.append(f"{names.get(name, name):24}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines)

@@ -1,0 +1,357 @@
+"""Training text that the teacher writes itself: chats and plain text, sampled token by token in many rows at once.
+
+A chat begins with the chat template up to where the user speaks; the teacher makes up the user's turn, and then answers
+it (as Magpie does, arXiv 2406.08464). Plain text begins from nothing. Where a document ends, its row begins the next,
+so that no row waits for another.
+"""
+
+import copy
+import gzip
+import hashlib
+import json
+import lzma
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicLayer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import Cache
+
+from linearize.assets import cache_folder, resolve_model
+from linearize.checkpoint import load_pretrained
+from linearize.convert import attention_of, decoder, is_linearized
+from linearize.errors import LinearizeError
+from linearize.families import Head
+from linearize.files import check_writable, new_folder, verify_folder, write_bytes
+from linearize.train.trainer import shared_copy
+
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")  # of documents in pretraining; a chat model's own ends are of turns
+SPEECH = "linearize"  # a user's words, to find their place in a chat template
+FREE = -1  # in a script: the model speaks
+MOST_ROWS = {"cuda": 2048, "cpu": 32}
+FREE_MEMORY = 0.6  # the share of a GPU's that rows may take
+
+
+class Script(NamedTuple):
+    """How documents of one kind go: forced tokens, and `FREE` where the model speaks until a stop token."""
+
+    tokens: tuple[int, ...]
+    closing: tuple[int, ...]  # what stands for the stop token at each `FREE`; elsewhere `FREE`
+    dropped: int = 0  # of the first tokens: not part of the document
+
+
+# --- what documents are like -----------------------------------------------------------------------------------------
+
+
+def scripts(tokenizer: PreTrainedTokenizerBase) -> list[Script]:
+    """A chat, where the tokenizer has a template that shows where the user speaks, and plain text.
+
+    Raises LinearizeError for a tokenizer without any token to begin or to end a text with.
+    """
+    begin, known = _begin(tokenizer), tokenizer.get_vocab()
+    separators = [known[name] for name in SEPARATORS if name in known]
+    others = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
+    first = begin or [*separators, *others][:1]
+    end = next((token for token in (tokenizer.eos_token_id, *separators) if token is not None), None)
+    if not first or end is None:
+        raise LinearizeError("this tokenizer has no token to begin or to end a text with; give real text with --data")
+    plain = Script((*first, FREE), (*[FREE] * len(first), end), dropped=0 if begin else len(first))
+    chat = _chat(tokenizer, end)
+    return [plain] if chat is None else [chat, plain]
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before every text itself."""
+    return [token for token in tokenizer("")["input_ids"] if token != tokenizer.eos_token_id]
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, end: int) -> Script | None:
+    if tokenizer.chat_template is None:
+        return None
+    text = str(
+        tokenizer.apply_chat_template([{"role": "user", "content": SPEECH}], tokenize=False, add_generation_prompt=True)
+    )
+    before, spoken, after = text.partition(SPEECH)
+    head, tail = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
+    if not spoken or not head or not tail:
+        return None
+    closing = [FREE] * (len(head) + 1 + len(tail))
+    closing[len(head)], closing[-1] = tail[0], end
+    return Script((*head, FREE, *tail[1:], FREE), tuple(closing))
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kinds: Sequence[Script]) -> list[int]:
+    """Tokens that end a turn or a document."""
+    own = model.generation_config.eos_token_id if model.generation_config else None
+    known = tokenizer.get_vocab()
+    stops = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
+    stops |= {known.get(name) for name in SEPARATORS} | {token for kind in kinds for token in kind.closing}
+    return sorted(token for token in stops - {FREE, None} if token is not None)
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    kinds: Sequence[Script],
+    stops: Sequence[int],
+    rows: int,
+    length: int,
+    temperature: float,
+    seed: int,
+    progress: Callable[[int], Any] = lambda _: None,
+) -> list[np.ndarray]:
+    """Documents (int32) out of `rows` of `length` tokens each; the last of a row is cut where the row ends.
+
+    Row i has documents of the kind i modulo their number. `progress` hears of every `rows` tokens. The same arguments
+    give the same documents on the same device.
+    """
+    device, head = model.device, Head(model)
+    kind = torch.arange(rows, device=device) % len(kinds)
+    longest = max(len(script.tokens) for script in kinds)
+    script, closing = (
+        torch.tensor([[*row, *[FREE] * (longest - len(row))] for row in table], device=device)[kind]
+        for table in ([one.tokens for one in kinds], [one.closing for one in kinds])
+    )
+    size = torch.tensor([len(one.tokens) for one in kinds], device=device)[kind]
+    ends, draw = torch.tensor(stops, device=device), torch.Generator(device).manual_seed(seed)
+    cache = Cache(layers=[Reserved(length) for _ in range(model.config.num_hidden_layers)])
+    tokens = torch.empty(rows, length, dtype=torch.long, device=device)
+    begins = torch.zeros(rows, length, dtype=torch.bool, device=device)
+    place, start = torch.zeros_like(kind), torch.zeros_like(kind)  # in the script; of the document in its row
+    chosen = torch.full_like(kind, FREE)  # what the model says next
+    columns = torch.arange(length, device=device)
+    for time in range(length):
+        wanted = script.gather(1, place[:, None])[:, 0]
+        stopped = (wanted == FREE) & torch.isin(chosen, ends)
+        stand_in = closing.gather(1, place[:, None])[:, 0]
+        tokens[:, time] = torch.where(stopped, stand_in, torch.where(wanted == FREE, chosen, wanted))
+        begins[:, time] = start == time
+        positions = (time - start)[:, None]
+        seen = columns[: time + 1] >= start[:, None]  # nothing of the documents before
+        place = place + ((wanted != FREE) | stopped)
+        ended = place == size
+        place, start = place.masked_fill(ended, 0), start.masked_fill(ended, time + 1)
+        if time + 1 < length:
+            hidden = decoder(model)(
+                input_ids=tokens[:, time : time + 1],
+                position_ids=positions,
+                attention_mask=seen,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, 0]
+            chosen = _drawn(head(hidden), temperature, draw)
+        progress(rows)
+    return _documents(tokens.cpu(), begins.cpu(), [one.dropped for one in kinds])
+
+
+def _drawn(logits: Tensor, temperature: float, generator: torch.Generator) -> Int[Tensor, "B"]:
+    """A token of each row, with the probability that `logits` `[B, V]` give it: the first of exponential clocks."""
+    shares = (logits.float() / temperature).softmax(-1)
+    return (shares / torch.empty_like(shares).exponential_(generator=generator)).argmax(-1)
+
+
+def _documents(tokens: Int[Tensor, "B T"], begins: Bool[Tensor, "B T"], dropped: Sequence[int]) -> list[np.ndarray]:
+    found = []
+    for index, (row, begin) in enumerate(zip(tokens.numpy(), begins.numpy(), strict=True)):
+        parts = np.split(row.astype(np.int32), np.flatnonzero(begin)[1:])
+        found += [part[dropped[index % len(dropped)] :] for part in parts]
+    return [document for document in found if len(document)]
+
+
+class Reserved(DynamicLayer):
+    """A cache layer whose room is there from the beginning: a new token is written, and nothing is copied."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length, self.used = length, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Room for `length` tokens of each row."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        shape = key_states.shape
+        self.keys = key_states.new_empty(*shape[:2], self.length, shape[3])
+        self.values = value_states.new_empty(*shape[:2], self.length, value_states.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, KV, T, D]` of new tokens; all there are by now."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before, self.used = self.used, self.used + key_states.shape[2]
+        self.keys[:, :, before : self.used] = key_states
+        self.values[:, :, before : self.used] = value_states
+        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+
+    def get_seq_length(self) -> int:
+        """Tokens that are in."""
+        return self.used
+
+
+def grouped_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """SDPA for one new token: a group's queries stand as the queries of its key/value head, which is not repeated."""
+    B, H, T, D = query.shape
+    if T > 1 or kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
+        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query.reshape(B, key.shape[1], -1, D), key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
+    )
+    return output.reshape(B, 1, H, -1), None
+
+
+GROUPED = "linearize_grouped"
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, AttentionMaskInterface()["sdpa"])
+
+
+# --- documents, made once --------------------------------------------------------------------------------------------
+
+
+def sampled_documents(
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    length: int,
+    seed: int = 0,
+    temperature: float = 1.0,
+    rows: int | None = None,
+) -> list[np.ndarray]:
+    """At least `tokens` tokens of documents (int32) of at most `length` each, chats and plain text by turns.
+
+    They are kept in the cache folder, by teacher, seed, length and temperature, batch after batch: what an interrupted
+    call has done is not done again, and a later call for more goes on. A GPU works in bf16. Raises LinearizeError for
+    a converted model, and for numbers that make no sense.
+    """
+    if is_linearized(teacher):
+        raise LinearizeError("text is sampled from an original model, and this one is converted; give its teacher")
+    if tokens < 1 or length < 2 or temperature <= 0 or (rows is not None and rows < 1):
+        raise LinearizeError(
+            f"tokens and rows must be 1 or more, length 2 or more and temperature above 0, not {tokens}, {rows}, "
+            f"{length}, {temperature}"
+        )
+    kinds = scripts(tokenizer)
+    given = [_fingerprint(teacher), kinds, length, temperature, seed]
+    folder = cache_folder() / "samples" / hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]
+    documents: list[np.ndarray] = []
+    batch, made = 0, 0
+    while made < tokens and (kept := _kept(folder / str(batch))) is not None:
+        documents, made, batch = documents + kept, made + sum(map(len, kept)), batch + 1
+    if made >= tokens:
+        return documents
+    model = _sampler(teacher)
+    rows = min(rows or _rows(model, length), -(-(tokens - made) // length))
+    with tqdm(desc="sample", total=tokens, initial=made, unit="tok", unit_scale=True) as bar:
+        while made < tokens:
+            given_seed = int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:6])
+            try:
+                some = sample(
+                    model,
+                    kinds,
+                    stop_tokens(teacher, tokenizer, kinds),
+                    rows,
+                    length,
+                    temperature,
+                    given_seed,
+                    bar.update,
+                )
+            except torch.OutOfMemoryError:
+                if rows == 1:
+                    raise
+                rows, bar.n = rows // 2, made
+                torch.cuda.empty_cache()
+                continue
+            _keep(some, folder / str(batch))
+            documents, made, batch = documents + some, made + sum(map(len, some)), batch + 1
+            bar.update(made - bar.n)
+    return documents
+
+
+def _sampler(teacher: PreTrainedModel) -> PreTrainedModel:
+    """The model that samples: on a CPU the teacher's own weights, on a GPU a copy in bf16."""
+    if teacher.device.type == "cuda":
+        model = copy.deepcopy(teacher).to(dtype=torch.bfloat16)
+    else:
+        model = shared_copy(teacher)
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(GROUPED)
+    return model.eval()
+
+
+def _rows(model: PreTrainedModel, length: int) -> int:
+    """As many rows as are of use, or fit."""
+    most, config = MOST_ROWS[model.device.type], model.config
+    if model.device.type != "cuda":
+        return most
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * attention_of(model, 0).head_dim * 2
+    free = FREE_MEMORY * torch.cuda.mem_get_info()[0]
+    return max(1, min(most, int(free / (length * token + 16 * config.vocab_size))))  # logits in fp32, a few times
+
+
+def _keep(documents: Sequence[np.ndarray], folder: Path) -> None:
+    with new_folder(folder, kind="sample") as temporary:
+        lengths = np.array([len(document) for document in documents], dtype=np.int64)
+        save_file({"tokens": np.concatenate(documents), "lengths": lengths}, temporary / "sample.safetensors")
+
+
+def _kept(folder: Path) -> list[np.ndarray] | None:
+    """The documents of one batch; None where there are none, or they are not what was written."""
+    if not folder.is_dir():
+        return None
+    try:
+        verify_folder(folder)
+    except LinearizeError as error:
+        print(f"sampling again: {error}", file=sys.stderr)
+        return None
+    found = load_file(folder / "sample.safetensors")
+    return np.split(found["tokens"], np.cumsum(found["lengths"])[:-1])
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """A hash of some values of every parameter: another one for other weights, without reading all of them."""
+    found = hashlib.sha256(str(model.config.to_diff_dict()).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
+        found.update(f"{name} {tuple(parameter.shape)}".encode() + some.tobytes())
+    return found.hexdigest()
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def export(
+    name: str, tokens: int, out: Path, length: int, temperature: float, seed: int, rows: int | None
+) -> tuple[int, int]:
+    """Sample from the model `name` and write the text to `out`, a JSON object a line; documents and tokens written."""
+    packers: dict[str, Callable[[bytes], bytes]] = {".jsonl": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
+    if not out.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")):
+        raise LinearizeError(f"{out} does not end with one of .jsonl, .jsonl.gz, .jsonl.xz")
+    check_writable(out)
+    teacher, tokenizer = load_pretrained(resolve_model(name))
+    teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+    documents = sampled_documents(teacher, tokenizer, tokens, length, seed, temperature, rows)
+    begin, lines = _begin(tokenizer), []
+    for document in documents:
+        ids = document.tolist()
+        ids = ids[len(begin) :] if ids[: len(begin)] == begin else ids
+        ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+        lines.append(json.dumps({"text": tokenizer.decode(ids)}, ensure_ascii=False) + "\n")
+    write_bytes(out, packers[out.suffix]("".join(lines).encode()))
+    return len(documents), sum(map(len, documents))
