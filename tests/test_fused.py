@@ -6,7 +6,7 @@ from tiny import assert_close, ids, logits, tiny
 from transformers import DynamicCache
 
 from linearize import convert
-from linearize.ops import liger
+from linearize.ops import gated_delta, liger
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
 if torch.cuda.is_available():
@@ -50,6 +50,30 @@ def test_a_model_gives_the_same(structure, fused):
     for kwargs, truth in zip(given, expected, strict=True):
         assert_close(logits(converted, ids(1, 75), use_cache=False, **kwargs)[:, 9:], truth[:, 9:])
     assert len(calls) == 6
+
+
+@pytest.mark.parametrize("structure", ["deltanet", "gated_deltanet"])
+def test_a_recurrence_with_a_kernel_of_its_own_gives_the_same(structure, monkeypatch):
+    """Layers that no kernel serves whole: learned gates, readouts, mixing by what is read."""
+    settings = {"mixing": "data_dependent", "gate_source": "learned", "feature_map": "none", "readout": "gated"}
+    settings |= {"negative_eigenvalues": True}
+    positions = torch.cat([torch.arange(40), torch.arange(35)])[None]
+    found, used, run = [], [], gated_delta.fused
+    for dtype in (None, torch.float32):
+        monkeypatch.setattr(gated_delta, "kernel_dtype", lambda _, dtype=dtype: dtype)
+        monkeypatch.setattr(gated_delta, "why_not_fused", lambda *_: None)
+        monkeypatch.setattr(gated_delta, "fused", lambda *given: used.append(given) or run(*given))
+        converted = model(structure, **settings)
+        for name, parameter in converted.named_parameters():  # what starts at 0 would hide what it is multiplied with
+            if "recurrence" in name or "mixing" in name:
+                torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))
+        result = converted(ids(1, 75), labels=ids(1, 75, seed=1), position_ids=positions, use_cache=False)
+        result.loss.backward()
+        gradients = {name: p.grad for name, p in converted.named_parameters() if "attn" in name}
+        found.append({"logits": result.logits.detach()} | gradients)
+    assert len(used) == 2  # of three layers, one stays as it is
+    for name, expected in found[0].items():
+        assert_close(found[1][name], expected, 1e-4)
 
 
 @torch.no_grad()

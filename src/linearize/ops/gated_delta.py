@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from linearize.ops.dispatch import kernel_dtype, no_device, warn_once
 from linearize.ops.gated_linear import Output, continues
 
 
@@ -26,10 +27,46 @@ def gated_delta(
     """The recurrence by the fastest code there is for these inputs: output in q's dtype, final state in fp32."""
     if state is None:
         state = q.new_zeros(q.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
+    dtype = kernel_dtype(v)
     with torch.autocast(q.device.type, enabled=False):
         if q.shape[1] == 1:
             return step(q, k, v, log_g, beta, state)
+        if dtype is not None:
+            reason = why_not_fused(q, k, v)
+            if reason is None:
+                return fused(q, k, v.to(dtype), log_g, beta, state, document)
+            warn_once(f"the delta rule runs without its kernels, several times slower: {reason}")
         return chunked(q, k, v, log_g, beta, state, document)
+
+
+def why_not_fused(
+    q: Float[Tensor, "B T H K"], k: Float[Tensor, "B T KV K"], v: Float[Tensor, "B T KV V"]
+) -> str | None:
+    """What the kernels lack for these inputs; None if nothing."""
+    K, V = k.shape[3], v.shape[3]
+    unsupported = {
+        f"values of size {V} under keys of size {K}": K != V,
+        f"head size {K}": K > 128,
+        f"{q.numel()} numbers in q": q.numel() >= 2**31,
+    }
+    reasons = [name for name, true in unsupported.items() if true]
+    return no_device(q) or (f"no kernel for {', '.join(reasons)}" if reasons else None)
+
+
+def fused(
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B T KV D"],
+    v: Float[Tensor, "B T KV D"],
+    log_g: Float[Tensor, "B T KV 1"],
+    beta: Float[Tensor, "B T KV 1"],
+    state: Float[Tensor, "B KV D D"],
+    document: Int[Tensor, "B T"] | None = None,
+) -> Output:
+    """By the Triton kernels, which `why_not_fused` must have nothing against: operands of products in bf16, unless v is
+    in fp32, where q, k and their gradients may be."""
+    from linearize.ops import gated_delta_fused
+
+    return gated_delta_fused.run(q, k, v, log_g, beta, state, document)
 
 
 def reference(

@@ -11,10 +11,7 @@ of each token's document (`first_tokens` makes it): neither branch sees across, 
 padding token is a document of its own.
 """
 
-import warnings
 from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from linearize.ops import gated_delta, gated_linear, local
+from linearize.ops.dispatch import HALF, no_device
+from linearize.ops.dispatch import warn_once as warn_once
 from linearize.ops.local import NEVER, Scoring, Sinks
 
 Output = tuple[Float[Tensor, "B T H D"], Float[Tensor, "B KV D D"]]
@@ -48,12 +47,6 @@ def why_not_fused(
     """What the kernels lack for these inputs; None if nothing."""
     B, T, H, D = q.shape
     R = 0 if rope is None else rope[0].shape[-1]
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    if not q.is_cuda:
-        return "the tensors are not on a CUDA device"
-    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
-        return "the device is older than compute capability 8.0"
     unsupported = {
         f"gate {settings.gate}": settings.gate not in GATES | DELTA,
         f"feature map {settings.feature_map}": settings.feature_map not in FEATURES,
@@ -64,17 +57,11 @@ def why_not_fused(
         f"value heads of size {v.shape[-1]} with key heads of size {D}": v.shape[-1] != D,
         f"{R} rotated channels": R % 2 == 1 or R > D,
         f"{q.dtype}, {k.dtype} and {v.dtype} together": not q.dtype == k.dtype == v.dtype,
-        f"{q.dtype}": q.dtype not in (torch.bfloat16, torch.float16),  # in fp32 they are for the interpreter
+        f"{q.dtype}": q.dtype not in HALF,
         f"{T} tokens": T * H * D >= 2**31,
     }
     reasons = [name for name, true in unsupported.items() if true]
-    return f"no kernel for {', '.join(reasons)}" if reasons else None
-
-
-@cache
-def warn_once(message: str) -> None:
-    """A warning the first time; then silence, whatever the filters."""
-    warnings.warn(message, stacklevel=3)
+    return no_device(q) or (f"no kernel for {', '.join(reasons)}" if reasons else None)
 
 
 def fused(
@@ -198,7 +185,7 @@ def first_tokens(document: Int[Tensor, "B T"] | None, valid: Bool[Tensor, "B T"]
             begins = begins | F.pad(labels[:, 1:] != labels[:, :-1], (1, 0))
     if valid is not None:
         begins = begins | ~valid
-    return torch.where(begins, position, 0).cummax(1).values
+    return (position * begins).cummax(1).values
 
 
 def no_state(k: Tensor) -> Tensor:

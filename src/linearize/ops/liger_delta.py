@@ -40,15 +40,14 @@ def blocks(call: Call, kernel: str) -> tuple[int, dict[str, Any]]:
     return triton.cdiv(D, BV), {"BV": BV, "GATED": gated(call), **launch(kernel, call)}
 
 
-def forward(call: Call, initial: Tensor, keep: bool) -> tuple[Tensor, Tensor, Solved, Tensor]:
-    """Output, final state, what it was made of, and the window's log-sum-exp; some of that is not there if not
-    `keep`."""
+def add_recurrence(
+    call: Call, beta: Tensor, log_g: Tensor, initial: Tensor, output: Tensor, keep: bool
+) -> tuple[Tensor, Solved]:
+    """Add the recurrence to the output, and return its final state and what it was made of, some of that only if
+    `keep`; β and the log decay `[B * KV, T]` are written, unless the call says that they are given."""
     B, T, H, D = call.q.shape
-    output, lse = torch.empty_like(call.q), initial.new_empty(B, H, T)
-    window(call, output, lse if keep else None)
     key, fresh, erased, written = (torch.empty_like(call.k, dtype=call.dtype) for _ in range(4))
     solved = key.new_empty(call.pairs, call.chunks, CHUNK, CHUNK) if keep else key
-    beta, log_g = initial.new_empty(call.pairs, T), initial.new_empty(call.pairs, T)
     told = {"FEATURE": call.feature_map, "GATED": gated(call)}
     kernels.delta_solve_kernel[(call.chunks, call.pairs)](
         call.k, call.v, call.first, key, fresh, erased, solved, beta, log_g, T, call.rate, call.strength,
@@ -64,7 +63,54 @@ def forward(call: Call, initial: Tensor, keep: bool) -> tuple[Tensor, Tensor, So
         call.q, key, written, call.mixing, call.first, log_g, states, output, T,
         **told, **call.heads(), PACKED=call.packed, **launch("delta_output", call),
     )  # fmt: skip
-    return output, final, Solved(key, written, erased, solved, beta, log_g, states), lse
+    return final, Solved(key, written, erased, solved, beta, log_g, states)
+
+
+class Gradients(NamedTuple):
+    """Where gradients go: of q, k and v, of the mixing weights by chunk, of the given gates."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mixing: Tensor
+    beta: Tensor
+    log_g: Tensor
+
+
+def add_gradients(call: Call, made: Solved, doutput: Tensor, dfinal: Tensor, sums: Gradients) -> Tensor:
+    """Add those through the recurrence, and return that of the initial state."""
+    T, grid = call.q.shape[1], (call.chunks, call.pairs)
+    told = call.heads() | {"PACKED": call.packed}
+    features = {"FEATURE": call.feature_map, "GATED": gated(call)}
+    key, written, erased, solved, beta, log_g, states = made
+    near_query = torch.empty_like(call.q, dtype=call.dtype)
+    dwritten, dkey, dsums = torch.empty_like(key), torch.empty_like(key), torch.empty_like(log_g)
+    kernels.delta_query_gradients_kernel[grid](
+        call.q, key, written, call.mixing, call.first, log_g, states, doutput, sums.q, sums.mixing, near_query,
+        dwritten, dkey, dsums, T, **features, **told, **launch("delta_query_gradients", call),
+    )  # fmt: skip
+    dstates, dinitial = torch.empty_like(states), torch.empty_like(dfinal)
+    count, passing = blocks(call, "delta_state_gradients")
+    kernels.delta_state_gradients_kernel[(count, call.pairs)](
+        near_query, key, erased, call.first, log_g, doutput, dfinal, dwritten, dstates, dinitial, T, **told, **passing
+    )
+    kernels.delta_key_gradients_kernel[grid](
+        call.k, call.v, key, written, solved, call.first, beta, log_g, states, dstates, dwritten, dkey, dsums,
+        sums.k, sums.v, sums.beta, sums.log_g, T, call.rate, call.strength,
+        **features, **heads(call), **launch("delta_key_gradients", call),
+    )  # fmt: skip
+    return dinitial
+
+
+def forward(call: Call, initial: Tensor, keep: bool) -> tuple[Tensor, Tensor, Solved, Tensor]:
+    """Output, final state, what it was made of, and the window's log-sum-exp; some of that is not there if not
+    `keep`."""
+    B, T, H, _ = call.q.shape
+    output, lse = torch.empty_like(call.q), initial.new_empty(B, H, T)
+    window(call, output, lse if keep else None)
+    beta, log_g = initial.new_empty(call.pairs, T), initial.new_empty(call.pairs, T)
+    final, made = add_recurrence(call, beta, log_g, initial, output, keep)
+    return output, final, made, lse
 
 
 def backward(call: Call, made: Solved, lse: Tensor, doutput: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
@@ -74,33 +120,17 @@ def backward(call: Call, made: Solved, lse: Tensor, doutput: Tensor, dfinal: Ten
     delta, dmixing = torch.empty_like(lse), lse.new_empty(B, H, call.chunks)
     sinks = [lse.new_empty(B, H, call.chunks, call.sinks, D) for _ in range(2)]
     told = call.heads() | {"PACKED": call.packed}
-    features = {"FEATURE": call.feature_map, "GATED": gated(call)}
     given = call.q, call.k, call.v, call.cos, call.sin, call.mixing, call.first, lse
     windows.window_query_gradients_kernel[(call.chunks, B * H)](
         *given, doutput, dq, delta, dmixing, *sinks, T, call.rope_stride, call.scale,
         R=call.rotary, W=call.window, SINKS=call.sinks, **told, **launch("window_query_gradients", call),
     )  # fmt: skip
-    grid = (call.chunks, call.pairs)
-    windows.window_key_gradients_kernel[grid](
+    windows.window_key_gradients_kernel[(call.chunks, call.pairs)](
         *given, delta, doutput, dk, dv, T, call.rope_stride, call.scale,
         R=call.rotary, W=call.window, **told, **launch("window_key_gradients", call),
     )  # fmt: skip
-    key, written, erased, solved, beta, log_g, states = made
-    near_query = torch.empty_like(call.q, dtype=call.dtype)
-    dwritten, dkey, dsums = torch.empty_like(key), torch.empty_like(key), torch.empty_like(log_g)
-    kernels.delta_query_gradients_kernel[grid](
-        call.q, key, written, call.mixing, call.first, log_g, states, doutput, dq, dmixing, near_query, dwritten, dkey,
-        dsums, T, **features, **told, **launch("delta_query_gradients", call),
-    )  # fmt: skip
-    dstates, dinitial = torch.empty_like(states), torch.empty_like(dfinal)
-    count, passing = blocks(call, "delta_state_gradients")
-    kernels.delta_state_gradients_kernel[(count, call.pairs)](
-        near_query, key, erased, call.first, log_g, doutput, dfinal, dwritten, dstates, dinitial, T, **told, **passing
-    )
-    kernels.delta_key_gradients_kernel[grid](
-        call.k, call.v, key, written, solved, call.first, beta, log_g, states, dstates, dwritten, dkey, dsums, dk, dv,
-        T, call.rate, call.strength, **features, **heads(call), **launch("delta_key_gradients", call),
-    )  # fmt: skip
+    unread = made.beta, made.log_g  # gates come from the key, and so do their gradients
+    dinitial = add_gradients(call, made, doutput, dfinal, Gradients(dq, dk, dv, dmixing, *unread))
     if call.sinks > 0:
         add_sink_gradients(call, dk, dv, *sinks)
     return dq, dk, dv, dmixing.sum((0, 2)), dinitial

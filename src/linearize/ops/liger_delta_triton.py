@@ -1,4 +1,4 @@
-"""The delta rule of Liger Attention, forward and backward; added to what `liger_window_triton` writes.
+"""The delta rule, forward and backward: that of Liger Attention, added to what `liger_window_triton` writes, or alone.
 
 A program works on one chunk of 64 tokens of one head. With b the log decay up to and with each token of a chunk, S the
 state before it, and D_ij = exp(b_i - b_j) from key j to query i, what the tokens really write, u, solves
@@ -8,8 +8,10 @@ state before it, and D_ij = exp(b_i - b_j) from key j to query i, what the token
 With the inverse X of 1 + A: u = `fresh` - `erased` S, fresh = X β v, erased = X E. Then o = exp(b) q S + (D · q kᵀ) u
 and S ← exp(b_C) S + (exp(b_C - b) k)ᵀ u. Backward, z = Xᵀ du is the gradient of β v, -z Sᵀ of E, and -z uᵀ of A.
 
-q and k are of length 1, after the feature map. Tensors are contiguous: q, o `[B, T, H, D]`; k, v, key, fresh, erased, u
-`[B, T, KV, D]`; β and the log decay `[B * KV, T]` in fp32; X `[B * KV, chunks, C, C]`; states `[B * KV, chunks, D, D]`.
+q and k are of length 1, after the feature map. Where FEATURE is "given", so are q, k, β and the log decay, nothing is
+added to anything, and there are no mixing weights. Tensors are contiguous: q, o `[B, T, H, D]`; k, v, key, fresh,
+erased, u `[B, T, KV, D]`; β and the log decay `[B * KV, T]` in fp32; X `[B * KV, chunks, C, C]`; states
+`[B * KV, chunks, D, D]`.
 """
 
 import triton
@@ -39,18 +41,23 @@ LEAST = tl.constexpr(1e-12)  # length of a vector; shorter ones are not made lon
 @triton.jit
 def unit(x, columns, D: tl.constexpr, FEATURE: tl.constexpr):
     """The feature map of x `[C, DP]` at length 1, and one over the length of what was scaled `[C, 1]`."""
-    if FEATURE == "softmax":
-        x = tl.where((columns < D)[None, :], x, -float("inf"))
-        x = tl.exp(x - tl.max(x, 1)[:, None])
-    scale = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), LEAST)[:, None]
-    return x * scale, scale
+    scale = tl.full([CHUNK, 1], 1.0, tl.float32)
+    if FEATURE != "given":
+        if FEATURE == "softmax":
+            x = tl.where((columns < D)[None, :], x, -float("inf"))
+            x = tl.exp(x - tl.max(x, 1)[:, None])
+        scale = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), LEAST)[:, None]
+        x = x * scale
+    return x, scale
 
 
 @triton.jit
 def unit_backward(y, scale, dy, FEATURE: tl.constexpr):
     """The gradient of `unit`'s input from its results and their gradient; that of a softmax sums to 0."""
-    dy -= y * tl.sum(y * dy, 1)[:, None]
-    return y * dy if FEATURE == "softmax" else scale * dy
+    if FEATURE != "given":
+        dy -= y * tl.sum(y * dy, 1)[:, None]
+        dy = y * dy if FEATURE == "softmax" else scale * dy
+    return dy
 
 
 @triton.jit
@@ -143,8 +150,8 @@ def delta_solve_kernel(
     KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FEATURE: tl.constexpr, GATED: tl.constexpr,
     PACKED: tl.constexpr, DTYPE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Keys, gates, and what a chunk's tokens write, but for the state; β = strength · σ(mean of k). With KEEP, X goes
-    to `solved`."""
+    """Keys, gates, and what a chunk's tokens write, but for the state; β = strength · σ(mean of k), unless given. With
+    KEEP, X goes to `solved`."""
     chunk, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start = chunk * CHUNK
     rows, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP)
@@ -152,13 +159,21 @@ def delta_solve_kernel(
     starts = load_first(first + pair // KV * T, rows, T, PACKED)
     x = load_tile(k + at, rows, columns, T, KV * D, D).to(tl.float32)
     values = load_tile(v + at, rows, columns, T, KV * D, D)
+    beta += pair * T
+    log_g += pair * T
     pooled = tl.sum(x, 1) / D
-    write = tl.where(rows < T, strength * sigmoid(pooled), 0.0)
-    tl.store(beta + pair * T + rows, write, mask=rows < T)
+    if FEATURE == "given":
+        write = tl.load(beta + rows, mask=rows < T, other=0.0)
+    else:
+        write = tl.where(rows < T, strength * sigmoid(pooled), 0.0)
+        tl.store(beta + rows, write, mask=rows < T)
     to_query, between = tl.zeros([CHUNK], tl.float32), tl.full([CHUNK, CHUNK], 1.0, tl.float32)
     if GATED:
-        decay = tl.where(rows < T, log_sigmoid(pooled) * rate, 0.0)
-        tl.store(log_g + pair * T + rows, decay, mask=rows < T)
+        if FEATURE == "given":
+            decay = tl.load(log_g + rows, mask=rows < T, other=0.0)
+        else:
+            decay = tl.where(rows < T, log_sigmoid(pooled) * rate, 0.0)
+            tl.store(log_g + rows, decay, mask=rows < T)
         to_query = tl.cumsum(decay, 0)
         if tl.min(to_query) > LIMIT:
             between = tl.exp(tl.minimum(to_query[:, None] - to_query[None, :], 0.0))
@@ -217,7 +232,7 @@ def delta_output_kernel(
     KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FEATURE: tl.constexpr,
     GATED: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """To the output, w · recurrence, for one chunk and one query head."""
+    """To the output, w · recurrence, for one chunk and one query head; alone, the recurrence is the output."""
     chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
     index = tl.program_id(1).to(tl.int64)  # of a query head among all sequences
     batch, query_head, pair = index // H, index % H, index // GROUPS
@@ -235,8 +250,9 @@ def delta_output_kernel(
     out = product(query, load_state(states, pair * chunks + chunk, columns, D), DTYPE)
     out *= reached(tl.exp(to_query), starts, start, PACKED)[:, None]
     out += product(p, load_tile(written + theirs, rows, columns, T, KV * D, D), DTYPE)
-    out *= tl.load(mixing + query_head)
-    out += load_tile(output + ours, rows, columns, T, H * D, D).to(tl.float32)
+    if FEATURE != "given":
+        out *= tl.load(mixing + query_head)
+        out += load_tile(output + ours, rows, columns, T, H * D, D).to(tl.float32)
     store_tile(output + ours, rows, columns, out, T, H * D, D)
 
 
@@ -271,7 +287,7 @@ def delta_query_gradients_kernel(
     for group in range(GROUPS):
         index = batch * H + head * GROUPS + group
         ours = (batch * T * H + head * GROUPS + group) * D
-        w = tl.load(mixing + head * GROUPS + group)
+        w = 1.0 if FEATURE == "given" else tl.load(mixing + head * GROUPS + group)
         dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
         x = load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32)
         y, scale = unit(x, columns, D, FEATURE)
@@ -284,10 +300,11 @@ def delta_query_gradients_kernel(
         store_tile(near_query + ours, rows, columns, w * reaching * y, T, H * D, D)
         read = tl.where(rows < T, tl.sum(query.to(tl.float32) * dquery, 1), 0.0)
         dsum += w * read
-        place = dmixing + index * chunks + chunk
-        tl.store(place, tl.load(place) + tl.sum(read, 0))
         draw = w * unit_backward(y, scale, dquery, FEATURE)
-        draw += load_tile(dq + ours, rows, columns, T, H * D, D).to(tl.float32)
+        if FEATURE != "given":
+            place = dmixing + index * chunks + chunk
+            tl.store(place, tl.load(place) + tl.sum(read, 0))
+            draw += load_tile(dq + ours, rows, columns, T, H * D, D).to(tl.float32)
         store_tile(dq + ours, rows, columns, draw, T, H * D, D)
     store_tile(dwritten + theirs, rows, columns, dgain, T, KV * D, D)
     store_tile(dkey + theirs, rows, columns, dunit_key, T, KV * D, D)
@@ -336,11 +353,13 @@ def delta_state_gradients_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def delta_key_gradients_kernel(
-    k, v, key, written, solved, first, beta, log_g, states, dstates, dwritten, dkey, dsums, dk, dv, T, rate, strength,
+    k, v, key, written, solved, first, beta, log_g, states, dstates, dwritten, dkey, dsums, dk, dv, dbeta, dlog_g, T,
+    rate, strength,
     KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FEATURE: tl.constexpr, GATED: tl.constexpr,
     PACKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """To the gradients of a chunk's keys and values, those as keys, values and gates of the recurrence."""
+    """To the gradients of a chunk's keys and values, those as keys, values and gates of the recurrence; where those are
+    given, their gradients, `dbeta` and `dlog_g` `[B * KV, T]` too."""
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     pair = tl.program_id(1).to(tl.int64)
     batch = pair // KV
@@ -358,7 +377,9 @@ def delta_key_gradients_kernel(
 
     values = load_tile(v + at, rows, columns, T, KV * D, D).to(tl.float32)
     dwrite = tl.sum(z * values, 1)
-    dvalues = write[:, None] * z + load_tile(dv + at, rows, columns, T, KV * D, D).to(tl.float32)
+    dvalues = write[:, None] * z
+    if FEATURE != "given":
+        dvalues += load_tile(dv + at, rows, columns, T, KV * D, D).to(tl.float32)
     store_tile(dv + at, rows, columns, dvalues, T, KV * D, D)
 
     unit_key = load_tile(key + at, rows, columns, T, KV * D, D)
@@ -384,10 +405,7 @@ def delta_key_gradients_kernel(
     dended = ending[:, None] * product(gain, tl.trans(dstate), DTYPE)
     dunit_key += dended
 
-    x = load_tile(k + at, rows, columns, T, KV * D, D).to(tl.float32)
-    pooled = tl.sum(x, 1) / D
-    share = sigmoid(pooled)
-    dpooled = dwrite * strength * share * (1.0 - share)
+    ddecay = tl.zeros([CHUNK], tl.float32)
     if GATED:
         held = tl.sum(unit_key.to(tl.float32) * dended, 1)
         a *= write[:, None]
@@ -396,8 +414,16 @@ def delta_key_gradients_kernel(
         last = tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
         last = last * kept(log_g, first, rows, start, T, GATED, PACKED) + tl.sum(held, 0)
         decay = tl.load(log_g + rows, mask=rows < T, other=0.0)
-        dpooled += tl.where(decay > GONE, (tl.cumsum(dsum, 0, reverse=True) + last) * (1.0 - share) * rate, 0.0)
-    y, scale = unit(x, columns, D, FEATURE)
-    draw = unit_backward(y, scale, dunit_key, FEATURE) + (dpooled / D)[:, None]
-    draw += load_tile(dk + at, rows, columns, T, KV * D, D).to(tl.float32)
-    store_tile(dk + at, rows, columns, draw, T, KV * D, D)
+        ddecay = tl.where(decay > GONE, tl.cumsum(dsum, 0, reverse=True) + last, 0.0)
+    if FEATURE == "given":
+        tl.store(dbeta + pair * T + rows, dwrite, mask=rows < T)
+        if GATED:
+            tl.store(dlog_g + pair * T + rows, ddecay, mask=rows < T)
+    else:
+        x = load_tile(k + at, rows, columns, T, KV * D, D).to(tl.float32)
+        share = sigmoid(tl.sum(x, 1) / D)
+        dpooled = (dwrite * strength * share + ddecay * rate) * (1.0 - share)
+        y, scale = unit(x, columns, D, FEATURE)
+        dunit_key = unit_backward(y, scale, dunit_key, FEATURE) + (dpooled / D)[:, None]
+        dunit_key += load_tile(dk + at, rows, columns, T, KV * D, D).to(tl.float32)
+    store_tile(dk + at, rows, columns, dunit_key, T, KV * D, D)

@@ -92,8 +92,8 @@ class Call(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the operands of matrix products; fp16 has not the range for decayed keys."""
-        return torch.float32 if self.q.dtype == torch.float32 else torch.bfloat16
+        """Of the operands of matrix products, as values have it; fp16 has not the range for decayed keys."""
+        return torch.float32 if self.v.dtype == torch.float32 else torch.bfloat16
 
     def heads(self) -> dict[str, Any]:
         """How kernels are told the shapes and the type of operands."""

@@ -1,0 +1,176 @@
+"""The delta rule with given gates on a GPU: errors of its kernels in bf16, and times against PyTorch's chunks.
+
+    python -m benchmarks.delta --out docs/results/delta_h100.json --seconds 60
+
+Errors are relative to the equation in float64, in the norm: of output and final state, without and with a backward
+pass, and of every gradient; 9 query and 3 key/value heads. Times are of one layer of SmolLM2-135M in training, forward
+and backward, replayed as a CUDA graph, as training does. Every program is compiled first, side by side.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.kernels import times
+from benchmarks.results import provenance, write
+from benchmarks.tune import compile_all
+from linearize.ops.gated_delta import chunked, gated_delta, reference
+
+NAMES = ("output alone", "state alone", "output", "state", "dq", "dk", "dv", "dlog_g", "dbeta", "dstate")
+HEADS, KV_HEADS = 9, 3
+
+
+class Case(NamedTuple):
+    """Inputs: their shape, and what is special about them."""
+
+    D: int
+    kind: str = "plain"
+    B: int = 2
+    T: int = 256
+
+
+class Given(NamedTuple):
+    """One case's inputs."""
+
+    leaves: list[Tensor]
+    document: Tensor | None
+
+    def to(self, device: str, dtype: torch.dtype | None = None) -> "Given":
+        """As leaves of their own, elsewhere or in another dtype."""
+        leaves = [x.detach().to(device, dtype, copy=True).requires_grad_() for x in self.leaves]
+        return Given(leaves, None if self.document is None else self.document.to(device))
+
+
+def cases(sizes: list[int]) -> Iterator[Case]:
+    """Those without anything special first."""
+    yield from (Case(D) for D in sizes)
+    yield from (Case(D, kind) for D in sizes for kind in ("packed", "steep", "correlated"))
+    yield from (Case(D, T=T) for D in sizes for T in (2, 65))
+
+
+def inputs(case: Case) -> Given:
+    """q, k, v, log_g, beta and a state on the CPU: queries and keys of length 1 in fp32, values in bf16."""
+    torch.manual_seed(0)
+    D, kind, B, T = case
+    q, k, v = (torch.randn(B, T, heads, D) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    log_g, beta = (F.logsigmoid(torch.randn(B, T, KV_HEADS, 1)) / 16, torch.rand(B, T, KV_HEADS, 1))
+    if kind == "steep":
+        log_g[:, ::3], log_g[:, 1::3] = -20.0, -1e4
+    if kind == "correlated":
+        k, beta = k[:, :1] + 0.3 * k, 2 * beta
+    document = None
+    if kind == "packed":
+        document = (torch.arange(T) >= torch.tensor([20, 23, 100])[:, None]).sum(0).expand(B, T)
+    leaves = [F.normalize(q, dim=-1), F.normalize(k, dim=-1), v.bfloat16(), log_g, beta]
+    return Given([*leaves, torch.randn(B, KV_HEADS, D, D)], document)
+
+
+def run(given: Given, operator: Any, weights: list[Tensor] | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    """What `NAMES` says, and the weights of the sum that is differentiated."""
+    arguments = *given.leaves, given.document
+    with torch.no_grad():
+        alone = operator(*arguments)
+    results = operator(*arguments)
+    weights = [torch.randn(x.shape) for x in results] if weights is None else weights
+    gradients = torch.autograd.grad(results, given.leaves, [w.to(x) for w, x in zip(weights, results, strict=True)])
+    return [x.detach().cpu().double() for x in (*alone, *results, *gradients)], weights
+
+
+def errors(case: Case, device: str, operator: Any) -> dict[str, Any]:
+    """A row of results."""
+    given = inputs(case)
+    row: dict[str, Any] = case._asdict()
+    try:
+        results, weights = run(given.to(device), operator)
+        expected, _ = run(given.to("cpu", torch.float64), reference, weights)
+        norms = [(x - y).norm() / y.norm() for x, y in zip(results, expected, strict=True)]
+        return row | {name: x.item() for name, x in zip(NAMES, norms, strict=True)}
+    except Exception as error:  # the other cases are worth knowing
+        return row | {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+
+
+def graph_of(case: Case, operator: Any, backward: bool) -> Callable[[], None]:
+    """The replay of one call, with the gradients of all but the state, or without any."""
+    *leaves, _ = inputs(case).to("cuda").leaves
+    doutput = torch.randn_like(leaves[0])
+
+    def call() -> None:
+        with torch.set_grad_enabled(backward):
+            output = operator(*leaves)[0]
+        if backward:
+            torch.autograd.grad(output, leaves, doutput)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # kernels are compiled and libraries choose their algorithms
+        call()
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def pytorch(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """The chunks, from no state."""
+    state = q.new_zeros(q.shape[0], k.shape[2], k.shape[3], v.shape[3])
+    return chunked(q, k, v, log_g, beta, state)
+
+
+def timed(case: Case, name: str, backward: bool) -> dict[str, Any]:
+    """A row of results."""
+    row: dict[str, Any] = {**case._asdict(), "operator": name, "backward": backward}
+    try:
+        return row | {"seconds": times(graph_of(case, {"kernels": gated_delta, "chunked": pytorch}[name], backward))}
+    except Exception as error:
+        return row | {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+
+
+def main() -> None:
+    """Case after case until the time is up."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128], help="head sizes")
+    parser.add_argument("--processes", type=int, default=16, help="that compile")
+    parser.add_argument("--seconds", type=float, default=60, help="begin nothing after this long")
+    given = parser.parse_args()
+    stop = time.perf_counter() + given.seconds
+    found = list(cases(given.sizes))
+    calls = (partial(run, inputs(case).to("cuda"), gated_delta) for case in found if case.kind in ("plain", "packed"))
+    results: dict[str, Any] = {"compiling": compile_all(calls, given.processes), "errors": [], "times": []}
+    training = [Case(D, B=8, T=1024) for D in given.sizes]
+    sides = [(case, name, back) for case in training for name in ("kernels", "chunked") for back in (False, True)]
+    measured = [("times", partial(timed, *side), side) for side in sides]
+    checked = [("errors", partial(errors, case, "cuda", gated_delta), case) for case in found]
+    plain = len(given.sizes)
+    for kind, job, what in checked[:plain] + measured + checked[plain:]:
+        if time.perf_counter() > stop:
+            print(f"no time for the {kind} of {what}")
+            continue
+        results[kind].append(job())
+        print(described(results[kind][-1]), flush=True)
+        write(given.out, {**provenance(), **results})
+
+
+def described(row: dict[str, Any]) -> str:
+    """A line for the terminal."""
+    what = f"D={row['D']:3} B={row['B']} T={row['T']:4} {row['kind']:10}"
+    if "operator" in row:
+        what += f" {row['operator']} {'forward + backward' if row['backward'] else 'forward'}"
+    if "error" in row:
+        return f"{what} {row['error']}"
+    if "seconds" in row:
+        return f"{what} {1000 * statistics.median(row['seconds']):.3f} ms"
+    return f"{what} " + " ".join(f"{name} {row[name]:.1e}" for name in NAMES)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""What decides between Triton kernels and PyTorch."""
+
+import warnings
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)  # what kernels are for; in fp32 they are for the interpreter
+
+
+def no_device(x: Tensor) -> str | None:
+    """Why no kernel can run where x is; None if one can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if not x.is_cuda:
+        return "the tensors are not on a CUDA device"
+    if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "the device is older than compute capability 8.0"
+    return None
+
+
+def kernel_dtype(x: Tensor) -> torch.dtype | None:
+    """That of x in a kernel: of half the precision, its own or autocast's; None where x is not for kernels, because it
+    is not on a GPU, or because whoever asks for fp32 gets it."""
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return next((dtype for dtype in (x.dtype, autocast) if dtype in HALF), None) if x.is_cuda else None
+
+
+@cache
+def warn_once(message: str) -> None:
+    """A warning the first time; then silence, whatever the filters."""
+    warnings.warn(message, stacklevel=3)

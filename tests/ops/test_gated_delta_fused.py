@@ -1,0 +1,183 @@
+"""The delta rule's kernels with given gates against the equation: output, final state and every gradient.
+
+Without a GPU the kernels run in Triton's interpreter, in fp32.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import assert_close
+from torch import Tensor
+
+from linearize.ops.gated_delta import fused, gated_delta, reference
+
+pytest.importorskip("triton", reason="the kernels are Triton's")
+GPU = torch.cuda.is_available()
+if not GPU:
+    import interpreted  # noqa: F401
+
+needs_interpreter = pytest.mark.skipif(GPU, reason="Triton's interpreter is for machines without a GPU")
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+DEVICE = "cuda" if GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """What is allocated and not written is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=GPU)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def inputs(T: int, B: int = 1, KV: int = 1, groups: int = 2, D: int = 16, correlation: float = 0.0) -> list[Tensor]:
+    """q, k, v, log_g, beta in [0, 2] and a state; queries and keys of length 1, keys that share a direction."""
+    q, k, v = torch.randn(B, T, KV * groups, D), torch.randn(B, T, KV, D), torch.randn(B, T, KV, D)
+    k = (1 - correlation) * k + correlation * torch.randn(D)
+    log_g, beta = -torch.rand(B, T, KV, 1), 2 * torch.rand(B, T, KV, 1)
+    return [F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, log_g, beta, torch.randn(B, KV, D, D)]
+
+
+def documents(T: int, *rows: list[int]) -> Tensor:
+    """Numbers, from where documents begin."""
+    return torch.stack([(torch.arange(T) >= torch.tensor(begins)[:, None]).sum(0) for begins in rows])
+
+
+def assert_is_the_equation(
+    given: list[Tensor], document: Tensor | None = None, dtype: torch.dtype = torch.float32, tolerance: float = 1e-5
+) -> None:
+    """`dtype` is that of the values; queries and keys are in fp32, as structures make them."""
+    given[2] = given[2].to(dtype)
+    there = None if document is None else document.to(DEVICE)
+    ours = [x.detach().to(DEVICE, copy=True).requires_grad_() for x in given]
+    truth = [x.double().requires_grad_() for x in given]
+    with torch.no_grad():  # keeps nothing
+        alone = fused(*ours, there)
+    results, expected = fused(*ours, there), reference(*truth, document)
+    assert [x.dtype for x in results] == [torch.float32, torch.float32]
+    for result, other in zip((*results, *alone), expected * 2, strict=True):
+        assert_close(result.cpu(), other, tolerance)
+    weights = [torch.randn_like(x) for x in expected]
+    sum((w * x.cpu().double()).sum() for w, x in zip(weights, results, strict=True)).backward()
+    sum((w * x).sum() for w, x in zip(weights, expected, strict=True)).backward()
+    for x, other in zip(ours, truth, strict=True):
+        assert x.grad is not None
+        assert x.grad.dtype == x.dtype
+        assert_close(x.grad.cpu(), other.grad, tolerance)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("T", "groups"), [(1, 3), (63, 1), (64, 3), (65, 3), (200, 1)])
+def test_lengths_and_groups(T, groups):
+    assert_is_the_equation(inputs(T, groups=groups))
+
+
+@needs_interpreter
+def test_sequences_heads_and_head_sizes():
+    assert_is_the_equation(inputs(70, B=2, KV=2, D=24))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("log_decay", [0.0, -0.01, -8.0, -20.0, -1e4])
+def test_any_decay(log_decay):
+    given = inputs(130)
+    given[3][:, ::3] = log_decay
+    assert_is_the_equation(given)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("log_decay", [0.0, -0.01, -1e4])
+def test_the_same_decay_everywhere(log_decay):
+    given = inputs(130)
+    given[3][:] = log_decay
+    assert_is_the_equation(given)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("correlation", [0.5, 0.9, 0.999])
+def test_correlated_keys_and_eigenvalues_of_minus_one(correlation):
+    given = inputs(130, correlation=correlation)
+    given[4][:] = 2.0
+    assert_is_the_equation(given)
+
+
+@needs_interpreter
+def test_documents_do_not_see_each_other():
+    assert_is_the_equation(inputs(130, B=2, groups=1), documents(130, [20, 23, 100], [64]))
+
+
+@needs_interpreter
+def test_padding_neither_writes_nor_decays():
+    given = inputs(80, B=2)
+    real = (torch.arange(80) >= torch.tensor([[70], [5]]))[:, :, None, None]
+    given[1], given[3] = given[1] * real, given[3] * real
+    assert_is_the_equation(given)
+
+
+@needs_interpreter
+def test_views_and_gradients_of_some():
+    q, k, v, log_g, beta, state = inputs(65, KV=2)
+    q, k, v = (F.pad(x, (0, 3))[..., :-3] for x in (q, k, v))
+    beta.requires_grad_()
+    fused(q, k, v, log_g, beta, state)[0].sum().backward()
+    again = beta.detach().double().requires_grad_()
+    reference(q, k, v, log_g, again, state)[0].sum().backward()
+    assert_close(beta.grad, again.grad)
+
+
+# --- on a GPU, in bf16 ---
+
+
+@needs_gpu
+@pytest.mark.parametrize("T", [2, 65, 1000])
+@pytest.mark.parametrize("D", [64, 96, 128])
+def test_gpu_lengths(T, D):
+    assert_is_the_equation(inputs(T, B=2, KV=2, groups=3, D=D), None, torch.bfloat16, 5e-3)
+
+
+@needs_gpu
+def test_gpu_documents():
+    given = inputs(300, B=2, groups=3, D=64)
+    assert_is_the_equation(given, documents(300, [20, 23, 100], [64]), torch.bfloat16, 5e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("log_decay", [0.0, -8.0, -1e4])
+def test_gpu_any_decay(log_decay):
+    given = inputs(200, D=64)
+    given[3][:, ::3] = log_decay
+    assert_is_the_equation(given, None, torch.bfloat16, 5e-3)
+
+
+@needs_gpu
+def test_gpu_picks_kernels_where_half_the_precision_is_asked_for(monkeypatch):
+    calls = []
+    monkeypatch.setattr("linearize.ops.gated_delta.fused", lambda *given: calls.append(given) or fused(*given))
+    given = [x.cuda() for x in inputs(70, D=64)]
+    gated_delta(*given)
+    assert not calls
+    with torch.autocast("cuda", torch.bfloat16):
+        gated_delta(*given)
+    assert [given[2].dtype for given in calls] == [torch.bfloat16]
+    with torch.autocast("cuda", torch.bfloat16), pytest.warns(match="no kernel for values of size 32"):
+        gated_delta(*given[:2], given[2][..., :32], *given[3:5])
+    assert len(calls) == 1
+
+
+@needs_gpu
+def test_gpu_graph():
+    """Nothing waits for the GPU, forward or backward."""
+    given = [x.cuda().requires_grad_() for x in inputs(130, D=64)]
+    document = documents(130, [50]).cuda()
+
+    def run() -> list[Tensor]:
+        with torch.autocast("cuda", torch.bfloat16):
+            output, state = gated_delta(*given, document)
+        return [output.detach(), *torch.autograd.grad(output.sum() + state.sum(), given)]
+
+    expected = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    graph.replay()
+    for result, other in zip(results, expected, strict=True):
+        assert_close(result, other)
