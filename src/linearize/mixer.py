@@ -1,6 +1,6 @@
 """Liger Attention: a gated recurrence and a softmax window on one set of projections (arXiv 2503.01496)."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from linearize.errors import LinearizeError
 from linearize.families import Family, base_model_type, rotation
 from linearize.mixing import MIXINGS
 from linearize.ops import liger
+from linearize.ops import step as stepping
 from linearize.ops.local import NEVER, Past, Scoring, Sinks, local_attention
 from linearize.recurrence import Recurrence
 from linearize.structures.base import Layer
@@ -20,6 +21,16 @@ from linearize.tokens import Tokens
 
 def _unrotated(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     return q, k
+
+
+class Moment(NamedTuple):
+    """A decoding step as one layer knows it."""
+
+    clock: stepping.Clock
+    held: stepping.Held
+    mixing: Tensor  # [H]
+    decay: Tensor | None  # [KV], lightning's
+    sink_rope: liger.Rope | None = None  # cos and sin `[B, R]` with which queries meet the sinks
 
 
 def parts(attention: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
@@ -77,15 +88,21 @@ class LinearizedAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         past_key_values: Any = None,
-        tokens: Tokens | None = None,
+        tokens: Tokens | list[Moment] | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states `[B, T, hidden]` to the same; `tokens` come from the hook that `convert` sets."""
+        """hidden_states `[B, T, hidden]` to the same; `tokens` come from the hook that `convert` sets, or, for one
+        token whose step `decoding` runs, from there."""
         if tokens is None:
             raise LinearizeError(
                 f"layer {self.layer_idx} ({type(self.original).__name__}) got no description of its tokens: "
                 "its decoder layer drops keyword arguments, so this family cannot be converted"
             )
+        output_projection = getattr(self, self.family.projections[-1])
+        if isinstance(tokens, list):
+            q, k, v = (x[:, 0] for x in self.family.project(self, hidden_states))
+            cos, sin = (x[:, 0].expand(len(q), -1) for x in position_embeddings)
+            return output_projection(self.step(q, k, v, (cos, sin), tokens[self.layer_idx]).flatten(1)[:, None]), None
         cache: MixerCacheLayer | None = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         past: Past | None = None if cache is None else cache.past()
         memory: Memory | None = None if cache is None else cache.memory
@@ -107,18 +124,21 @@ class LinearizedAttention(nn.Module):
             window = 0 if sinks is None else self.config.window
             cache.store(rotated[1], v, tokens.valid, window, (*kept, tokens.sink_time), tokens.real, memory)
         output = torch.zeros_like(q) if output is None else output
-        output_projection = getattr(self, self.family.projections[-1])
         return output_projection(output.flatten(2).to(hidden_states.dtype)), None
 
     def _kernel(self, layer: Layer) -> liger.Settings | str:
         """What the fused kernels are to be told, or why there is none for such a layer."""
         config, own = self.config, layer.config.model_dump()
-        plain: dict[str, Any] = {"local": "window", "score": "softmax", "readout": "none", "rope": "local"}
-        plain |= {"gate_source": "k", "time_scales": None, "convolution": None, "bonus": False}
+        plain: dict[str, Any] = {"local": "window", "score": "softmax"}
+        if config.structure != "none":
+            plain |= {"readout": "none", "rope": "local", "gate_source": "k"}
+            plain |= {"time_scales": None, "convolution": None, "bonus": False}
         name = "mlstm" if config.structure == "gated_retention" else config.structure
         if others := [f"{key} {own[key]}" for key, value in plain.items() if own[key] != value]:
             return f"no kernel for {', '.join(others)}"
-        if name not in liger.GATES or config.mixing not in ("fixed", "per_head"):
+        if config.feature_map not in liger.FEATURES:
+            return f"no kernel for feature map {config.feature_map}"
+        if name != "none" and not (name in liger.GATES and config.mixing in ("fixed", "per_head")):
             return f"no kernel for structure {name} with mixing {config.mixing}"
         if self.family.softcap or self.family.null_logits or not self.family.rotates_halves:
             return f"no kernel for the attention of {type(self.original).__name__}"
@@ -154,6 +174,21 @@ class LinearizedAttention(nn.Module):
             decay = -torch.tensor(rates(self.layer), device=q.device)
         weights = mixing.weight if hasattr(mixing, "weight") else mixing.weights().to(q.device)
         return liger.fused(q, k, v, weights, settings, rope, None, tokens.first, decay)
+
+    def moment(self, clock: stepping.Clock, held: stepping.Held) -> Moment:
+        """With this layer's constants, at fixed addresses."""
+        mixing: Any = self.mixing
+        weights = torch.zeros(self.num_heads) if mixing is None else getattr(mixing, "weight", mixing.weights())
+        lightning = self.config.structure == "lightning"
+        decay = -torch.tensor(rates(self.layer), device=held.keys.device) if lightning else None
+        return Moment(clock, held, weights.detach().to(held.keys.device), decay)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, rope: liger.Rope, moment: Moment) -> Tensor:
+        """Both branches for one token of each row, q `[B, H, D]`, k and v `[B, KV, D]`; `moment.held` takes it in."""
+        assert isinstance(self.kernel, liger.Settings)
+        clock, held, mixing, decay, sink_rope = moment
+        near, far = (None, None) if self.rotate is _unrotated else (rope, sink_rope)
+        return stepping.step(q, k, v, mixing, self.kernel, near, far, clock, held, decay)
 
     def scoring(self) -> Scoring:
         """How queries and keys of the softmax branch become weights: as in the original, unless `score` says else."""

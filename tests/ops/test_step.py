@@ -35,13 +35,18 @@ def nothing(B: int, KV: int, D: int, fixed: Settings, sinks: int, dtype=torch.fl
         torch.full((B, sinks), NEVER),
     )
     keys = torch.full((B, KV, rows, D), torch.nan, dtype=dtype)
-    kept = Held(keys, torch.zeros_like(keys), torch.zeros(B, rows, dtype=torch.uint8), torch.zeros(B, KV, D, D))
+    kept = Held(keys, torch.zeros_like(keys), torch.zeros(B, fixed.window, dtype=torch.uint8), torch.zeros(B, KV, D, D))
     return Clock(*(x.to(DEVICE) for x in clock)), Held(*(x.to(DEVICE) for x in kept))
 
 
 def inputs(T: int, B: int = 2, KV: int = 2, groups: int = 2, D: int = 16) -> list[Tensor]:
     """q, k, v and mixing weights."""
-    return [torch.randn(B, T, KV * groups, D), torch.randn(B, T, KV, D), torch.randn(B, T, KV, D), torch.rand(KV * groups)]
+    return [
+        torch.randn(B, T, KV * groups, D),
+        torch.randn(B, T, KV, D),
+        torch.randn(B, T, KV, D),
+        torch.rand(KV * groups),
+    ]
 
 
 def rope(T: int, R: int = 16) -> tuple[Tensor, Tensor]:
@@ -49,7 +54,9 @@ def rope(T: int, R: int = 16) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def stepped(run: str, given: list[Tensor], fixed: Settings, angles=None, decay=None, sinks=None, valid=None, start=None):
+def stepped(
+    run: str, given: list[Tensor], fixed: Settings, angles=None, decay=None, sinks=None, valid=None, start=None
+):
     """All outputs `[B, T, H, D]` and the final state."""
     q, k, v, mixing = (x.to(DEVICE) for x in given)
     B, T, _, D = q.shape
@@ -153,9 +160,10 @@ def test_sinks_have_angles_of_their_own(run):
         sink_q = liger.rotate(q.cpu().double()[:, 11:], cos.double()[[far]], sin.double()[[far]])
         keys = [torch.cat([turned_k[:, :3]], 1), turned_k[:, 7:]]
         scores = [x.unflatten(2, (2, 2)).transpose(1, 2) for x in (sink_q, turned_q[:, 11:])]
-        logits = torch.cat(
-            [torch.einsum("bktgd,bskd->bkgs", s, key) for s, key in zip(scores, keys, strict=True)], -1
-        ) * 16**-0.5
+        logits = (
+            torch.cat([torch.einsum("bktgd,bskd->bkgs", s, key) for s, key in zip(scores, keys, strict=True)], -1)
+            * 16**-0.5
+        )
         values = torch.cat([v.cpu().double()[:, :3], v.cpu().double()[:, 7:]], 1)
         local = torch.einsum("bkgs,bskd->bkgd", logits.softmax(-1), values).flatten(1, 2)
         whole, _ = liger.reference(*(x.cpu() for x in (q, k, v)), torch.ones(4), settings())

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linearize.ops.liger import FEATURES, GATES, Rope, Settings, rotate, wide
+from linearize.ops.liger import FEATURES, GATES, Rope, Settings, rotate, warn_once, wide
 
 WIDEST = 128  # window that the kernel takes
 
@@ -29,7 +29,7 @@ class Held(NamedTuple):
 
     keys: Tensor  # [B, KV, M + W, D]
     values: Tensor  # [B, KV, M + W, D]
-    valid: Tensor  # [B, M + W], uint8: 1 where the ring has a real token; nothing of the sinks
+    valid: Tensor  # [B, W], uint8: 1 where the ring has a real token
     state: Tensor  # [B, KV, D, D] in fp32; [0] without a recurrence
 
 
@@ -82,8 +82,10 @@ def step(
     the window alone.
     """
     run = plain
-    if why_not_fused(q, k, v, settings, rope) is None:
+    if (reason := why_not_fused(q, k, v, settings, rope)) is None:
         from linearize.ops.step_triton import run
+    elif q.is_cuda:
+        warn_once(f"decoding steps of Liger Attention run unfused, several times slower: {reason}")
     return run(q, k, v, mixing, settings, rope, sink_rope, clock, held, decay)
 
 
@@ -104,15 +106,14 @@ def plain(
     W, M = settings.window, clock.sink_time.shape[1]
     near_q, near_k = (x if rope is None else rotate(x, *rope) for x in (q, k))
     far_q = q if sink_rope is None else rotate(q, *sink_rope)
-    slot = M + clock.time % W
+    slot = clock.time % W
     _keep_sink(near_k, v, clock, held)
-    held.keys.index_copy_(2, slot, near_k[:, :, None])
-    held.values.index_copy_(2, slot, v[:, :, None])
+    held.keys.index_copy_(2, M + slot, near_k[:, :, None])
+    held.values.index_copy_(2, M + slot, v[:, :, None])
     held.valid.index_copy_(1, slot, clock.valid[:, None].to(torch.uint8))
 
-    place = torch.arange(M + W, device=k.device)
-    seen = held.valid.bool() | (place == slot)
-    seen[:, :M] = (clock.sink_time <= clock.time - W) & (place[:M] < settings.sinks)
+    gone = (clock.sink_time <= clock.time - W) & (torch.arange(M, device=k.device) < settings.sinks)
+    seen = torch.cat([gone, held.valid.bool() | (torch.arange(W, device=k.device) == slot)], dim=1)
     near, far = (x.reshape(B, KV, -1, D) for x in (near_q, far_q))
     scores = torch.cat([far @ held.keys[:, :, :M].mT, near @ held.keys[:, :, M:].mT], dim=-1)
     scores = (wide(scores) * settings.scale).masked_fill(~seen[:, None, None], -torch.inf)

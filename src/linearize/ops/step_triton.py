@@ -59,7 +59,7 @@ def step_kernel(
     window_k = tl.where((rows == slot)[:, None], turned[None, :], window_k)
     window_v = tl.load(values + ring + mine[None, :], mask=here & narrow[None, :], other=0.0).to(tl.float32)
     window_v = tl.where((rows == slot)[:, None], new_v[None, :], window_v)
-    seen = tl.load(ring_valid + b * (M + W) + M + rows, mask=rows < W, other=0) != 0
+    seen = tl.load(ring_valid + b * W + rows, mask=rows < W, other=0) != 0
     seen = (seen | (rows == slot)) & (rows < W)
     if SINKS > 0:
         sinks = tl.arange(0, MP)
@@ -124,7 +124,7 @@ def step_kernel(
         if is_sink:
             tl.store(keys + sink + columns, turned.to(kept_type), mask=wide)
         if h == 0:
-            tl.store(ring_valid + b * (M + W) + M + slot, fresh.to(tl.uint8))
+            tl.store(ring_valid + b * W + slot, fresh.to(tl.uint8))
 
 
 @triton.jit
