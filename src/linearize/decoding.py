@@ -68,17 +68,17 @@ def _ordinary(model: PreTrainedModel, given: Mapping[str, Any]) -> bool:
 
 def _lend(model: PreTrainedModel, cache: Cache, batch: int) -> "Decoder | None":
     """The decoder that has the cache now; None where there is none for this model."""
-    decoder = _decoders.get(model)
+    decoder, reason = _decoders.get(model), why_not(model)
     if decoder is not None:
         decoder.release()
-        if not decoder.fits(model, batch):
+        if reason is not None or not decoder.fits(model, batch):
             del _decoders[model]  # its memory is free before more is taken
             decoder = None
+    if reason is not None:
+        if next(model.parameters()).is_cuda:
+            warn_once(f"decoding goes without a CUDA graph, several times slower: {reason}")
+        return None
     if decoder is None:
-        if (reason := why_not(model)) is not None:
-            if next(model.parameters()).is_cuda:
-                warn_once(f"decoding goes without a CUDA graph, several times slower: {reason}")
-            return None
         decoder = _decoders[model] = Decoder(model, batch)
     decoder.take(cache)
     return decoder
