@@ -17,12 +17,15 @@ from linearize.ops import liger
 SETTINGS = {"window": 5, "sinks": 3, "mixing_weight": 0.4}
 ROTATES_OTHERWISE = ("cohere", "glm4", "gpt_oss")
 WITHOUT = {*ROTATES_OTHERWISE, "gemma2", *UNEVEN}
+UNFUSED = "ignore:Liger Attention runs unfused", "ignore:decoding goes without", "ignore:decoding steps"
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in UNFUSED]  # on a GPU, in fp32
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 
 
-def converted(family: str = "llama", **settings):
+def converted(family: str = "llama", rope_parameters=None, **settings):
     overrides = {"head_dim": 16} if family in ("llama", "mistral", "qwen2") else {}
+    overrides |= {"rope_parameters": rope_parameters} if rope_parameters else {}
     return convert(tiny(family, **overrides), **SETTINGS | settings).to(DEVICE)
 
 
@@ -219,6 +222,10 @@ def test_a_model_is_saved_trained_and_copied_as_before(tmp_path, steps):
         ({"structure": "deltanet"}, "no kernel for structure deltanet with mixing per_head"),
         ({"feature_map": "relu"}, "no kernel for feature map relu"),
         ({"family": "mixtral"}, "the experts of mixtral do a different amount of work for every text"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "the frequencies of dynamic RoPE depend on the length",
+        ),
     ],
 )
 def test_models_without_a_decoder_say_why(settings, reason):

@@ -25,6 +25,7 @@ from linearize.ops.local import NEVER
 from linearize.ops.step import Clock, Held, advance
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # x + attention(norm(x)), then x + mlp(norm(x)), no more
+MOVING = ("dynamic", "longrope")  # RoPE whose frequencies depend on the largest position
 UNEVEN = ("mixtral", "gpt_oss")  # experts: how much work there is depends on the text
 TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 TAKEN |= {"cache_position", "return_dict"}
@@ -93,6 +94,10 @@ def why_not(model: PreTrainedModel) -> str | None:
         return "LoRA is not merged into the weights (linearize merge)"
     if (name := base_model_type(model.config.model_type)) in UNEVEN:
         return f"the experts of {name} do a different amount of work for every text"
+    rope_types = getattr(model.base_model.rotary_emb, "rope_type", "default")
+    rope_types = rope_types.values() if isinstance(rope_types, dict) else [rope_types]
+    if moving := [name for name in rope_types if name in MOVING]:
+        return f"the frequencies of {moving[0]} RoPE depend on the length"
     if any(mixer.ablated for mixer in layers):
         return "a recurrence is left out"
     if len({parameter.device for parameter in model.parameters()}) > 1:
