@@ -119,9 +119,12 @@ class Decoder:
         self.ids, self.position = torch.zeros(batch, 1, **like), torch.zeros(batch, 1, **like)
         self.clock = Clock(
             torch.zeros(1, **like), torch.zeros(batch, **like),
-            torch.ones(batch, dtype=torch.bool, device=weight.device), torch.full((batch, sinks), NEVER, **like),
+            torch.ones(batch, dtype=torch.bool, device=weight.device), torch.full((batch, sinks), NEVER, **like), {},
         )  # fmt: skip
-        self.moments = [mixer.moment(self.clock, _empty(mixer, batch, sinks, weight)) for mixer in self.mixers]
+        windows = {mixer.config.window for mixer in self.mixers}
+        valid = {window: torch.zeros(batch, window, dtype=torch.uint8, device=weight.device) for window in windows}
+        empty = [_empty(mixer, valid[mixer.config.window], sinks, weight) for mixer in self.mixers]
+        self.moments = [mixer.moment(self.clock, held) for mixer, held in zip(self.mixers, empty, strict=True)]
         self.layers = [PlainLayer(layer) for layer in self.stack.layers] if is_plain(self.stack) else None
         self.lent: list[weakref.ref[MixerCacheLayer]] = []
         self.signature = _signature(model)
@@ -168,23 +171,31 @@ class Decoder:
     @torch.no_grad()
     def run(self) -> Tensor:
         """The step itself: it reads `ids` and `position`, moves `clock` and `held` on, and gives the logits."""
-        clamped = self.position.clamp(max=self.limit - 1)  # sinks stay within the length that the model was trained at
-        logits = self.through_layers(clamped) if self.layers is None else self.through_plain_layers(clamped)
+        logits = self.through_layers() if self.layers is None else self.through_plain_layers()
         advance(self.clock)
         return logits
 
-    def through_plain_layers(self, clamped: Tensor) -> Tensor:
+    def through_plain_layers(self) -> Tensor:
         """By `PlainLayer`."""
         assert self.layers is not None
         hidden = self.stack.embed_tokens(self.ids[:, 0])
-        cos, sin = self.stack.rotary_emb(hidden, position_ids=torch.cat([self.position, clamped], 1))
-        rope, sink_rope = ((cos[:, i], sin[:, i]) for i in range(2))
+        positions = self.position
+        if positions.is_cuda or bool((positions >= self.limit).any()):  # else sinks are met as all tokens are
+            positions = torch.cat([positions, self.clamped()], 1)
+        cos, sin = self.stack.rotary_emb(hidden, position_ids=positions)
+        rope, *others = zip(cos.unbind(1), sin.unbind(1), strict=True)
+        sink_rope = others[0] if others else rope
         for layer, moment in zip(self.layers, self.moments, strict=True):
             layer(hidden, rope, moment._replace(sink_rope=sink_rope))
         return self.head(normed(hidden, self.stack.norm))[:, None]
 
-    def through_layers(self, clamped: Tensor) -> Tensor:
+    def clamped(self) -> Tensor:
+        """The position from which queries see the sinks: within the length that the model was trained at."""
+        return self.position.clamp(max=self.limit - 1)
+
+    def through_layers(self) -> Tensor:
         """By the model's own forward."""
+        clamped = self.clamped()
         hidden = self.stack.get_input_embeddings().weight
         if hasattr(self.stack.rotary_emb, "layer_types"):  # full and sliding layers rotate at different speeds
             types = self.stack.config.layer_types
@@ -247,12 +258,12 @@ class Decoder:
         self.lent = []
 
 
-def _empty(mixer: LinearizedAttention, batch: int, sinks: int, weight: Tensor) -> Held:
+def _empty(mixer: LinearizedAttention, valid: Tensor, sinks: int, weight: Tensor) -> Held:
     """Buffers of one layer before the first token."""
+    batch = len(valid)
     rows, heads, size = sinks + mixer.config.window, mixer.num_key_value_heads, mixer.head_dim
     keys, values = (torch.zeros(batch, heads, rows, size, dtype=weight.dtype, device=weight.device) for _ in range(2))
     shape = (0,) if mixer.recurrence is None else (batch, heads, size, size)
-    valid = torch.zeros(batch, mixer.config.window, dtype=torch.uint8, device=weight.device)
     return Held(keys, values, valid, torch.zeros(shape, device=weight.device))
 
 
@@ -299,11 +310,9 @@ class PlainLayer:
         x = normed(hidden, self.layer.input_layernorm)
         if self.together:
             heads = F.linear(x, *self.qkv).unflatten(1, (-1, self.mixer.head_dim))
-            sizes = self.mixer.num_heads, self.mixer.num_key_value_heads, self.mixer.num_key_value_heads
-            q, k, v = heads.split(sizes, dim=1)
         else:
-            q, k, v = (y[:, 0] for y in self.mixer.family.project(self.mixer, x[:, None]))
-        read = self.mixer.step(q, k, v, rope, moment)
+            heads = torch.cat(self.mixer.family.project(self.mixer, x[:, None]), dim=2)[:, 0]
+        read = self.mixer.step(heads, rope, moment)
         add_product(hidden, read.flatten(1), self.output)
         gate_up = F.linear(normed(hidden, self.layer.post_attention_layernorm), *self.gate_up)
         add_product(hidden, swiglu(gate_up), self.down)

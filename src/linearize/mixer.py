@@ -100,9 +100,9 @@ class LinearizedAttention(nn.Module):
             )
         output_projection = getattr(self, self.family.projections[-1])
         if isinstance(tokens, list):
-            q, k, v = (x[:, 0] for x in self.family.project(self, hidden_states))
-            cos, sin = (x[:, 0].expand(len(q), -1) for x in position_embeddings)
-            return output_projection(self.step(q, k, v, (cos, sin), tokens[self.layer_idx]).flatten(1)[:, None]), None
+            heads = torch.cat(self.family.project(self, hidden_states), dim=2)[:, 0]
+            cos, sin = (x[:, 0].expand(len(heads), -1) for x in position_embeddings)
+            return output_projection(self.step(heads, (cos, sin), tokens[self.layer_idx]).flatten(1)[:, None]), None
         cache: MixerCacheLayer | None = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         past: Past | None = None if cache is None else cache.past()
         memory: Memory | None = None if cache is None else cache.memory
@@ -183,12 +183,12 @@ class LinearizedAttention(nn.Module):
         decay = -torch.tensor(rates(self.layer), device=held.keys.device) if lightning else None
         return Moment(clock, held, weights.detach().to(held.keys.device), decay)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, rope: liger.Rope, moment: Moment) -> Tensor:
-        """Both branches for one token of each row, q `[B, H, D]`, k and v `[B, KV, D]`; `moment.held` takes it in."""
+    def step(self, heads: Tensor, rope: liger.Rope, moment: Moment) -> Tensor:
+        """Both branches for one token of each row, of which `heads` `[B, H + 2 KV, D]` are q, k and v."""
         assert isinstance(self.kernel, liger.Settings)
         clock, held, mixing, decay, sink_rope = moment
         near, far = (None, None) if self.rotate is _unrotated else (rope, sink_rope)
-        return stepping.step(q, k, v, mixing, self.kernel, near, far, clock, held, decay)
+        return stepping.step(heads, mixing, self.kernel, near, far, clock, held, decay)
 
     def scoring(self) -> Scoring:
         """How queries and keys of the softmax branch become weights: as in the original, unless `score` says else."""

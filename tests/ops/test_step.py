@@ -26,17 +26,18 @@ RUNS = ["plain", pytest.param("kernel", marks=pytest.mark.skipif(not TRITON, rea
 
 
 def nothing(B: int, KV: int, D: int, fixed: Settings, sinks: int, dtype=torch.float32) -> tuple[Clock, Held]:
-    """Before the first token; what was never written is not a number, but for the values, which weigh nothing."""
+    """Before the first token."""
     rows = sinks + fixed.window
     clock = Clock(
         torch.zeros(1, dtype=torch.long),
         torch.zeros(B, dtype=torch.long),
         torch.ones(B, dtype=torch.bool),
         torch.full((B, sinks), NEVER),
+        {},
     )
-    keys = torch.full((B, KV, rows, D), torch.nan, dtype=dtype)
+    keys = torch.zeros(B, KV, rows, D, dtype=dtype)
     kept = Held(keys, torch.zeros_like(keys), torch.zeros(B, fixed.window, dtype=torch.uint8), torch.zeros(B, KV, D, D))
-    return Clock(*(x.to(DEVICE) for x in clock)), Held(*(x.to(DEVICE) for x in kept))
+    return Clock(*(x.to(DEVICE) for x in clock[:4]), {}), Held(*(x.to(DEVICE) for x in kept))
 
 
 def inputs(T: int, B: int = 2, KV: int = 2, groups: int = 2, D: int = 16) -> list[Tensor]:
@@ -58,9 +59,9 @@ def stepped(
     run: str, given: list[Tensor], fixed: Settings, angles=None, decay=None, sinks=None, valid=None, start=None
 ):
     """All outputs `[B, T, H, D]` and the final state."""
-    q, k, v, mixing = (x.to(DEVICE) for x in given)
-    B, T, _, D = q.shape
-    clock, held = start or nothing(B, k.shape[2], D, fixed, fixed.sinks if sinks is None else sinks, q.dtype)
+    heads, KV, mixing = torch.cat(given[:3], 2).to(DEVICE), given[1].shape[2], given[3].to(DEVICE)
+    B, T, _, D = heads.shape
+    clock, held = start or nothing(B, KV, D, fixed, fixed.sinks if sinks is None else sinks, heads.dtype)
     operator = step.plain
     if run == "kernel":
         from linearize.ops.step_triton import run as operator
@@ -70,7 +71,7 @@ def stepped(
         if valid is not None:
             clock.valid.copy_(valid[:, t])
         decayed = None if decay is None else decay.to(DEVICE)
-        outputs.append(operator(q[:, t], k[:, t], v[:, t], mixing, fixed, turn, turn, clock, held, decayed))
+        outputs.append(operator(heads[:, t], mixing, fixed, turn, turn, clock, held, decayed))
         step.advance(clock)
     return torch.stack(outputs, 1).cpu(), held.state.cpu()
 
@@ -146,28 +147,29 @@ def test_sinks_have_angles_of_their_own(run):
     from linearize.ops import step_triton
 
     operator = step.plain if run == "plain" else step_triton.run
-    q, k, v, mixing = (x.to(DEVICE) for x in inputs(12, B=1))
+    q, k, v, mixing = inputs(12, B=1)
+    heads = torch.cat([q, k, v], 2).to(DEVICE)
     (cos, sin), found = rope(12), []
     for far in (11, 0):
         clock, held = nothing(1, 2, 16, settings(), 3)
         for t in range(12):
             near, sink = ((cos[[i]].to(DEVICE), sin[[i]].to(DEVICE)) for i in (t, min(t, far)))
-            last = operator(q[:, t], k[:, t], v[:, t], mixing, settings(), near, sink, clock, held)
+            last = operator(heads[:, t], mixing.to(DEVICE), settings(), near, sink, clock, held)
             step.advance(clock)
         found.append(last.cpu())
-    turned_q, turned_k = (liger.rotate(x.cpu().double(), cos.double(), sin.double()) for x in (q, k))
+    turned_q, turned_k = (liger.rotate(x.double(), cos.double(), sin.double()) for x in (q, k))
     for far, output in zip((11, 0), found, strict=True):
-        sink_q = liger.rotate(q.cpu().double()[:, 11:], cos.double()[[far]], sin.double()[[far]])
+        sink_q = liger.rotate(q.double()[:, 11:], cos.double()[[far]], sin.double()[[far]])
         keys = [torch.cat([turned_k[:, :3]], 1), turned_k[:, 7:]]
         scores = [x.unflatten(2, (2, 2)).transpose(1, 2) for x in (sink_q, turned_q[:, 11:])]
         logits = (
             torch.cat([torch.einsum("bktgd,bskd->bkgs", s, key) for s, key in zip(scores, keys, strict=True)], -1)
             * 16**-0.5
         )
-        values = torch.cat([v.cpu().double()[:, :3], v.cpu().double()[:, 7:]], 1)
+        values = torch.cat([v.double()[:, :3], v.double()[:, 7:]], 1)
         local = torch.einsum("bkgs,bskd->bkgd", logits.softmax(-1), values).flatten(1, 2)
-        whole, _ = liger.reference(*(x.cpu() for x in (q, k, v)), torch.ones(4), settings())
-        w = mixing.cpu().double()[:, None]
+        whole, _ = liger.reference(q, k, v, torch.ones(4), settings())
+        w = mixing.double()[:, None]
         assert_close(output, w * whole[:, 11] + (1 - w) * local)
 
 

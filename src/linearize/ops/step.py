@@ -1,7 +1,8 @@
 """Liger Attention for the next token of each sequence, in place: a window, sinks and a state at fixed addresses.
 
-The equations are those of `ops.liger`, one token at a time. Shapes: q `[B, H, D]`; k, v `[B, KV, D]`, before RoPE.
-Nothing here asks the device for a value or makes a tensor of varying size, so that a CUDA graph can hold it.
+The equations are those of `ops.liger`, one token at a time. `heads` `[B, H + 2 KV, D]` are the token's q, k and v, one
+after the other, before RoPE. Nothing here asks a GPU for a value or makes a tensor of varying size, so that a CUDA
+graph can hold it.
 """
 
 from importlib.util import find_spec
@@ -10,9 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linearize.ops.liger import FEATURES, GATES, Rope, Settings, rotate, warn_once, wide
+from linearize.ops.liger import FEATURES, GATES, Rope, Settings, warn_once, wide
 
 WIDEST = 128  # window that the kernel takes
+
+
+class Marks(NamedTuple):
+    """What `plain` works out once for all layers of one window and as many sinks."""
+
+    place: Tensor  # [1]: where in `Held` the new token goes
+    mask: Tensor  # [B * KV, 1, M + W]: 0 where a token is seen, else -inf
+    sink: Tensor | None  # [B, 1, M, 1]: whether the new token is this sink; None if known to be none
+    valid: Tensor | None  # [B, 1, 1]: whether it is real; None if all are known to be
 
 
 class Clock(NamedTuple):
@@ -22,6 +32,7 @@ class Clock(NamedTuple):
     real: Tensor  # [B], int64: real tokens seen
     valid: Tensor  # [B], bool: False where the next token is padding
     sink_time: Tensor  # [B, M], int64: the index of each sink, `NEVER` of those still to come
+    marks: dict[tuple[int, int], Marks]  # of this step, by window and sinks
 
 
 class Held(NamedTuple):
@@ -29,7 +40,7 @@ class Held(NamedTuple):
 
     keys: Tensor  # [B, KV, M + W, D]
     values: Tensor  # [B, KV, M + W, D]
-    valid: Tensor  # [B, W], uint8: 1 where the ring has a real token
+    valid: Tensor  # [B, W], uint8: 1 where the ring has a real token; one tensor for all layers of this window
     state: Tensor  # [B, KV, D, D] in fp32; [0] without a recurrence
 
 
@@ -40,33 +51,31 @@ def advance(clock: Clock) -> None:
     clock.sink_time.copy_(torch.where(filled, clock.time, clock.sink_time))
     clock.real.add_(clock.valid)
     clock.time.add_(1)
+    clock.marks.clear()
 
 
-def why_not_fused(q: Tensor, k: Tensor, v: Tensor, settings: Settings, rope: Rope | None) -> str | None:
+def why_not_fused(heads: Tensor, settings: Settings, rope: Rope | None, held: Held) -> str | None:
     """What the kernel lacks for these inputs; None if nothing."""
-    D = q.shape[-1]
+    D = heads.shape[-1]
     R = 0 if rope is None else rope[0].shape[-1]
     if find_spec("triton") is None:
         return "triton is not installed"
-    if not q.is_cuda:
+    if not heads.is_cuda:
         return "the tensors are not on a CUDA device"
-    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+    if torch.version.hip is None and torch.cuda.get_device_capability(heads.device) < (8, 0):
         return "the device is older than compute capability 8.0"
     unsupported = {
         f"a window of {settings.window}": settings.window > WIDEST,
         f"head size {D}": D > 256,
-        f"value heads of size {v.shape[-1]} with key heads of size {D}": v.shape[-1] != D,
         f"{R} rotated channels": R % 2 == 1 or R > D,
-        f"{q.dtype}, {k.dtype} and {v.dtype} together": not q.dtype == k.dtype == v.dtype,
+        f"{heads.dtype} and a cache in {held.keys.dtype}": heads.dtype != held.keys.dtype,
     }
     reasons = [name for name, true in unsupported.items() if true]
     return f"no kernel for {', '.join(reasons)}" if reasons else None
 
 
 def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    heads: Tensor,
     mixing: Tensor,
     settings: Settings,
     rope: Rope | None,
@@ -75,24 +84,23 @@ def step(
     held: Held,
     decay: Tensor | None = None,
 ) -> Tensor:
-    """`[B, H, D]` in q's dtype, by the fastest code there is; `held` takes in the token, `clock` stays as it is.
+    """`[B, H, D]` in the dtype of `heads`, by the fastest code there is; `held` takes in the token, `clock` stays as it
+    is.
 
     `mixing` is `[H]`; `rope` is cos and sin `[B, R]` of the token, `sink_rope` those with which queries meet the sinks
     (the same, but where distances are clamped); `decay` is lightning's log decay of each head. A gate of "none" leaves
     the window alone.
     """
     run = plain
-    if (reason := why_not_fused(q, k, v, settings, rope)) is None:
+    if (reason := why_not_fused(heads, settings, rope, held)) is None:
         from linearize.ops.step_triton import run
-    elif q.is_cuda:
+    elif heads.is_cuda:
         warn_once(f"decoding steps of Liger Attention run unfused, several times slower: {reason}")
-    return run(q, k, v, mixing, settings, rope, sink_rope, clock, held, decay)
+    return run(heads, mixing, settings, rope, sink_rope, clock, held, decay)
 
 
 def plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    heads: Tensor,
     mixing: Tensor,
     settings: Settings,
     rope: Rope | None,
@@ -102,36 +110,58 @@ def plain(
     decay: Tensor | None = None,
 ) -> Tensor:
     """In PyTorch."""
-    B, KV, D = k.shape
-    W, M = settings.window, clock.sink_time.shape[1]
-    near_q, near_k = (x if rope is None else rotate(x, *rope) for x in (q, k))
-    far_q = q if sink_rope is None else rotate(q, *sink_rope)
-    slot = clock.time % W
-    _keep_sink(near_k, v, clock, held)
-    held.keys.index_copy_(2, M + slot, near_k[:, :, None])
-    held.values.index_copy_(2, M + slot, v[:, :, None])
-    held.valid.index_copy_(1, slot, clock.valid[:, None].to(torch.uint8))
+    (B, KV, _, D), M = held.keys.shape, clock.sink_time.shape[1]
+    H, pairs = heads.shape[1] - 2 * KV, B * KV
+    place, mask, sink, valid = clock.marks.get((settings.window, settings.sinks)) or _marks(clock, held, settings)
+    q, k, v = heads.split([H, KV, KV], dim=1)
+    near = heads if rope is None else _turned(heads[:, : H + KV], *rope)
+    near_q, near_k = near[:, :H].reshape(pairs, -1, D), near[:, H : H + KV]
+    for kept, x in ((held.keys, near_k[:, :, None]), (held.values, v[:, :, None])):
+        kept.index_copy_(2, place, x)
+        if sink is not None:
+            kept[:, :, :M] = torch.where(sink, x, kept[:, :, :M])
 
-    gone = (clock.sink_time <= clock.time - W) & (torch.arange(M, device=k.device) < settings.sinks)
-    seen = torch.cat([gone, held.valid.bool() | (torch.arange(W, device=k.device) == slot)], dim=1)
-    near, far = (x.reshape(B, KV, -1, D) for x in (near_q, far_q))
-    scores = torch.cat([far @ held.keys[:, :, :M].mT, near @ held.keys[:, :, M:].mT], dim=-1)
-    scores = (wide(scores) * settings.scale).masked_fill(~seen[:, None, None], -torch.inf)
-    windowed = scores.softmax(-1).to(q.dtype) @ held.values
+    keys = held.keys.view(pairs, -1, D).mT
+    scores = torch.baddbmm(mask, near_q, keys, alpha=settings.scale)
+    if rope is not None and sink_rope is not None and sink_rope is not rope:
+        far_q = _turned(q, *sink_rope).reshape(pairs, -1, D)
+        scores[..., :M] = torch.baddbmm(mask[..., :M], far_q, keys[..., :M], alpha=settings.scale)
+    windowed = torch.bmm(scores.softmax(-1), held.values.view(pairs, -1, D))
     if settings.gate == "none":
-        return windowed.reshape(q.shape)
+        return windowed.view(B, H, D)
 
     key, log_g = (x[:, 0] for x in GATES[settings.gate](wide(k)[:, None], settings, decay))  # [B, KV, D or 1]
-    key, log_g = (x * clock.valid[:, None, None] for x in (key, log_g))
-    held.state.mul_(log_g.exp()[..., None]).add_(key[..., None] * wide(v)[..., None, :])
-    recurrent = FEATURES[settings.feature_map](wide(q)).reshape(B, KV, -1, D) @ held.state
-    w = mixing.view(KV, -1, 1).to(windowed.dtype)
-    return torch.lerp(windowed, recurrent.to(windowed.dtype), w).reshape(q.shape)
+    if valid is not None:
+        key, log_g = key * valid, log_g * valid
+    held.state.mul_(log_g.exp()[..., None]).addcmul_(key[..., None], wide(v)[..., None, :])
+    query = FEATURES[settings.feature_map](wide(q)).reshape(pairs, -1, D)
+    recurrent = torch.bmm(query, held.state.view(pairs, D, D)).to(windowed.dtype)
+    return torch.lerp(windowed.view(B, H, D), recurrent.view(B, H, D), mixing[:, None].to(windowed.dtype))
 
 
-def _keep_sink(k: Tensor, v: Tensor, clock: Clock, held: Held) -> None:
-    """The token is a sink of its row while there are free places."""
-    M = clock.sink_time.shape[1]
-    new = (torch.arange(M, device=k.device) == clock.real[:, None]) & clock.valid[:, None]
-    for kept, x in ((held.keys, k), (held.values, v)):
-        kept[:, :, :M] = torch.where(new[:, None, :, None], x[:, :, None], kept[:, :, :M])
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE over the first R channels of x `[B, H, D]`, as `rotate_half` has it."""
+    half, R = cos.shape[-1] // 2, cos.shape[-1]
+    cos, sin = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]
+    turned = x * cos if x.shape[-1] == R else torch.cat([x[..., :R] * cos, x[..., R:]], dim=-1)
+    turned[..., :half].addcmul_(x[..., half:R], sin[..., :half], value=-1)
+    turned[..., half:R].addcmul_(x[..., :half], sin[..., half:])
+    return turned
+
+
+def _marks(clock: Clock, held: Held, settings: Settings) -> Marks:
+    """Made by the first layer that asks; the ring's `valid` takes in the token here."""
+    device, W, M = held.keys.device, settings.window, clock.sink_time.shape[1]
+    slot, sinks = clock.time % W, torch.arange(M, device=device)
+    gone = (clock.sink_time <= clock.time - W) & (sinks < settings.sinks)
+    seen = torch.cat([gone, held.valid.bool() | (torch.arange(W, device=device) == slot)], dim=1)
+    held.valid.index_copy_(1, slot, clock.valid[:, None].to(torch.uint8))
+    mask = torch.zeros(seen.shape, device=device, dtype=held.keys.dtype).masked_fill_(~seen, -torch.inf)
+    sink: Tensor | None = ((sinks == clock.real[:, None]) & clock.valid[:, None])[:, None, :, None]
+    valid: Tensor | None = clock.valid[:, None, None]
+    if device.type == "cpu":  # where one may look
+        sink = sink if bool((clock.real < M).any()) else None
+        valid = None if bool(clock.valid.all()) else valid
+    mask = mask.repeat_interleave(held.keys.shape[1], dim=0)[:, None]
+    made = clock.marks[settings.window, settings.sinks] = Marks(slot + M, mask, sink, valid)
+    return made

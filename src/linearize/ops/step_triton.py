@@ -25,7 +25,7 @@ def load_angles(cos, sin, start, columns, R: tl.constexpr):
 
 @triton.jit
 def step_kernel(
-    q, k, v, q_stride, k_stride, v_stride, cos, sin, rope_stride, sink_cos, sink_sin, sink_rope_stride,
+    q, k, v, stride, cos, sin, rope_stride, sink_cos, sink_sin, sink_rope_stride,
     mixing, decay, time, real, valid, sink_time, keys, values, ring_valid, state, output,
     KV, scale, rate, lower,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
@@ -42,12 +42,12 @@ def step_kernel(
     kept_type = keys.dtype.element_ty
 
     # the new token
-    new_k = tl.load(k + b * k_stride + h * D + columns, mask=wide, other=0.0).to(tl.float32)
-    new_v = tl.load(v + b * v_stride + h * D + mine, mask=narrow, other=0.0).to(tl.float32)
+    new_k = tl.load(k + b * stride + h * D + columns, mask=wide, other=0.0).to(tl.float32)
+    new_v = tl.load(v + b * stride + h * D + mine, mask=narrow, other=0.0).to(tl.float32)
     turned = new_k
     if R > 0:
         c, s = load_angles(cos, sin, b * rope_stride, columns, R)
-        other = tl.load(k + b * k_stride + h * D + partner, mask=wide, other=0.0).to(tl.float32)
+        other = tl.load(k + b * stride + h * D + partner, mask=wide, other=0.0).to(tl.float32)
         turned = (new_k * c + other * s).to(kept_type).to(tl.float32)
 
     # the window, with the new token in its place
@@ -84,7 +84,7 @@ def step_kernel(
 
     for g in tl.static_range(G):
         head = h * G + g
-        row = q + b * q_stride + head * D
+        row = q + b * stride + head * D
         x = tl.load(row + columns, mask=wide, other=0.0).to(tl.float32)
         near, far = x, x
         if R > 0:
@@ -155,9 +155,7 @@ def value_block(pairs: int, D: int) -> int:
 
 
 def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    heads: Tensor,
     mixing: Tensor,
     settings: Settings,
     rope: Rope | None,
@@ -168,16 +166,17 @@ def run(
     block: int | None = None,
     warps: int = 4,
 ) -> Tensor:
-    """As `step.step`; of q, k and v only a row's elements need be contiguous. `block` and `warps` are for tuning."""
-    B, H, D = q.shape
-    KV, M = k.shape[1], clock.sink_time.shape[1]
-    q, k, v = (x if x.stride()[1:] == (D, 1) else x.contiguous() for x in (q, k, v))
-    output = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
+    """As `step.step`; `block` and `warps` are for tuning."""
+    heads = heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
+    (B, rows, D), KV, M = heads.shape, held.keys.shape[1], clock.sink_time.shape[1]
+    H = rows - 2 * KV
+    q, k, v = heads.split([H, KV, KV], dim=1)
+    output = torch.empty(B, H, D, dtype=heads.dtype, device=heads.device)
     cos, sin = (mixing, mixing) if rope is None else rope  # an argument that nothing reads
     sink_cos, sink_sin = (cos, sin) if sink_rope is None else sink_rope
     block = block or value_block(B * KV, D)
     step_kernel[(B * KV, triton.cdiv(D, block))](
-        q, k, v, q.stride(0), k.stride(0), v.stride(0),
+        q, k, v, heads.stride(0),
         cos, sin, 0 if rope is None else cos.stride(0), sink_cos, sink_sin, 0 if rope is None else sink_cos.stride(0),
         mixing, mixing if decay is None else decay, clock.time, clock.real, clock.valid, clock.sink_time,
         held.keys, held.values, held.valid, held.state, output,
