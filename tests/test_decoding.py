@@ -219,8 +219,10 @@ def test_a_model_is_saved_trained_and_copied_as_before(tmp_path, steps):
     ("settings", "reason"),
     [
         ({"layers": "0,2"}, "some layers are softmax attention, whose cache grows"),
-        ({"structure": "deltanet"}, "no kernel for structure deltanet with mixing per_head"),
-        ({"feature_map": "relu"}, "no kernel for feature map relu"),
+        ({"structure": "gsa"}, "no kernel for structure gsa with mixing per_head"),
+        ({"structure": "none", "local": "block"}, "no decoding step for local block with score softmax"),
+        ({"structure": "none", "family": "gemma2"}, "no decoding step for the attention of Gemma2Attention"),
+        ({"feature_map": "relu"}, "no decoding step for feature map relu"),
         ({"family": "mixtral"}, "the experts of mixtral do a different amount of work for every text"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},

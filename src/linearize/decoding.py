@@ -102,7 +102,7 @@ def why_not(model: PreTrainedModel) -> str | None:
         return "a recurrence is left out"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "the model is spread over several devices"
-    return next((reason for mixer in layers if isinstance(reason := mixer.kernel, str)), None)
+    return next((reason for mixer in layers if isinstance(reason := mixer.step_settings(), str)), None)
 
 
 class Decoder:

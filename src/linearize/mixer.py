@@ -14,6 +14,7 @@ from linearize.ops import liger
 from linearize.ops import step as stepping
 from linearize.ops.local import NEVER, Past, Scoring, Sinks, local_attention
 from linearize.recurrence import Recurrence
+from linearize.structures import STRUCTURES
 from linearize.structures.base import Layer
 from linearize.structures.lightning import rates
 from linearize.tokens import Tokens
@@ -28,6 +29,7 @@ class Moment(NamedTuple):
 
     clock: stepping.Clock
     held: stepping.Held
+    settings: liger.Settings
     mixing: Tensor  # [H]
     decay: Tensor | None  # [KV], lightning's
     sink_rope: liger.Rope | None = None  # cos and sin `[B, R]` with which queries meet the sinks
@@ -129,16 +131,12 @@ class LinearizedAttention(nn.Module):
     def _kernel(self, layer: Layer) -> liger.Settings | str:
         """What the fused kernels are to be told, or why there is none for such a layer."""
         config, own = self.config, layer.config.model_dump()
-        plain: dict[str, Any] = {"local": "window", "score": "softmax"}
-        if config.structure != "none":
-            plain |= {"readout": "none", "rope": "local", "gate_source": "k"}
-            plain |= {"time_scales": None, "convolution": None, "bonus": False}
+        plain: dict[str, Any] = {"local": "window", "score": "softmax", "readout": "none", "rope": "local"}
+        plain |= {"gate_source": "k", "time_scales": None, "convolution": None, "bonus": False}
         name = "mlstm" if config.structure == "gated_retention" else config.structure
         if others := [f"{key} {own[key]}" for key, value in plain.items() if own[key] != value]:
             return f"no kernel for {', '.join(others)}"
-        if config.feature_map not in liger.FEATURES:
-            return f"no kernel for feature map {config.feature_map}"
-        if name != "none" and not (name in liger.GATES and config.mixing in ("fixed", "per_head")):
+        if name not in liger.GATES or config.mixing not in ("fixed", "per_head"):
             return f"no kernel for structure {name} with mixing {config.mixing}"
         if self.family.softcap or self.family.null_logits or not self.family.rotates_halves:
             return f"no kernel for the attention of {type(self.original).__name__}"
@@ -175,20 +173,41 @@ class LinearizedAttention(nn.Module):
         weights = mixing.weight if hasattr(mixing, "weight") else mixing.weights().to(q.device)
         return liger.fused(q, k, v, weights, settings, rope, None, tokens.first, decay)
 
+    def step_settings(self) -> liger.Settings | str:
+        """What a decoding step is to be told, or why there is none for this layer."""
+        config, family = self.config, self.family
+        if config.structure == "none":
+            if config.local != "window" or config.score != "softmax":
+                return f"no decoding step for local {config.local} with score {config.score}"
+            if family.softcap or family.null_logits or not family.rotates_halves:
+                return f"no decoding step for the attention of {type(self.original).__name__}"
+            return liger.Settings("none", self.scaling, window=config.window, sinks=config.sinks)
+        if isinstance(self.kernel, str):
+            return self.kernel
+        if self.kernel.gate not in liger.GATES:
+            return f"no decoding step for structure {config.structure}"
+        if config.feature_map not in liger.FEATURES:
+            return f"no decoding step for feature map {config.feature_map}"
+        return self.kernel
+
     def moment(self, clock: stepping.Clock, held: stepping.Held) -> Moment:
-        """With this layer's constants, at fixed addresses."""
+        """With this layer's constants, at fixed addresses; `step_settings` must give some."""
         mixing: Any = self.mixing
+        settings, decay, device = self.step_settings(), None, held.keys.device
+        assert isinstance(settings, liger.Settings)
         weights = torch.zeros(self.num_heads) if mixing is None else getattr(mixing, "weight", mixing.weights())
-        lightning = self.config.structure == "lightning"
-        decay = -torch.tensor(rates(self.layer), device=held.keys.device) if lightning else None
-        return Moment(clock, held, weights.detach().to(held.keys.device), decay)
+        if settings.gate == "lightning":
+            key = torch.zeros(1, 1, self.num_key_value_heads, self.head_dim, device=device)
+            decay = (
+                STRUCTURES["lightning"].inputs(key, key, key, key, self.layer).log_g[0, 0, :, 0].float().contiguous()
+            )
+        return Moment(clock, held, settings, weights.detach().to(device), decay)
 
     def step(self, heads: Tensor, rope: liger.Rope, moment: Moment) -> Tensor:
         """Both branches for one token of each row, of which `heads` `[B, H + 2 KV, D]` are q, k and v."""
-        assert isinstance(self.kernel, liger.Settings)
-        clock, held, mixing, decay, sink_rope = moment
+        clock, held, settings, mixing, decay, sink_rope = moment
         near, far = (None, None) if self.rotate is _unrotated else (rope, sink_rope)
-        return stepping.step(heads, mixing, self.kernel, near, far, clock, held, decay)
+        return stepping.step(heads, mixing, settings, near, far, clock, held, decay)
 
     def scoring(self) -> Scoring:
         """How queries and keys of the softmax branch become weights: as in the original, unless `score` says else."""
