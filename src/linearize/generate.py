@@ -4,9 +4,10 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import TextStreamer
+from peft import PeftModel
+from transformers import PreTrainedModel, TextStreamer
 
-from linearize.checkpoint import load, unwrapped
+from linearize.checkpoint import load
 from linearize.errors import LinearizeError
 
 
@@ -30,7 +31,8 @@ def generate(checkpoint: Path, prompt: str, chat: bool, max_new_tokens: int, tem
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     torch.manual_seed(seed)
-    unwrapped(model).to(device).generate(
+    whole: PreTrainedModel = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    whole.to(device).generate(
         **inputs.to(device),
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
