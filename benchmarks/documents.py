@@ -5,6 +5,7 @@ A part stands between `<!-- part: NAME -->` and `<!-- end -->`.
 
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from benchmarks.decode import SHAPES, fastest, floor, ratio
 from benchmarks.operators import median
 from linearize.config import MixerConfig, MixerSettings
 from linearize.evaluate.state_tracking import table as tracking_table
@@ -207,6 +209,110 @@ def _milliseconds(row: dict[str, Any] | None, base: dict[str, Any] | None = None
     return f"{1000 * ours:.2f}" + (f" ({median(base['seconds']) / ours:.1f}×)" if base else "")
 
 
+def decoding() -> str:
+    """A step's milliseconds, converted and as it was, beside the floor and the goal."""
+    if (data := _measured("decode_h100")) is None:
+        return "Not measured yet."
+    lines = ["| model | batch | context | floor | linearized | original | its GB/s | faster | goal | met |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | :-: |")
+    order = {name: place for place, name in enumerate(SHAPES)}
+    for row in sorted(data["rows"], key=lambda row: (order[row["model"]], row["batch"], row["context"])):
+        lines.append(_decoding_row(row, data["copy_bytes_per_second"]))
+    made = f"{data['hardware']}, {_versions(data['versions'])}, commit {data['commit']}"
+    copy = f"copy {data['copy_bytes_per_second'] / 1e12:.2f} TB/s"
+    return "\n".join([*lines, "", f"Milliseconds of a step, median; {made}, {copy}."])
+
+
+def _decoding_row(row: dict[str, Any], copy: float) -> str:
+    start = f"| {row['model']} | {row['batch']} | {row['context']:,} | {1000 * floor(row, copy):.2f} |"
+    goal, best, seconds = 1 + 0.75 * (ratio(row) - 1), fastest(row), row["linearized"]["seconds"]
+    if not seconds:
+        return f"{start} {row['linearized']['error']} | | | | {goal:.2f}× | – |"
+    ours = median(seconds)
+    share = f"{1000 * ours:.2f} ({floor(row, copy) / ours:.0%})"
+    if best is None:
+        why = "; ".join(dict.fromkeys(form["error"] for form in row["original"].values()))
+        return f"{start} {share} | {why} | – | – | {goal:.2f}× | – |"
+    form, theirs = best
+    speed = (row["weights_read"] + row["key_value"]) / theirs / 1e9
+    met = "✓" if theirs / ours >= 0.98 * goal else "–"
+    return (
+        f"{start} {share} | {1000 * theirs:.2f} ({form}) | {speed:,.0f} | {theirs / ours:.2f}× | {goal:.2f}× | {met} |"
+    )
+
+
+def generation() -> str:
+    """The paper's table: seconds and GB to go from 128 tokens to a length, 16 sequences at once."""
+    if (data := _measured("decode_h100")) is None:
+        return "Not measured yet."
+    rows = sorted((row for row in data["rows"] if (row["model"], row["batch"]) == ("Llama-3-8B", 16)), key=_context)
+    lines = ["| up to | original | linearized |", "| ---: | ---: | ---: |"]
+    spent = {"original": 0.0, "linearized": 0.0}
+    before: dict[str, tuple[int, float]] = {}
+    for row in rows:
+        best, cells = fastest(row), []
+        made = {"linearized": (median(row["linearized"]["seconds"]), row["linearized"]["bytes"])}
+        if best is not None:
+            made["original"] = best[1], row["original"][best[0]]["bytes"]
+        for side in ("original", "linearized"):
+            if side not in made:
+                cells.append("out of memory")
+                continue
+            step, used = made[side]
+            since, earlier = before.get(side, (128, step))
+            spent[side] += (row["context"] - since) * (step + earlier) / 2
+            before[side] = row["context"], step
+            cells.append(f"{spent[side]:.1f} s, {(row['weights'] + used) / 1e9:.1f} GB")
+        lines.append(f"| {row['context']:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _context(row: dict[str, Any]) -> int:
+    return row["context"]
+
+
+def decoding_cpu() -> str:
+    """Tokens per second on a CPU."""
+    if (data := _measured("decode_cpu")) is None:
+        return "Not measured yet."
+    medians = {row["side"]: median(row["seconds"]) for row in data["rows"]}
+    lines = ["| side | tokens/s | linearized is faster by | cache, MiB |", "| --- | ---: | ---: | ---: |"]
+    for row in data["rows"]:
+        name, seconds = row["side"], medians[row["side"]]
+        gain = "" if name == "linearized" else f"{seconds / medians['linearized']:.2f}×"
+        lines.append(f"| {name} | {1 / seconds:.1f} | {gain} | {row['cache_bytes'] / 2**20:.1f} |")
+    made = f"{data['hardware']}, {_versions(data['versions'])}, commit {data['commit']}"
+    return "\n".join([*lines, "", f"After {data['context']:,} tokens, batch 1, fp32, median; {made}."])
+
+
+def long_prompt() -> str:
+    """A long prompt read in chunks: speed and memory by tokens."""
+    if (data := _measured("prompt_h100")) is None:
+        return "Not measured yet."
+    rows = [row for row in data["rows"] if math.log2(row["tokens"] / data["chunk"]).is_integer()]
+    rows += [] if rows[-1] is data["rows"][-1] else data["rows"][-1:]
+    lines = ["| tokens read | seconds | cache, bytes | peak, MiB |", "| ---: | ---: | ---: | ---: |"]
+    lines += [
+        f"| {r['tokens']:,} | {r['seconds']:.1f} | {r['cache_bytes']:,} | {r['peak_bytes'] / 2**20:,.0f} |"
+        for r in rows
+    ]
+    others = ", ".join(f"{error:.1e}" for error in data["other_chunks"])
+    made = f"{data['hardware']}, {_versions(data['versions'])}, commit {data['commit']}"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{data['model']}, chunks of {data['chunk']:,}, bf16; {made}. The last layer's state "
+            f"after 20,000 tokens in chunks of 1,000, and in one call, differs by {others} of its norm.",
+        ]
+    )
+
+
+def _measured(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def recipe_keys() -> str:
     """Every key of a recipe."""
     return _keys(Recipe)
@@ -377,6 +483,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "training-text": training_text,
     "operators": operators,
     "kernels": kernels,
+    "decoding": decoding,
+    "generation": generation,
+    "decoding-cpu": decoding_cpu,
+    "long-prompt": long_prompt,
     "recipe-keys": recipe_keys,
     "mixer-keys": mixer_keys,
     "report-keys": report_keys,

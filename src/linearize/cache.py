@@ -28,6 +28,8 @@ class MixerCacheLayer(CacheLayerMixin):
     keys, values `[B, W, KV, D]`: the last W tokens, rotated. valid `[B, W]`: False at padding and before the first.
     sink_keys, sink_values `[B, S, KV, D]`, sink_time `[B, S]`: see `tokens.Tokens`. real `[B]`: real tokens seen.
     state, recent, late_keys, late_gates: see `Memory`; None where there is none.
+    While a `decoding.Decoder` has the cache, it is the `lender`, keys, values, valid, real, sink_time and state are
+    parts of its buffers, and the window is a ring: `settle` makes all as above again.
     """
 
     is_compileable = False
@@ -52,6 +54,7 @@ class MixerCacheLayer(CacheLayerMixin):
         """Forget everything."""
         for name in _TENSORS:
             setattr(self, name, None)
+        self.lender: Any = None
         self.seen = 0
         self.is_initialized = False
 
@@ -62,13 +65,25 @@ class MixerCacheLayer(CacheLayerMixin):
         """Not for this layer: its keys are of another layout. Raises TypeError."""
         raise TypeError("a converted layer's cache is read with past() and written with store()")
 
+    def settle(self) -> None:
+        """Tensors of its own, which nothing else writes to."""
+        if self.lender is not None:
+            self.lender.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies."""
+        self.settle()
+        return self.__dict__
+
     def past(self) -> Past | None:
         """The tokens before the next one, as `ops.local` takes them."""
+        self.settle()
         return Past(self.keys, self.values, self.valid) if self.is_initialized else None
 
     @property
     def memory(self) -> Memory | None:
         """What the recurrence carries, if there is anything yet."""
+        self.settle()
         return None if self.state is None else Memory(self.state, self.recent, self.late_keys, self.late_gates)
 
     def store(
@@ -82,6 +97,7 @@ class MixerCacheLayer(CacheLayerMixin):
         memory: Memory | None,
     ) -> None:
         """Take in new tokens: k, v `[B, T, KV, D]`, valid `[B, T]`; keep the last `window`, and what else is given."""
+        self.settle()
         B, T = k.shape[:2]
         if valid is None:
             valid = torch.ones(B, T, dtype=torch.bool, device=k.device)
@@ -140,6 +156,7 @@ class MixerCacheLayer(CacheLayerMixin):
         return sum(x.nbytes for name in _TENSORS if (x := getattr(self, name)) is not None)
 
     def _map(self, function: Any) -> None:
+        self.settle()
         for name in _TENSORS:
             if (x := getattr(self, name)) is not None:
                 setattr(self, name, function(x))
@@ -158,6 +175,7 @@ def adopt(cache: Cache, layers: list[int], num_layers: int) -> None:
             if cache.layers[index].is_initialized:
                 raise LinearizeError("this cache was filled by an unconverted model; start with a new one")
             cache.layers[index] = MixerCacheLayer()
+        cache.layers[index].settle()
 
 
 def cache_bytes(cache: Cache) -> int:

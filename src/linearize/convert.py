@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from linearize.cache import adopt
 from linearize.config import MixerConfig, MixerSettings, validated
+from linearize.decoding import next_token
 from linearize.errors import LinearizeError
 from linearize.families import FAMILIES, LINEARIZED, base_classes, base_model_type, family_of
 from linearize.mixer import LinearizedAttention, parts
@@ -207,6 +208,13 @@ def linearized_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[Pr
             super().__init__(config, *args, **kwargs)
             _swap(self)
 
+        @wraps(base_model.forward)  # generation looks at its signature
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = None
+            if len(args) < len(_POSITIONAL):  # the last differs here
+                output = next_token(self, dict(zip(_POSITIONAL, args, strict=False)) | kwargs)
+            return super().forward(*args, **kwargs) if output is None else output
+
         def initialize_weights(self) -> None:
             super().initialize_weights()  # the decoder, a model with rules of its own, leaves mixing weights alone
             for mixer in mixers(self):
@@ -262,6 +270,8 @@ _POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values",
 
 def _prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before the decoder stack runs: a cache with the right layers, and a `Tokens` for the mixers."""
+    if "tokens" in kwargs:  # a step that `decoding` runs
+        return args, kwargs
     kwargs = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
     plan, config = module.config.linearize, module.config
     inputs = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]

@@ -1,6 +1,6 @@
 """Liger Attention: a gated recurrence and a softmax window on one set of projections (arXiv 2503.01496)."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,10 @@ from linearize.errors import LinearizeError
 from linearize.families import Family, base_model_type, rotation
 from linearize.mixing import MIXINGS
 from linearize.ops import liger
+from linearize.ops import step as stepping
 from linearize.ops.local import NEVER, Past, Scoring, Sinks, local_attention
 from linearize.recurrence import Recurrence
+from linearize.structures import STRUCTURES
 from linearize.structures.base import Layer
 from linearize.structures.lightning import rates
 from linearize.tokens import Tokens
@@ -20,6 +22,17 @@ from linearize.tokens import Tokens
 
 def _unrotated(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     return q, k
+
+
+class Moment(NamedTuple):
+    """A decoding step as one layer knows it."""
+
+    clock: stepping.Clock
+    held: stepping.Held
+    settings: liger.Settings
+    mixing: Tensor  # [H]
+    decay: Tensor | None  # [KV], lightning's
+    sink_rope: liger.Rope | None = None  # cos and sin `[B, R]` with which queries meet the sinks
 
 
 def parts(attention: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
@@ -77,15 +90,21 @@ class LinearizedAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         past_key_values: Any = None,
-        tokens: Tokens | None = None,
+        tokens: Tokens | list[Moment] | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states `[B, T, hidden]` to the same; `tokens` come from the hook that `convert` sets."""
+        """hidden_states `[B, T, hidden]` to the same; `tokens` come from the hook that `convert` sets, or, for one
+        token whose step `decoding` runs, from there."""
         if tokens is None:
             raise LinearizeError(
                 f"layer {self.layer_idx} ({type(self.original).__name__}) got no description of its tokens: "
                 "its decoder layer drops keyword arguments, so this family cannot be converted"
             )
+        output_projection = getattr(self, self.family.projections[-1])
+        if isinstance(tokens, list):
+            heads = torch.cat(self.family.project(self, hidden_states), dim=2)[:, 0]
+            cos, sin = (x[:, 0].expand(len(heads), -1) for x in position_embeddings)
+            return output_projection(self.step(heads, (cos, sin), tokens[self.layer_idx]).flatten(1)[:, None]), None
         cache: MixerCacheLayer | None = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         past: Past | None = None if cache is None else cache.past()
         memory: Memory | None = None if cache is None else cache.memory
@@ -107,7 +126,6 @@ class LinearizedAttention(nn.Module):
             window = 0 if sinks is None else self.config.window
             cache.store(rotated[1], v, tokens.valid, window, (*kept, tokens.sink_time), tokens.real, memory)
         output = torch.zeros_like(q) if output is None else output
-        output_projection = getattr(self, self.family.projections[-1])
         return output_projection(output.flatten(2).to(hidden_states.dtype)), None
 
     def _kernel(self, layer: Layer) -> liger.Settings | str:
@@ -153,6 +171,42 @@ class LinearizedAttention(nn.Module):
             decay = -rates(self.layer, q.device).float()
         weights = mixing.weight if hasattr(mixing, "weight") else mixing.weights().to(q.device)
         return liger.fused(q, k, v, weights, settings, rope, None, tokens.first, decay)
+
+    def step_settings(self) -> liger.Settings | str:
+        """What a decoding step is to be told, or why there is none for this layer."""
+        config, family = self.config, self.family
+        if config.structure == "none":
+            if config.local != "window" or config.score != "softmax":
+                return f"no decoding step for local {config.local} with score {config.score}"
+            if family.softcap or family.null_logits or not family.rotates_halves:
+                return f"no decoding step for the attention of {type(self.original).__name__}"
+            return liger.Settings("none", self.scaling, window=config.window, sinks=config.sinks)
+        if isinstance(self.kernel, str):
+            return self.kernel
+        if self.kernel.gate not in liger.GATES:
+            return f"no decoding step for structure {config.structure}"
+        if config.feature_map not in liger.FEATURES:
+            return f"no decoding step for feature map {config.feature_map}"
+        return self.kernel
+
+    def moment(self, clock: stepping.Clock, held: stepping.Held) -> Moment:
+        """With this layer's constants, at fixed addresses; `step_settings` must give some."""
+        mixing: Any = self.mixing
+        settings, decay, device = self.step_settings(), None, held.keys.device
+        assert isinstance(settings, liger.Settings)
+        weights = torch.zeros(self.num_heads) if mixing is None else getattr(mixing, "weight", mixing.weights())
+        if settings.gate == "lightning":
+            key = torch.zeros(1, 1, self.num_key_value_heads, self.head_dim, device=device)
+            decay = (
+                STRUCTURES["lightning"].inputs(key, key, key, key, self.layer).log_g[0, 0, :, 0].float().contiguous()
+            )
+        return Moment(clock, held, settings, weights.detach().to(device), decay)
+
+    def step(self, heads: Tensor, rope: liger.Rope, moment: Moment) -> Tensor:
+        """Both branches for one token of each row, of which `heads` `[B, H + 2 KV, D]` are q, k and v."""
+        clock, held, settings, mixing, decay, sink_rope = moment
+        near, far = (None, None) if self.rotate is _unrotated else (rope, sink_rope)
+        return stepping.step(heads, mixing, settings, near, far, clock, held, decay)
 
     def scoring(self) -> Scoring:
         """How queries and keys of the softmax branch become weights: as in the original, unless `score` says else."""

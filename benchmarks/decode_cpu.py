@@ -1,0 +1,83 @@
+"""Decoding on a CPU: tokens per second of SmolLM2-135M's shape, converted and as it was, after a prompt.
+
+    python -m benchmarks.decode_cpu --out docs/results/decode_cpu.json
+
+Random weights in fp32, batch 1, greedy steps through transformers' forward; the original with its static and with its
+dynamic cache. The sides take turns, so that whatever else the machine does meets all of them.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+
+from benchmarks.results import provenance, write
+from benchmarks.train import random_model
+from linearize import convert
+from linearize.cache import cache_bytes
+
+
+def main() -> None:
+    """Read the prompt on every side, then let them take turns, and write the raw times."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=8, help="of each side in each turn")
+    parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=30)
+    arguments = parser.parse_args()
+    original, converted = random_model(arguments.layers), convert(random_model(arguments.layers), structure="gla")
+    room = arguments.context + arguments.steps * (arguments.turns + 1)
+    sides: dict[str, tuple[PreTrainedModel, Cache]] = {
+        "linearized": (converted, DynamicCache(config=converted.config)),
+        "static": (original, StaticCache(config=original.config, max_cache_len=room)),
+        "dynamic": (original, DynamicCache(config=original.config)),
+    }
+    tokens = {name: read(*side, arguments.context) for name, side in sides.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(arguments.turns + 1):
+        for name, side in sides.items():
+            tokens[name], taken = steps(*side, tokens[name], arguments.steps)
+            seconds[name] += taken if turn > 0 else []  # the first warms up
+    rows: list[dict[str, Any]] = []
+    for name, (_, cache) in sides.items():
+        rows.append({"side": name, "seconds": seconds[name], "cache_bytes": size(cache)})
+        speed = 1 / statistics.median(seconds[name])
+        print(f"{name:10} {speed:6.2f} tokens/s, cache {rows[-1]['cache_bytes'] / 2**20:6.1f} MiB", flush=True)
+    write(arguments.out, {**provenance(), "context": arguments.context, "rows": rows})
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, cache: Cache, context: int) -> Tensor:
+    """The first token after a random prompt."""
+    ids = torch.randint(0, 49152, (1, context), generator=torch.Generator().manual_seed(0))
+    for part in ids.split(1024, dim=1):
+        logits = model(part, past_key_values=cache, logits_to_keep=1).logits
+    return logits[:, -1:].argmax(-1)
+
+
+@torch.no_grad()
+def steps(model: PreTrainedModel, cache: Cache, token: Tensor, count: int) -> tuple[Tensor, list[float]]:
+    """The token after `count` greedy steps, and the seconds of each."""
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        token = model(token, past_key_values=cache).logits.argmax(-1)
+        seconds.append(time.perf_counter() - start)
+    return token, seconds
+
+
+def size(cache: Cache) -> int:
+    """Bytes of what a cache holds, of a static one all that it reserves."""
+    if isinstance(cache, StaticCache):
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return cache_bytes(cache)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,359 @@
+"""One more token by fixed addresses: every layer's window and state stay in place, and on a GPU a CUDA graph holds all
+kernels of the model's step.
+
+`next_token` stands before the forward of every converted model. A call with one new token for each row, a cache and no
+gradients is its; what it cannot do goes on to the ordinary forward. A cache that it serves is lent to a `Decoder`,
+whose buffers its layers show from then on, until something else needs it (`MixerCacheLayer.settle`).
+"""
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from linearize.cache import MixerCacheLayer
+from linearize.families import Head, base_model_type, separate
+from linearize.mixer import LinearizedAttention, Moment
+from linearize.ops.liger import Rope, warn_once
+from linearize.ops.local import NEVER
+from linearize.ops.step import Clock, Held, advance
+
+PLAIN = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # x + attention(norm(x)), then x + mlp(norm(x)), no more
+MOVING = ("dynamic", "longrope")  # RoPE whose frequencies depend on the largest position
+UNEVEN = ("mixtral", "gpt_oss")  # experts: how much work there is depends on the text
+TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+TAKEN |= {"cache_position", "return_dict"}
+
+_decoders: WeakKeyDictionary[PreTrainedModel, "Decoder"] = WeakKeyDictionary()
+
+
+def next_token(model: PreTrainedModel, given: Mapping[str, Any]) -> CausalLMOutputWithPast | None:
+    """What the forward of `model` would return for the arguments `given`; None where that has to do it itself."""
+    ids, cache, mask = given.get("input_ids"), given.get("past_key_values"), given.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1 or not isinstance(cache, Cache):
+        return None
+    if not cache.layers or not all(isinstance(x, MixerCacheLayer) and x.is_initialized for x in cache.layers):
+        return None
+    seen, batch = cache.get_seq_length(), ids.shape[0]
+    if torch.is_grad_enabled() or model.training or torch.is_autocast_enabled(ids.device.type):
+        return None
+    if not _ordinary(model, given) or cache.layers[0].batch_size != batch:
+        return None
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (batch, seen + 1)):
+        return None
+    decoder = _decoders.get(model)
+    if decoder is None or not decoder.holds(cache):
+        with torch.inference_mode(False), torch.no_grad():  # buffers outlive the caller's mode
+            decoder = _lend(model, cache, batch)
+    if decoder is None:
+        return None
+    valid = None if mask is None else mask[:, -1]
+    logits = decoder.step(ids, seen if given.get("position_ids") is None else given["position_ids"], valid)
+    return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+
+def _ordinary(model: PreTrainedModel, given: Mapping[str, Any]) -> bool:
+    """Whether nothing but logits is asked for."""
+    config, kept = model.config, given.get("logits_to_keep")
+    others = any(value is not None and value is not False for name, value in given.items() if name not in TAKEN)
+    plain = given.get("use_cache") in (None, True) and given.get("return_dict", True) in (None, True)
+    plain = plain and (kept is None or (isinstance(kept, int) and kept in (0, 1)))
+    return plain and not others and config.return_dict and not (config.output_hidden_states or config.output_attentions)
+
+
+def _lend(model: PreTrainedModel, cache: Cache, batch: int) -> "Decoder | None":
+    """The decoder that has the cache now; None where there is none for this model."""
+    decoder, reason = _decoders.get(model), why_not(model)
+    if decoder is not None:
+        decoder.release()
+        if reason is not None or not decoder.fits(model, batch):
+            del _decoders[model]  # its memory is free before more is taken
+            decoder = None
+    if reason is not None:
+        if next(model.parameters()).is_cuda:
+            warn_once(f"decoding goes without a CUDA graph, several times slower: {reason}")
+        return None
+    if decoder is None:
+        decoder = _decoders[model] = Decoder(model, batch)
+    decoder.take(cache)
+    return decoder
+
+
+def why_not(model: PreTrainedModel) -> str | None:
+    """Why there is no `Decoder` for a converted model; None if there is."""
+    layers: list[Any] = [layer.self_attn for layer in model.base_model.layers]
+    if not all(isinstance(mixer, LinearizedAttention) for mixer in layers):
+        return "some layers are softmax attention, whose cache grows"
+    if any(hasattr(module, "base_layer") for module in model.modules()):  # PEFT's
+        return "LoRA is not merged into the weights (linearize merge)"
+    if (name := base_model_type(model.config.model_type)) in UNEVEN:
+        return f"the experts of {name} do a different amount of work for every text"
+    rope_types = getattr(model.base_model.rotary_emb, "rope_type", "default")
+    rope_types = rope_types.values() if isinstance(rope_types, dict) else [rope_types]
+    if moving := [name for name in rope_types if name in MOVING]:
+        return f"the frequencies of {moving[0]} RoPE depend on the length"
+    if any(mixer.ablated for mixer in layers):
+        return "a recurrence is left out"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "the model is spread over several devices"
+    return next((reason for mixer in layers if isinstance(reason := mixer.step_settings(), str)), None)
+
+
+class Decoder:
+    """The buffers of `batch` sequences, and the step of one model over them; a graph of it on a GPU."""
+
+    def __init__(self, model: PreTrainedModel, batch: int) -> None:
+        config: Any = model.config
+        self.stack: Any = model.base_model
+        self.head, self.limit = Head(model), config.max_position_embeddings
+        self.mixers: list[LinearizedAttention] = [layer.self_attn for layer in self.stack.layers]
+        weight = self.stack.get_input_embeddings().weight
+        sinks = max(mixer.config.sinks for mixer in self.mixers)
+        like = {"device": weight.device, "dtype": torch.long}
+        self.ids, self.position = torch.zeros(batch, 1, **like), torch.zeros(batch, 1, **like)
+        self.clock = Clock(
+            torch.zeros(1, **like), torch.zeros(batch, **like),
+            torch.ones(batch, dtype=torch.bool, device=weight.device), torch.full((batch, sinks), NEVER, **like), {},
+        )  # fmt: skip
+        windows = {mixer.config.window for mixer in self.mixers}
+        valid = {window: torch.zeros(batch, window, dtype=torch.uint8, device=weight.device) for window in windows}
+        empty = [_empty(mixer, valid[mixer.config.window], sinks, weight) for mixer in self.mixers]
+        self.moments = [mixer.moment(self.clock, held) for mixer, held in zip(self.mixers, empty, strict=True)]
+        self.layers = [PlainLayer(layer) for layer in self.stack.layers] if is_plain(self.stack) else None
+        self.lent: list[weakref.ref[MixerCacheLayer]] = []
+        self.signature = _signature(model)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits: Tensor | None = None
+        if weight.is_cuda:
+            self.capture()
+
+    def fits(self, model: PreTrainedModel, batch: int) -> bool:
+        """Whether it is for as many rows and for the weights that the model has now."""
+        return self.ids.shape[0] == batch and self.signature == _signature(model)
+
+    def holds(self, cache: Cache) -> bool:
+        """Whether the cache's layers show these buffers."""
+        return all(isinstance(layer, MixerCacheLayer) and layer.lender is self for layer in cache.layers)
+
+    def capture(self) -> None:
+        """Run the step twice, as what compiles or allocates does so then, and make the graph."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.run()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.logits = self.run()
+
+    def step(self, ids: Tensor, position: Tensor | int, valid: Tensor | None) -> Tensor:
+        """Logits `[B, 1, vocab]` after `ids` `[B, 1]`, at `position` (`[B or 1, 1]`, or one for all rows); rows that
+        are not `valid` `[B]` are padding."""
+        self.ids.copy_(ids)
+        self.position.copy_(position) if isinstance(position, Tensor) else self.position.fill_(position)
+        self.clock.valid.fill_(True) if valid is None else self.clock.valid.copy_(valid)
+        for reference in self.lent:
+            if (layer := reference()) is not None:
+                layer.seen += 1
+        if self.graph is None:
+            return self.run()
+        assert self.logits is not None
+        self.graph.replay()
+        return self.logits.clone()  # the next step writes over them
+
+    @torch.no_grad()
+    def run(self) -> Tensor:
+        """The step itself: it reads `ids` and `position`, moves `clock` and `held` on, and gives the logits."""
+        logits = self.through_layers() if self.layers is None else self.through_plain_layers()
+        advance(self.clock)
+        return logits
+
+    def through_plain_layers(self) -> Tensor:
+        """By `PlainLayer`."""
+        assert self.layers is not None
+        hidden = self.stack.embed_tokens(self.ids[:, 0])
+        positions = self.position
+        if positions.is_cuda or bool((positions >= self.limit).any()):  # else sinks are met as all tokens are
+            positions = torch.cat([positions, self.clamped()], 1)
+        cos, sin = self.stack.rotary_emb(hidden, position_ids=positions)
+        rope, *others = zip(cos.unbind(1), sin.unbind(1), strict=True)
+        sink_rope = others[0] if others else rope
+        for layer, moment in zip(self.layers, self.moments, strict=True):
+            layer(hidden, rope, moment._replace(sink_rope=sink_rope))
+        return self.head(normed(hidden, self.stack.norm))[:, None]
+
+    def clamped(self) -> Tensor:
+        """The position from which queries see the sinks: within the length that the model was trained at."""
+        return self.position.clamp(max=self.limit - 1)
+
+    def through_layers(self) -> Tensor:
+        """By the model's own forward."""
+        clamped = self.clamped()
+        hidden = self.stack.get_input_embeddings().weight
+        if hasattr(self.stack.rotary_emb, "layer_types"):  # full and sliding layers rotate at different speeds
+            types = self.stack.config.layer_types
+            made = {name: self.stack.rotary_emb(hidden, position_ids=clamped, layer_type=name) for name in set(types)}
+            ropes = [made[name] for name in types]
+        else:
+            ropes = [self.stack.rotary_emb(hidden, position_ids=clamped)] * len(self.mixers)
+        ropes = [(cos[:, 0], sin[:, 0]) for cos, sin in ropes]
+        moments = [moment._replace(sink_rope=rope) for moment, rope in zip(self.moments, ropes, strict=True)]
+        output = self.stack(
+            input_ids=self.ids,
+            position_ids=self.position,
+            attention_mask=self.ids.new_zeros(1, 1, 1, 1),  # nobody looks at it; a 4-D one is taken as it is
+            use_cache=False,
+            tokens=moments,
+        )
+        return self.head(output.last_hidden_state)
+
+    def take(self, cache: Cache) -> None:
+        """The cache's tokens come into the buffers, and its layers show these from now on."""
+        layers: list[MixerCacheLayer] = list(cache.layers)
+        seen, M = layers[0].seen, self.clock.sink_time.shape[1]
+        self.clock.time.fill_(seen)
+        self.clock.real.copy_(layers[0].real)
+        self.clock.sink_time.copy_(layers[0].sink_time)
+        for layer, (_, held, *_) in zip(layers, self.moments, strict=True):
+            window = held.keys.shape[2] - M
+            for kept, sinks, ring in (
+                (held.keys, layer.sink_keys, layer.keys),
+                (held.values, layer.sink_values, layer.values),
+            ):
+                kept[:, :, :M].copy_(sinks.transpose(1, 2))
+                kept[:, :, M:].copy_(ring.roll(seen % window, 1).transpose(1, 2))
+            held.valid.copy_(layer.valid.roll(seen % window, 1))
+            if layer.state is not None:
+                held.state.copy_(layer.state)
+            self._show(layer, held)
+            layer.lender = self
+        self.lent = [weakref.ref(layer) for layer in layers]
+
+    def _show(self, layer: MixerCacheLayer, held: Held) -> None:
+        M = self.clock.sink_time.shape[1]
+        layer.sink_keys, layer.keys = held.keys.transpose(1, 2).split([M, held.keys.shape[2] - M], dim=1)
+        layer.sink_values, layer.values = held.values.transpose(1, 2).split([M, held.keys.shape[2] - M], dim=1)
+        layer.valid, layer.real, layer.sink_time = held.valid, self.clock.real, self.clock.sink_time
+        layer.state = None if layer.state is None else held.state
+
+    def release(self) -> None:
+        """The layers that show these buffers get tensors of their own again, in the cache's order."""
+        for reference in self.lent:
+            if (layer := reference()) is not None and layer.lender is self:
+                back = -(layer.seen % layer.keys.shape[1])
+                for name in ("keys", "values", "valid"):
+                    setattr(layer, name, getattr(layer, name).roll(back, 1).contiguous())
+                for name in ("sink_keys", "sink_values", "sink_time", "real"):
+                    setattr(layer, name, getattr(layer, name).clone(memory_format=torch.contiguous_format))
+                layer.valid = layer.valid.bool()
+                layer.state = None if layer.state is None else layer.state.clone()
+                layer.lender = None
+        self.lent = []
+
+
+def _empty(mixer: LinearizedAttention, valid: Tensor, sinks: int, weight: Tensor) -> Held:
+    """Buffers of one layer before the first token."""
+    batch = len(valid)
+    rows, heads, size = sinks + mixer.config.window, mixer.num_key_value_heads, mixer.head_dim
+    keys, values = (torch.zeros(batch, heads, rows, size, dtype=weight.dtype, device=weight.device) for _ in range(2))
+    shape = (0,) if mixer.recurrence is None else (batch, heads, size, size)
+    return Held(keys, values, valid, torch.zeros(shape, device=weight.device))
+
+
+def _signature(model: PreTrainedModel) -> tuple[int, ...]:
+    """Changes when a parameter or a mixer is another one."""
+    addresses = (parameter.data_ptr() for parameter in model.parameters())
+    return (*addresses, *(id(module) for module in model.modules() if isinstance(module, LinearizedAttention)))
+
+
+# --- decoder layers of the plain families, in few kernels ---
+
+
+def is_plain(stack: Any) -> bool:
+    """Whether `PlainLayer` can stand for every layer."""
+    if base_model_type(stack.config.model_type) not in PLAIN:
+        return False
+    if stack.config.hidden_act != "silu":
+        return False
+    linears = [
+        linear
+        for layer in stack.layers
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj, *_projections(layer.self_attn))
+    ]
+    return all(type(linear) is nn.Linear for linear in linears)  # not a quantised one
+
+
+def _projections(mixer: LinearizedAttention) -> list[nn.Linear]:
+    return [getattr(mixer, name) for name in mixer.family.projections]
+
+
+class PlainLayer:
+    """A decoder layer in place: residuals are added by the matrix products, and products of one input are one."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.mixer = layer, layer.self_attn
+        self.together = self.mixer.family.project is separate
+        if self.together:
+            self.qkv = joined(_projections(self.mixer)[:-1])
+        self.gate_up = joined([layer.mlp.gate_proj, layer.mlp.up_proj])
+        self.output, self.down = _projections(self.mixer)[-1], layer.mlp.down_proj
+
+    def __call__(self, hidden: Tensor, rope: Rope, moment: Moment) -> None:
+        """hidden `[B, hidden]` becomes what the layer makes of it."""
+        x = normed(hidden, self.layer.input_layernorm)
+        if self.together:
+            heads = F.linear(x, *self.qkv).unflatten(1, (-1, self.mixer.head_dim))
+        else:
+            heads = torch.cat(self.mixer.family.project(self.mixer, x[:, None]), dim=2)[:, 0]
+        read = self.mixer.step(heads, rope, moment)
+        add_product(hidden, read.flatten(1), self.output)
+        gate_up = F.linear(normed(hidden, self.layer.post_attention_layernorm), *self.gate_up)
+        add_product(hidden, swiglu(gate_up), self.down)
+
+
+def normed(x: Tensor, norm: Any) -> Tensor:
+    """Root mean square norm in one kernel."""
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+def add_product(hidden: Tensor, x: Tensor, linear: nn.Linear) -> None:
+    """hidden += linear(x)."""
+    hidden.addmm_(x, linear.weight.t())
+    if linear.bias is not None:
+        hidden.add_(linear.bias)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up, of `[B, 2I]`."""
+    if gate_up.is_cuda:
+        from linearize.ops.step_triton import swiglu as kernel
+
+        return kernel(gate_up)
+    gate, up = gate_up.chunk(2, dim=1)
+    return F.silu(gate).mul_(up)
+
+
+@torch.no_grad()
+def joined(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of one linear layer that is all of these; their parameters become parts of it, so that nothing
+    is kept twice."""
+    made: list[Tensor | None] = []
+    for name in ("weight", "bias"):
+        own = [getattr(linear, name) for linear in linears]
+        if own[0] is None:
+            made.append(None)
+            continue
+        whole = torch.cat([x.data for x in own])
+        for x, part in zip(own, whole.split([len(x) for x in own]), strict=True):
+            x.data = part
+        made.append(whole)
+    weight, bias = made
+    assert weight is not None
+    return weight, bias

@@ -1,0 +1,167 @@
+"""Liger Attention for the next token of each sequence, in place: a window, sinks and a state at fixed addresses.
+
+The equations are those of `ops.liger`, one token at a time. `heads` `[B, H + 2 KV, D]` are the token's q, k and v, one
+after the other, before RoPE. Nothing here asks a GPU for a value or makes a tensor of varying size, so that a CUDA
+graph can hold it.
+"""
+
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from linearize.ops.liger import FEATURES, GATES, Rope, Settings, warn_once, wide
+
+WIDEST = 128  # window that the kernel takes
+
+
+class Marks(NamedTuple):
+    """What `plain` works out once for all layers of one window and as many sinks."""
+
+    place: Tensor  # [1]: where in `Held` the new token goes
+    mask: Tensor  # [B * KV, 1, M + W]: 0 where a token is seen, else -inf
+    sink: Tensor | None  # [B, 1, M, 1]: whether the new token is this sink; None if known to be none
+    valid: Tensor | None  # [B, 1, 1]: whether it is real; None if all are known to be
+
+
+class Clock(NamedTuple):
+    """What all layers know of the tokens so far; `advance` moves it on."""
+
+    time: Tensor  # [1], int64: the index of the next token, padding counted
+    real: Tensor  # [B], int64: real tokens seen
+    valid: Tensor  # [B], bool: False where the next token is padding
+    sink_time: Tensor  # [B, M], int64: the index of each sink, `NEVER` of those still to come
+    marks: dict[tuple[int, int], Marks]  # of this step, by window and sinks
+
+
+class Held(NamedTuple):
+    """What one layer keeps: M sinks, then a ring of W tokens, of which token t is at M + t % W; keys are rotated."""
+
+    keys: Tensor  # [B, KV, M + W, D]
+    values: Tensor  # [B, KV, M + W, D]
+    valid: Tensor  # [B, W], uint8: 1 where the ring has a real token; one tensor for all layers of this window
+    state: Tensor  # [B, KV, D, D] in fp32; [0] without a recurrence
+
+
+def advance(clock: Clock) -> None:
+    """After every layer took in the token."""
+    slot = torch.arange(clock.sink_time.shape[1], device=clock.time.device)
+    filled = (slot == clock.real[:, None]) & clock.valid[:, None]
+    clock.sink_time.copy_(torch.where(filled, clock.time, clock.sink_time))
+    clock.real.add_(clock.valid)
+    clock.time.add_(1)
+    clock.marks.clear()
+
+
+def why_not_fused(heads: Tensor, settings: Settings, rope: Rope | None, held: Held) -> str | None:
+    """What the kernel lacks for these inputs; None if nothing."""
+    D = heads.shape[-1]
+    R = 0 if rope is None else rope[0].shape[-1]
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if not heads.is_cuda:
+        return "the tensors are not on a CUDA device"
+    if torch.version.hip is None and torch.cuda.get_device_capability(heads.device) < (8, 0):
+        return "the device is older than compute capability 8.0"
+    unsupported = {
+        f"a window of {settings.window}": settings.window > WIDEST,
+        f"head size {D}": D > 256,
+        f"{R} rotated channels": R % 2 == 1 or R > D,
+        f"{heads.dtype} and a cache in {held.keys.dtype}": heads.dtype != held.keys.dtype,
+    }
+    reasons = [name for name, true in unsupported.items() if true]
+    return f"no kernel for {', '.join(reasons)}" if reasons else None
+
+
+def step(
+    heads: Tensor,
+    mixing: Tensor,
+    settings: Settings,
+    rope: Rope | None,
+    sink_rope: Rope | None,
+    clock: Clock,
+    held: Held,
+    decay: Tensor | None = None,
+) -> Tensor:
+    """`[B, H, D]` in the dtype of `heads`, by the fastest code there is; `held` takes in the token, `clock` stays as it
+    is.
+
+    `mixing` is `[H]`; `rope` is cos and sin `[B, R]` of the token, `sink_rope` those with which queries meet the sinks
+    (the same, but where distances are clamped); `decay` is lightning's log decay of each head. A gate of "none" leaves
+    the window alone.
+    """
+    run = plain
+    if (reason := why_not_fused(heads, settings, rope, held)) is None:
+        from linearize.ops.step_triton import run
+    elif heads.is_cuda:
+        warn_once(f"decoding steps of Liger Attention run unfused, several times slower: {reason}")
+    return run(heads, mixing, settings, rope, sink_rope, clock, held, decay)
+
+
+def plain(
+    heads: Tensor,
+    mixing: Tensor,
+    settings: Settings,
+    rope: Rope | None,
+    sink_rope: Rope | None,
+    clock: Clock,
+    held: Held,
+    decay: Tensor | None = None,
+) -> Tensor:
+    """In PyTorch."""
+    (B, KV, _, D), M = held.keys.shape, clock.sink_time.shape[1]
+    H, pairs = heads.shape[1] - 2 * KV, B * KV
+    place, mask, sink, valid = clock.marks.get((settings.window, settings.sinks)) or _marks(clock, held, settings)
+    q, k, v = heads.split([H, KV, KV], dim=1)
+    near = heads if rope is None else _turned(heads[:, : H + KV], *rope)
+    near_q, near_k = near[:, :H].reshape(pairs, -1, D), near[:, H : H + KV]
+    for kept, x in ((held.keys, near_k[:, :, None]), (held.values, v[:, :, None])):
+        kept.index_copy_(2, place, x)
+        if sink is not None:
+            kept[:, :, :M] = torch.where(sink, x, kept[:, :, :M])
+
+    keys = held.keys.view(pairs, -1, D).mT
+    scores = torch.baddbmm(mask, near_q, keys, alpha=settings.scale)
+    if rope is not None and sink_rope is not None and sink_rope is not rope:
+        far_q = _turned(q, *sink_rope).reshape(pairs, -1, D)
+        scores[..., :M] = torch.baddbmm(mask[..., :M], far_q, keys[..., :M], alpha=settings.scale)
+    windowed = torch.bmm(scores.softmax(-1), held.values.view(pairs, -1, D))
+    if settings.gate == "none":
+        return windowed.view(B, H, D)
+
+    key, log_g = (x[:, 0] for x in GATES[settings.gate](wide(k)[:, None], settings, decay))  # [B, KV, D or 1]
+    if valid is not None:
+        key, log_g = key * valid, log_g * valid
+    held.state.mul_(log_g.exp()[..., None]).addcmul_(key[..., None], wide(v)[..., None, :])
+    query = FEATURES[settings.feature_map](wide(q)).reshape(pairs, -1, D)
+    recurrent = torch.bmm(query, held.state.view(pairs, D, D)).to(windowed.dtype)
+    return torch.lerp(windowed.view(B, H, D), recurrent.view(B, H, D), mixing[:, None].to(windowed.dtype))
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE over the first R channels of x `[B, H, D]`, as `rotate_half` has it."""
+    half, R = cos.shape[-1] // 2, cos.shape[-1]
+    cos, sin = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]
+    turned = x * cos if x.shape[-1] == R else torch.cat([x[..., :R] * cos, x[..., R:]], dim=-1)
+    turned[..., :half].addcmul_(x[..., half:R], sin[..., :half], value=-1)
+    turned[..., half:R].addcmul_(x[..., :half], sin[..., half:])
+    return turned
+
+
+def _marks(clock: Clock, held: Held, settings: Settings) -> Marks:
+    """Made by the first layer that asks; the ring's `valid` takes in the token here."""
+    device, W, M = held.keys.device, settings.window, clock.sink_time.shape[1]
+    slot, sinks = clock.time % W, torch.arange(M, device=device)
+    gone = (clock.sink_time <= clock.time - W) & (sinks < settings.sinks)
+    seen = torch.cat([gone, held.valid.bool() | (torch.arange(W, device=device) == slot)], dim=1)
+    held.valid.index_copy_(1, slot, clock.valid[:, None].to(torch.uint8))
+    mask = torch.zeros(seen.shape, device=device, dtype=held.keys.dtype).masked_fill_(~seen, -torch.inf)
+    sink: Tensor | None = ((sinks == clock.real[:, None]) & clock.valid[:, None])[:, None, :, None]
+    valid: Tensor | None = clock.valid[:, None, None]
+    if device.type == "cpu":  # where one may look
+        sink = sink if bool((clock.real < M).any()) else None
+        valid = None if bool(clock.valid.all()) else valid
+    mask = mask.repeat_interleave(held.keys.shape[1], dim=0)[:, None]
+    made = clock.marks[settings.window, settings.sinks] = Marks(slot + M, mask, sink, valid)
+    return made

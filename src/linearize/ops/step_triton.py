@@ -1,0 +1,189 @@
+"""The kernel of a decoding step of Liger Attention: RoPE, window, sinks, feature map, gate, state and mixing in one.
+
+A program has one key/value head of one sequence, with all its query heads, and BV of the value channels: it reads the
+whole window's keys, and its own columns of the values and of the state, which it updates in place. The ring's place of
+the new token is never read, since another program may have written it already.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from linearize.ops.liger import Rope, Settings
+from linearize.ops.liger_triton import feature, key_and_gate, partner_of
+from linearize.ops.step import Clock, Held
+
+
+@triton.jit
+def load_angles(cos, sin, start, columns, R: tl.constexpr):
+    """Cosine, and sine with the sign that rotate-half gives it; 1 and 0 past R."""
+    c = tl.load(cos + start + columns, mask=columns < R, other=1.0).to(tl.float32)
+    s = tl.load(sin + start + columns, mask=columns < R, other=0.0).to(tl.float32)
+    return c, tl.where(columns < R // 2, -s, s)
+
+
+@triton.jit
+def step_kernel(
+    q, k, v, stride, cos, sin, rope_stride, sink_cos, sink_sin, sink_rope_stride,
+    mixing, decay, time, real, valid, sink_time, keys, values, ring_valid, state, output,
+    KV, scale, rate, lower,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
+    MP: tl.constexpr, SINKS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    GATE: tl.constexpr, FEATURE: tl.constexpr,
+):  # fmt: skip
+    """One token of one key/value head; see the module and `ops.step`."""
+    pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, h = pair // KV, pair % KV
+    columns, mine = tl.arange(0, DP), part * BV + tl.arange(0, BV)
+    wide, narrow = columns < D, mine < D
+    partner = partner_of(columns, R)
+    t, before, fresh = tl.load(time), tl.load(real + b), tl.load(valid + b).to(tl.int32)
+    kept_type = keys.dtype.element_ty
+
+    # the new token
+    new_k = tl.load(k + b * stride + h * D + columns, mask=wide, other=0.0).to(tl.float32)
+    new_v = tl.load(v + b * stride + h * D + mine, mask=narrow, other=0.0).to(tl.float32)
+    turned = new_k
+    if R > 0:
+        c, s = load_angles(cos, sin, b * rope_stride, columns, R)
+        other = tl.load(k + b * stride + h * D + partner, mask=wide, other=0.0).to(tl.float32)
+        turned = (new_k * c + other * s).to(kept_type).to(tl.float32)
+
+    # the window, with the new token in its place
+    slot = (t % W).to(tl.int32)
+    rows = tl.arange(0, WP)
+    here = (rows < W)[:, None]
+    ring = (pair * (M + W) + M + rows)[:, None] * D
+    window_k = tl.load(keys + ring + columns[None, :], mask=here & wide[None, :], other=0.0).to(tl.float32)
+    window_k = tl.where((rows == slot)[:, None], turned[None, :], window_k)
+    window_v = tl.load(values + ring + mine[None, :], mask=here & narrow[None, :], other=0.0).to(tl.float32)
+    window_v = tl.where((rows == slot)[:, None], new_v[None, :], window_v)
+    seen = tl.load(ring_valid + b * W + rows, mask=rows < W, other=0) != 0
+    seen = (seen | (rows == slot)) & (rows < W)
+    if SINKS > 0:
+        sinks = tl.arange(0, MP)
+        place = (pair * (M + W) + sinks)[:, None] * D
+        there = (sinks < M)[:, None]
+        sink_k = tl.load(keys + place + columns[None, :], mask=there & wide[None, :], other=0.0).to(tl.float32)
+        sink_v = tl.load(values + place + mine[None, :], mask=there & narrow[None, :], other=0.0).to(tl.float32)
+        gone = tl.load(sink_time + b * M + sinks, mask=sinks < SINKS, other=t) <= t - W
+
+    # the recurrence
+    if GATE != "none":
+        inside = (tl.zeros((1,), tl.int32) + fresh) != 0
+        fixed = 0.0
+        if GATE == "lightning":
+            fixed = tl.load(decay + h)
+        key, log_g = key_and_gate(new_k[None, :], inside, columns, fixed, rate, lower, D, GATE, FEATURE)
+        cell = pair * D * D + columns[:, None] * D + mine[None, :]
+        within = wide[:, None] & narrow[None, :]
+        memory = tl.load(state + cell, mask=within, other=0.0)
+        memory = memory * tl.trans(tl.exp(log_g)) + tl.trans(key) * new_v[None, :]
+        tl.store(state + cell, memory, mask=within)
+
+    for g in tl.static_range(G):
+        head = h * G + g
+        row = q + b * stride + head * D
+        x = tl.load(row + columns, mask=wide, other=0.0).to(tl.float32)
+        near, far = x, x
+        if R > 0:
+            other = tl.load(row + partner, mask=wide, other=0.0).to(tl.float32)
+            near = x * c + other * s
+            if SINKS > 0:
+                sink_c, sink_s = load_angles(sink_cos, sink_sin, b * sink_rope_stride, columns, R)
+                far = x * sink_c + other * sink_s
+        score = tl.where(seen, tl.sum(window_k * near[None, :], 1) * scale, -float("inf"))
+        highest = tl.max(score, 0)
+        if SINKS > 0:
+            sink_score = tl.where(gone, tl.sum(sink_k * far[None, :], 1) * scale, -float("inf"))
+            highest = tl.maximum(highest, tl.max(sink_score, 0))
+        weight = tl.exp(score - highest)
+        total, result = tl.sum(weight, 0), tl.sum(weight[:, None] * window_v, 0)
+        if SINKS > 0:
+            sink_weight = tl.exp(sink_score - highest)
+            total += tl.sum(sink_weight, 0)
+            result += tl.sum(sink_weight[:, None] * sink_v, 0)
+        result = result / total
+        if GATE != "none":
+            query = feature(x[None, :], columns, D, FEATURE)
+            recurrent = tl.sum(tl.trans(query) * memory, 0)
+            w = tl.load(mixing + head).to(tl.float32)
+            result = w * recurrent + (1.0 - w) * result
+        tl.store(output + (b * KV * G + head) * D + mine, result.to(output.dtype.element_ty), mask=narrow)
+
+    # what stays: values by columns, keys once
+    token = (pair * (M + W) + M + slot) * D
+    sink = (pair * (M + W) + before) * D
+    is_sink = (before < M) & (fresh != 0)
+    tl.store(values + token + mine, new_v.to(kept_type), mask=narrow)
+    if is_sink:
+        tl.store(values + sink + mine, new_v.to(kept_type), mask=narrow)
+    if part == 0:
+        tl.store(keys + token + columns, turned.to(kept_type), mask=wide)
+        if is_sink:
+            tl.store(keys + sink + columns, turned.to(kept_type), mask=wide)
+        if h == 0:
+            tl.store(ring_valid + b * W + slot, fresh.to(tl.uint8))
+
+
+@triton.jit
+def swiglu_kernel(gate_up, output, size, BLOCK: tl.constexpr):
+    """silu(gate) · up, of rows `[gate, up]`."""
+    row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < size
+    gate = tl.load(gate_up + row * 2 * size + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * size + size + columns, mask=inside, other=0.0).to(tl.float32)
+    result = (gate / (1.0 + tl.exp(-gate))).to(output.dtype.element_ty).to(tl.float32) * up
+    tl.store(output + row * size + columns, result.to(output.dtype.element_ty), mask=inside)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """`[B, 2I]`, contiguous, to `[B, I]`."""
+    size = gate_up.shape[1] // 2
+    output = gate_up.new_empty(gate_up.shape[0], size)
+    swiglu_kernel[(gate_up.shape[0], triton.cdiv(size, 1024))](gate_up, output, size, BLOCK=1024, num_warps=4)
+    return output
+
+
+def value_block(pairs: int, D: int) -> int:
+    """Value channels of a program: many, but for few heads as few as fill the GPU."""
+    size = triton.next_power_of_2(D)
+    while size > 16 and (size > 64 or pairs * triton.cdiv(D, size) < 256):
+        size //= 2
+    return size
+
+
+def run(
+    heads: Tensor,
+    mixing: Tensor,
+    settings: Settings,
+    rope: Rope | None,
+    sink_rope: Rope | None,
+    clock: Clock,
+    held: Held,
+    decay: Tensor | None = None,
+    block: int | None = None,
+    warps: int = 4,
+) -> Tensor:
+    """As `step.step`; `block` and `warps` are for tuning."""
+    heads = heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
+    (B, rows, D), KV, M = heads.shape, held.keys.shape[1], clock.sink_time.shape[1]
+    H = rows - 2 * KV
+    q, k, v = heads.split([H, KV, KV], dim=1)
+    output = torch.empty(B, H, D, dtype=heads.dtype, device=heads.device)
+    cos, sin = (mixing, mixing) if rope is None else rope  # an argument that nothing reads
+    sink_cos, sink_sin = (cos, sin) if sink_rope is None else sink_rope
+    block = block or value_block(B * KV, D)
+    step_kernel[(B * KV, triton.cdiv(D, block))](
+        q, k, v, heads.stride(0),
+        cos, sin, 0 if rope is None else cos.stride(0), sink_cos, sink_sin, 0 if rope is None else sink_cos.stride(0),
+        mixing, mixing if decay is None else decay, clock.time, clock.real, clock.valid, clock.sink_time,
+        held.keys, held.values, held.valid, held.state, output,
+        KV, settings.scale, 1.0 / settings.temperature, settings.lower,
+        G=H // KV, D=D, DP=triton.next_power_of_2(D), BV=block, R=0 if rope is None else cos.shape[-1], M=M,
+        MP=triton.next_power_of_2(max(M, 1)), SINKS=min(settings.sinks, M), W=settings.window,
+        WP=triton.next_power_of_2(settings.window), GATE=settings.gate, FEATURE=settings.feature_map,
+        num_warps=warps,
+    )  # fmt: skip
+    return output

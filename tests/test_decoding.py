@@ -1,0 +1,307 @@
+"""Steps by fixed addresses are those of the ordinary forward, whatever happens to cache, batch and weights between."""
+
+import copy
+import pickle
+from itertools import pairwise
+
+import pytest
+import torch
+from test_cache import LENGTH, in_parts, one_by_one
+from tiny import FAMILIES, assert_close, ids, logits, relative, tiny
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from linearize import convert, decoding
+from linearize.decoding import UNEVEN, Decoder
+from linearize.ops import liger
+
+SETTINGS = {"window": 5, "sinks": 3, "mixing_weight": 0.4}
+ROTATES_OTHERWISE = ("cohere", "glm4", "gpt_oss")
+WITHOUT = {*ROTATES_OTHERWISE, "gemma2", *UNEVEN}
+UNFUSED = "ignore:Liger Attention runs unfused", "ignore:decoding goes without", "ignore:decoding steps"
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in UNFUSED]  # on a GPU, in fp32
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+
+def converted(family: str = "llama", rope_parameters=None, **settings):
+    overrides = {"head_dim": 16} if family in ("llama", "mistral", "qwen2") else {}
+    overrides |= {"rope_parameters": rope_parameters} if rope_parameters else {}
+    return convert(tiny(family, **overrides), **SETTINGS | settings).to(DEVICE)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """How many steps decoders made."""
+    made, step = [], Decoder.step
+
+    def counted(self, *args):
+        made.append(self)
+        return step(self, *args)
+
+    monkeypatch.setattr(Decoder, "step", counted)
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family, steps):
+    model, tokens = converted(family), ids(2, LENGTH).to(DEVICE)
+    full = logits(model, tokens, use_cache=False)
+    assert_close(in_parts(model, tokens, one_by_one(9))[0], full)
+    assert len(steps) == (0 if family in WITHOUT else LENGTH - 9)
+
+
+@pytest.mark.parametrize("structure", [*liger.GATES, "gated_retention", "none"])
+@pytest.mark.parametrize("prompt", [1, 2, 9])
+def test_every_structure_after_any_prompt(structure, prompt, steps):
+    """Sinks are still to come after short ones."""
+    model, tokens = converted(structure=structure), ids(2, LENGTH).to(DEVICE)
+    full = logits(model, tokens, use_cache=False)
+    assert_close(in_parts(model, tokens, one_by_one(prompt))[0], full)
+    assert len(steps) == LENGTH - prompt
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"window": 1, "sinks": 0},
+        {"window": 64, "sinks": 2},
+        {"window": [3, 7, 5], "sinks": [2, 4, 0]},
+        {"structure": ["gla", "mamba2", "none"]},
+        {"mixing": "fixed"},
+        {"rope": "none"},
+        {"feature_map": "none", "gate_temperature": 1.0},
+    ],
+    ids=str,
+)
+def test_settings(settings, steps):
+    model, tokens = converted(**settings), ids(2, LENGTH).to(DEVICE)
+    full = logits(model, tokens, use_cache=False)
+    assert_close(in_parts(model, tokens, one_by_one(6))[0], full)
+    assert bool(steps) == ("rope" not in settings)
+
+
+def test_rows_with_padding(steps):
+    model, tokens = converted(), ids(3, LENGTH).to(DEVICE)
+    pads = (0, 3, 9)
+    mask = (torch.arange(LENGTH) >= torch.tensor(pads)[:, None]).long().to(DEVICE)
+    padded, _ = in_parts(model, tokens, one_by_one(10), mask)
+    for row, pad in enumerate(pads):
+        assert_close(padded[row, pad:], logits(model, tokens[row : row + 1, pad:], use_cache=False)[0])
+    assert len(steps) == LENGTH - 10
+
+
+def test_padding_between_tokens_neither_decays_nor_writes(steps):
+    model, tokens, mask = converted(window=64), ids(2, LENGTH).to(DEVICE), torch.ones(2, LENGTH, dtype=torch.long)
+    mask[0, [12, 15]] = 0
+    padded, _ = in_parts(model, tokens, one_by_one(10), mask.to(DEVICE))
+    for row in range(2):
+        real = mask[row].bool().to(DEVICE)
+        assert_close(padded[row, real], logits(model, tokens[row, real][None], use_cache=False)[0])
+    assert len(steps) == LENGTH - 10
+
+
+def test_beyond_the_length_the_model_was_trained_at(steps):
+    for family in ("llama", "gemma3_text", "olmo3"):
+        model = convert(tiny(family, max_position_embeddings=10), **SETTINGS).to(DEVICE)
+        tokens = ids(2, LENGTH).to(DEVICE)
+        full = logits(model, tokens, use_cache=False)
+        assert_close(in_parts(model, tokens, one_by_one(7))[0], full)
+    assert len(steps) == 3 * (LENGTH - 7)
+
+
+@torch.no_grad()
+def test_two_caches_in_turn_and_chunks_between(steps):
+    """One decoder serves both: a cache gets its own tensors back when the other comes, or more than a token does."""
+    model, first, second = converted(), ids(2, LENGTH).to(DEVICE), ids(2, LENGTH, seed=1).to(DEVICE)
+    caches, outputs = [DynamicCache(config=model.config) for _ in range(2)], [[], []]
+    begin = 0
+    for size in (6, 1, 1, 4, 1, 3, 1, 1, 1, 5):
+        for cache, tokens, output in zip(caches, (first, second), outputs, strict=True):
+            output.append(model(tokens[:, begin : begin + size], past_key_values=cache).logits)
+        begin += size
+    for tokens, output in zip((first, second), outputs, strict=True):
+        assert_close(torch.cat(output, 1), logits(model, tokens, use_cache=False))
+    assert len(set(steps)) == 1
+    assert len(steps) == 12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_copies_of_a_cache_go_ways_of_their_own(copied, steps):
+    model, tokens = converted(), ids(2, LENGTH).to(DEVICE)
+    _, cache = in_parts(model, tokens[:, :12], one_by_one(9)[:4])
+    other = copied(cache)
+    other_tokens = torch.cat([tokens[:, :12], ids(2, 5, seed=2).to(DEVICE)], 1)
+    for t in range(12, 17):
+        ours = model(tokens[:, [t]], past_key_values=cache).logits
+        theirs = model(other_tokens[:, [t]], past_key_values=other).logits
+    assert_close(ours, logits(model, tokens[:, :17], use_cache=False)[:, -1:])
+    assert_close(theirs, logits(model, other_tokens, use_cache=False)[:, -1:])
+    assert len(steps) == 13
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    ],
+    ids=["reorder", "select", "repeat"],
+)
+def test_rows_that_move(change, rows, steps):
+    model, tokens = converted(), ids(3, LENGTH).to(DEVICE)
+    _, cache = in_parts(model, tokens[:, :12], one_by_one(9)[:4])
+    change(cache)
+    parts = [logits(model, tokens[rows][:, [t]], past_key_values=cache) for t in range(12, LENGTH)]
+    assert_close(torch.cat(parts, 1), logits(model, tokens[rows], use_cache=False)[:, 12:])
+    assert len(steps) == 3 + LENGTH - 12
+
+
+@torch.no_grad()
+def test_a_cache_that_is_reset_or_dropped(steps):
+    model, tokens = converted(), ids(2, LENGTH).to(DEVICE)
+    _, cache = in_parts(model, tokens, one_by_one(9))
+    cache.reset()
+    parts = [logits(model, part, past_key_values=cache) for part in tokens.split(one_by_one(20), 1)]
+    assert_close(torch.cat(parts, 1), logits(model, tokens, use_cache=False))
+    del cache
+    assert_close(in_parts(model, tokens, one_by_one(9))[0], logits(model, tokens, use_cache=False))
+    assert len(steps) == 2 * (LENGTH - 9) + LENGTH - 20
+
+
+def test_weights_that_changed_are_seen(steps):
+    """In place, as in training; by others in their place; and a recurrence that is left out."""
+    model, tokens = converted(), ids(2, LENGTH).to(DEVICE)
+    mixer = model.model.layers[1].self_attn
+
+    def in_place() -> None:
+        with torch.no_grad():
+            model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+            mixer.mixing.weight.fill_(0.9)
+
+    def replaced() -> None:
+        model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
+            -model.model.layers[0].mlp.up_proj.weight.detach()
+        )
+
+    def ablated() -> None:
+        mixer.ablated = True
+
+    outputs = []
+    for change in (lambda: None, in_place, replaced, ablated):
+        change()
+        outputs.append(in_parts(model, tokens, one_by_one(9))[0])
+        assert_close(outputs[-1], logits(model, tokens, use_cache=False))
+    assert len(steps) == 3 * (LENGTH - 9)
+    assert all(relative(a, b) > 1e-3 for a, b in pairwise(outputs))
+
+
+def test_a_model_is_saved_trained_and_copied_as_before(tmp_path, steps):
+    """Though projections of one input are parts of one tensor now."""
+    model, tokens = converted(), ids(2, LENGTH).to(DEVICE)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    in_parts(model, tokens, one_by_one(9))
+    assert steps
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    expected = logits(model, tokens, use_cache=False)
+    model.save_pretrained(tmp_path)
+    for again in (AutoModelForCausalLM.from_pretrained(tmp_path).to(DEVICE), copy.deepcopy(model)):
+        assert torch.equal(logits(again, tokens, use_cache=False), expected)
+        assert_close(in_parts(again, tokens, one_by_one(9))[0], expected)
+    model.train()(tokens, labels=tokens).loss.backward()
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    assert weight.grad.shape == weight.shape
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"layers": "0,2"}, "some layers are softmax attention, whose cache grows"),
+        ({"structure": "gsa"}, "no kernel for structure gsa with mixing per_head"),
+        ({"structure": "none", "local": "block"}, "no decoding step for local block with score softmax"),
+        ({"structure": "none", "family": "gemma2"}, "no decoding step for the attention of Gemma2Attention"),
+        ({"feature_map": "relu"}, "no decoding step for feature map relu"),
+        ({"family": "mixtral"}, "the experts of mixtral do a different amount of work for every text"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "the frequencies of dynamic RoPE depend on the length",
+        ),
+    ],
+)
+def test_models_without_a_decoder_say_why(settings, reason):
+    assert decoding.why_not(converted(**settings)) == reason
+
+
+def test_adapters_have_no_decoder(steps):
+    from peft import LoraConfig, get_peft_model
+
+    model, tokens = converted(), ids(2, LENGTH).to(DEVICE)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    in_parts(wrapped, tokens, one_by_one(9))
+    assert not steps
+    merged = wrapped.merge_and_unload()
+    assert_close(in_parts(merged, tokens, one_by_one(9))[0], logits(merged, tokens, use_cache=False))
+    assert len(steps) == LENGTH - 9
+
+
+@torch.no_grad()
+def test_what_is_not_a_plain_step_goes_the_ordinary_way(steps):
+    model, tokens = converted(), ids(2, LENGTH).to(DEVICE)
+    full = logits(model, tokens, use_cache=False)
+    cache = in_parts(model, tokens[:, :9], [9])[1]
+    output = model(tokens[:, [9]], past_key_values=cache, output_hidden_states=True)
+    assert len(output.hidden_states) == 4
+    assert_close(output.logits, full[:, [9]])
+    assert_close(model(tokens[:, [10]], past_key_values=cache, return_dict=False)[0], full[:, [10]])
+    with torch.enable_grad():
+        assert model(tokens[:, [11]], past_key_values=cache).logits.requires_grad
+    assert not steps
+    assert_close(model(tokens[:, [12]], None, None, cache).logits, full[:, [12]])
+    with torch.inference_mode():
+        assert_close(model(tokens[:, [13]], past_key_values=cache).logits, full[:, [13]])
+    assert_close(model(tokens[:, [14]], past_key_values=cache).logits, full[:, [14]])
+    assert len(steps) == 3
+
+
+def test_logits_are_not_written_over():
+    model, tokens = converted(), ids(2, LENGTH).to(DEVICE)
+    cache = in_parts(model, tokens[:, :9], [9])[1]
+    first = logits(model, tokens[:, [9]], past_key_values=cache)
+    kept = first.clone()
+    logits(model, tokens[:, [10]], past_key_values=cache)
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.skipif(GPU, reason="the kernel's fp32 is the interpreter's")
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "phi"])
+def test_models_by_the_kernel(family, steps, monkeypatch):
+    pytest.importorskip("triton", reason="the kernels are Triton's")
+    import interpreted  # noqa: F401
+
+    from linearize.ops import step
+
+    model, tokens = converted(family), ids(2, LENGTH)
+    full = logits(model, tokens, use_cache=False)
+    monkeypatch.setattr(step, "why_not_fused", lambda *_: None)
+    assert_close(in_parts(model, tokens, one_by_one(17))[0], full)
+    assert len(steps) == LENGTH - 17
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_sixteen_bits_on_a_gpu(family, steps):
+    model, tokens = converted(family).bfloat16(), ids(2, LENGTH).to(DEVICE)
+    full = logits(model, tokens, use_cache=False)
+    assert_close(in_parts(model, tokens, one_by_one(9))[0], full, 3e-2)
+    assert all(decoder.graph is not None for decoder in steps)
+
+
+def test_generation_uses_it(steps):
+    model, mask = converted(), torch.ones(2, 9, dtype=torch.long, device=DEVICE)
+    mask[1, :4] = 0
+    given = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False}
+    with_it = model.generate(ids(2, 9).to(DEVICE), **given)
+    assert len(steps) == 8
+    assert torch.equal(with_it, model.generate(ids(2, 9).to(DEVICE), use_cache=False, **given))
