@@ -111,7 +111,10 @@ REFUSED_ALONE = [
     ("eval converted --set mixer.foo=1", "'foo' valid: structure"),
     ("eval converted --suite whole", "evaluation.suite 'whole' quick full"),
     ("eval converted --suite full --limit 0", "evaluation.limit 0 greater than or equal to 1"),
-    ("eval converted --set evaluation.articles=7 --set evaluation.tasks=[]", "articles '7' numbers within 1-"),
+    (
+        "eval converted --no-baseline --set data.heldout=heldout.txt --set evaluation.articles=7",
+        "articles '7' heldout.txt numbers within 1-1",
+    ),
     ("report nosuch", "'nosuch' one that linearize wrote"),
     ("report converted", "converted/report.json"),
     ("generate nosuch hi", "'nosuch' one that linearize wrote"),

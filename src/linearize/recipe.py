@@ -27,7 +27,7 @@ def parse_tokens(given: Any) -> Any:
 
 
 Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=1)]
-Layers = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) is int else given)]  # YAML reads 7 so
+Ranges = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) is int else given)]  # YAML reads 7 so
 
 
 class Settings(BaseModel):
@@ -99,7 +99,7 @@ class EvaluationSettings(Settings):
         (256, 1024, 4096), min_length=1, description="lengths at which decoding is timed"
     )
     decode_tokens: int = Field(16, ge=1, description="steps timed at each")
-    articles: str | None = Field(
+    articles: Ranges | None = Field(
         None, description="held-out documents by their numbers, like 1-20; null: all, of wiki 21-30"
     )
     suite: Literal["quick", "full"] = Field("quick", description="full adds all that follows here")
@@ -124,7 +124,7 @@ class Recipe(Settings):
     """A run of the main job."""
 
     model: str = Field("smollm2-135m", description="an embedded name, a folder, or a hub name owner/name")
-    layers: Layers = Field("all", description="to convert: all, or numbers and ranges like 0-7,16")
+    layers: Ranges = Field("all", description="to convert: all, or numbers and ranges like 0-7,16")
     softmax_every: int | None = Field(None, ge=1, description="leave every so many-th layer as it is")
     mixer: MixerSettings = Field(MixerSettings({}), description="of the converted layers, see below")
     data: DataSettings = DataSettings()

@@ -164,8 +164,13 @@ def test_rolling_log_likelihood_is_that_of_the_text():
 
 
 def test_an_unknown_task_is_named(data, model):
-    with pytest.raises(LinearizeError, match=r"nosuch.*valid: piqa"):
+    with pytest.raises(LinearizeError, match=r"task 'nosuch'; valid: .*piqa"):
         answers(model, tiny.tokenizer(), ["nosuch"], data=data)
+
+
+def test_a_task_of_the_hub_needs_one(data, model):
+    with pytest.raises(LinearizeError, match=r"boolq did not run: .*where a hub answers"):
+        answers(model, tiny.tokenizer(), ["boolq"], data=data)
 
 
 def test_without_the_harness_it_says_what_to_install(monkeypatch, model, tmp_path):

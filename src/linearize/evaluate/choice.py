@@ -8,16 +8,16 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from linearize.assets import TASKS, bundle_folder
-from linearize.errors import LinearizeError
+from linearize.assets import TASKS, bundle_folder, quick_hub
+from linearize.errors import LinearizeError, unknown
 from linearize.measures import Interval, TaskScore
 
 USUAL = {  # the metric by which papers give each of the five short tasks
@@ -30,6 +30,7 @@ USUAL = {  # the metric by which papers give each of the five short tasks
 LOCAL = (*USUAL, "mmlu")
 ARROW = {"piqa": "piqa/plain_text", "hellaswag": "hellaswag/none", "winogrande": "winogrande/winogrande_xl"}
 MMLU = "hails/mmlu_no_train"
+SEED = 1234  # of the harness's examples, as its command line has it
 FILE = "data-00000-of-00001.arrow"
 
 
@@ -58,19 +59,25 @@ def answers(
     Raises LinearizeError without the extra `eval`, and for a task that the harness does not know or cannot load.
     """
     check(tasks, data)
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import evaluate
 
     from linearize.evaluate.harness import InMemory
 
-    specs: list[Any] = [task for task in tasks if task not in LOCAL]
+    specs: list[Any] = _others(tasks)
+    hub = quick_hub() if specs else contextlib.nullcontext()
     if ours := [config for task in tasks if task in LOCAL for config in configs(task, data)]:
         specs.append({"group": "local", "task": ours})  # in a group the harness puts each onto its task of that name
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm = InMemory(model, tokenizer, rows, label, progress=sys.stderr)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # a bar for each subject of mmlu
+        with hub, warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # it draws 57 bars for mmlu
             warnings.simplefilter("ignore")
-            found = simple_evaluate(lm, tasks=specs, limit=limit, bootstrap_iters=0)
+            loaded = _manager().load(specs)
+            for task in loaded["tasks"].values():
+                if task.get_config("num_fewshot") is None:
+                    task.set_config("num_fewshot", 0)
+                task.set_fewshot_seed(SEED)
+            found = evaluate(lm, loaded, limit=limit, bootstrap_iters=0)
     except Exception as error:  # the harness's, the hub's and the data sets' have no common class
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise LinearizeError(
@@ -81,18 +88,36 @@ def answers(
 
 
 def check(tasks: Sequence[str], data: Path | None = None) -> None:
-    """Raise LinearizeError where the harness is missing or the local tasks' data cannot be fetched."""
+    """Raise LinearizeError for a missing harness, for local tasks' data that cannot be fetched, for unknown tasks."""
     if data is None and any(task in LOCAL for task in tasks):
         bundle_folder(TASKS)
     try:
         import lm_eval  # noqa: F401
 
-        import linearize.evaluate.harness  # noqa: F401 - for the rest that it takes
+        import linearize.evaluate.harness  # noqa: F401 - for what else it takes
     except ImportError as error:
         raise LinearizeError(
             f"the tasks {', '.join(tasks)} need lm-evaluation-harness ({error.msg}); pip install 'linearize[eval]', "
             "or leave them out with --set evaluation.tasks=[]"
         ) from error
+    if others := _others(tasks):
+        known = {*(manager := _manager()).all_tasks, *manager.all_groups, *manager.all_tags}
+        for name in others:
+            if name not in known:
+                raise unknown("task", name, [*LOCAL, "or another of lm-evaluation-harness"])
+
+
+@cache
+def _manager() -> Any:
+    """The harness's index of its tasks, of which there are thousands."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _others(tasks: Sequence[str]) -> list[str]:
+    """Those whose data are on a hub."""
+    return [task for task in tasks if task not in LOCAL]
 
 
 def configs(task: str, data: Path | None = None) -> list[dict[str, Any]]:
@@ -133,23 +158,19 @@ def _arc(path: Path, **_: Any) -> dict[str, Any]:
     return {"test": datasets.Dataset.from_list([items[number] for number in sorted(items)])}
 
 
-def _collected(tasks: Iterable[str], samples: Mapping[str, list[dict[str, Any]]]) -> list[Answers]:
-    """By task and metric; the subjects of a group as one."""
+def _collected(tasks: Sequence[str], samples: Mapping[str, list[dict[str, Any]]]) -> list[Answers]:
+    """By task, in the order of `tasks`, and metric; the subjects of mmlu as one."""
+    grouped: dict[str, list[dict[str, Any]]] = {task: [] for task in tasks}
+    for name, rows in samples.items():
+        grouped.setdefault("mmlu" if "mmlu" in tasks and name.startswith("mmlu_") else name, []).extend(rows)
     found = []
-    for task in tasks:
-        own = [
-            sample
-            for name, rows in samples.items()
-            if name == task or (task not in samples and name.startswith(f"{task}_"))
-            for sample in rows
-        ]
-        for metric in own[0]["metrics"] if own else ():
-            scores = [float(sample[metric]) for sample in own if isinstance(sample[metric], int | float)]
+    for task, rows in grouped.items():
+        for metric in rows[0]["metrics"] if rows else ():
+            scores = [float(row[metric]) for row in rows if isinstance(row[metric], int | float)]
             if not scores:
                 continue
-            options = [_option(sample) for sample in own] if metric == "acc" else []
-            chosen = [option for option in options if option is not None]
-            found.append(Answers(task, metric, scores, [a for a, _ in chosen], [r for _, r in chosen]))
+            options = [option for row in rows if (option := _option(row)) is not None] if metric == "acc" else []
+            found.append(Answers(task, metric, scores, [a for a, _ in options], [r for _, r in options]))
     return found
 
 
