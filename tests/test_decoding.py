@@ -234,6 +234,17 @@ def test_models_without_a_decoder_say_why(settings, reason):
     assert decoding.why_not(converted(**settings)) == reason
 
 
+def test_hooks_are_called(steps):
+    model, tokens, called = converted(), ids(2, LENGTH).to(DEVICE), []
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: called.append(1))
+    in_parts(model, tokens, one_by_one(9))
+    assert len(called) == LENGTH - 8
+    assert not steps
+    handle.remove()
+    in_parts(model, tokens, one_by_one(9))
+    assert len(steps) == LENGTH - 9
+
+
 def test_adapters_have_no_decoder(steps):
     from peft import LoraConfig, get_peft_model
 
