@@ -187,7 +187,7 @@ def test_weights_that_changed_are_seen(steps):
         )
 
     def ablated() -> None:
-        mixer.ablated = True
+        mixer.ablated = "recurrence"
 
     outputs = []
     for change in (lambda: None, in_place, replaced, ablated):

@@ -100,7 +100,7 @@ def why_not(model: PreTrainedModel) -> str | None:
     if moving := [name for name in rope_types if name in MOVING]:
         return f"the frequencies of {moving[0]} RoPE depend on the length"
     if any(mixer.ablated for mixer in layers):
-        return "a recurrence is left out"
+        return "a branch is left out"
     devices = {parameter.device.type for parameter in model.parameters()}
     if len({parameter.device for parameter in model.parameters()}) > 1 or "meta" in devices:
         return "the model is spread over several devices"
