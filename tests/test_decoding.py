@@ -187,7 +187,7 @@ def test_weights_that_changed_are_seen(steps):
         )
 
     def ablated() -> None:
-        mixer.ablated = True
+        mixer.ablated = "recurrence"
 
     outputs = []
     for change in (lambda: None, in_place, replaced, ablated):
@@ -232,6 +232,17 @@ def test_a_model_is_saved_trained_and_copied_as_before(tmp_path, steps):
 )
 def test_models_without_a_decoder_say_why(settings, reason):
     assert decoding.why_not(converted(**settings)) == reason
+
+
+def test_hooks_are_called(steps):
+    model, tokens, called = converted(), ids(2, LENGTH).to(DEVICE), []
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: called.append(1))
+    in_parts(model, tokens, one_by_one(9))
+    assert len(called) == LENGTH - 8
+    assert not steps
+    handle.remove()
+    in_parts(model, tokens, one_by_one(9))
+    assert len(steps) == LENGTH - 9
 
 
 def test_adapters_have_no_decoder(steps):

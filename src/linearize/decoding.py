@@ -38,12 +38,13 @@ def next_token(model: PreTrainedModel, given: Mapping[str, Any]) -> CausalLMOutp
     ids, cache, mask = given.get("input_ids"), given.get("past_key_values"), given.get("attention_mask")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1 or not isinstance(cache, Cache):
         return None
-    if not cache.layers or not all(isinstance(x, MixerCacheLayer) and x.is_initialized for x in cache.layers):
+    converted = any(isinstance(layer, MixerCacheLayer) for layer in cache.layers)
+    if not converted or not all(layer.is_initialized for layer in cache.layers):
         return None
     seen, batch = cache.get_seq_length(), ids.shape[0]
     if torch.is_grad_enabled() or model.training or torch.is_autocast_enabled(ids.device.type):
         return None
-    if not _ordinary(model, given) or cache.layers[0].batch_size != batch:
+    if not _ordinary(model, given) or any(getattr(layer, "batch_size", batch) != batch for layer in cache.layers):
         return None
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (batch, seen + 1)):
         return None
@@ -99,10 +100,20 @@ def why_not(model: PreTrainedModel) -> str | None:
     if moving := [name for name in rope_types if name in MOVING]:
         return f"the frequencies of {moving[0]} RoPE depend on the length"
     if any(mixer.ablated for mixer in layers):
-        return "a recurrence is left out"
-    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "a branch is left out"
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if len({parameter.device for parameter in model.parameters()}) > 1 or "meta" in devices:
         return "the model is spread over several devices"
+    if any(_watched(module) for module in model.base_model.layers.modules()):
+        return "hooks on its layers would not be called"
     return next((reason for mixer in layers if isinstance(reason := mixer.step_settings(), str)), None)
+
+
+def _watched(module: Any) -> bool:
+    """Whether others want to know when a module runs; transformers, where it collects outputs, looks by itself."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    others = [hook for hook in hooks if getattr(hook, "__name__", "") != "output_capturing_hook"]
+    return bool(others) or hasattr(module, "_hf_hook")
 
 
 class Decoder:
