@@ -83,6 +83,10 @@ def test_every_task_with_its_metrics(found):
         assert set(row.scores) <= {0.0, 1.0}
 
 
+def test_nothing_is_written_beside_the_data(data, found):
+    assert not list(data.rglob("cache-*"))
+
+
 def test_right_and_answered_options_explain_the_scores(found):
     for row in found:
         if row.metric == "acc":

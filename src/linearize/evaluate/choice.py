@@ -142,10 +142,11 @@ def _from_arrow(folder: Path) -> dict[str, Any]:
 
 
 def _splits(folder: Path, **_: Any) -> dict[str, Any]:
-    """The splits of a data set that `save_to_disk` wrote."""
+    """The splits of a data set that `save_to_disk` wrote; in memory, or what is made of them is written beside them."""
     import datasets  # slow
 
-    return {path.parent.name: datasets.Dataset.from_file(str(path)) for path in folder.glob(f"*/{FILE}")}
+    paths = folder.glob(f"*/{FILE}")
+    return {path.parent.name: datasets.Dataset.from_file(str(path), in_memory=True) for path in paths}
 
 
 def _arc(path: Path, **_: Any) -> dict[str, Any]:
