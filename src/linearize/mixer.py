@@ -11,6 +11,7 @@ from linearize.errors import LinearizeError
 from linearize.families import Family, base_model_type, rotation
 from linearize.mixing import MIXINGS
 from linearize.ops import liger
+from linearize.ops.dispatch import kernel_dtype
 from linearize.ops.local import NEVER, Past, Scoring, Sinks, local_attention
 from linearize.recurrence import Recurrence
 from linearize.structures.base import Layer
@@ -98,7 +99,9 @@ class LinearizedAttention(nn.Module):
         if state is not None:
             memory = Memory(state)
         elif sinks is not None:
-            output, normalizer = self.local(*rotated, v, sinks, past, tokens)
+            output = self.windowed(q, k, v, position_embeddings, past, tokens)
+            if output is None:
+                output, normalizer = self.local(*rotated, v, sinks, past, tokens)
         if self.recurrence is not None and not self.ablated and state is None:
             read, memory = self.recurrence(hidden_states, q, k, v, rotated, tokens, memory, past)
             output = self.mixed(read, output, normalizer, hidden_states)
@@ -142,7 +145,7 @@ class LinearizedAttention(nn.Module):
         reason = settings if isinstance(settings, str) else liger.why_not_fused(q, k, v, settings, tokens.first, rope)
         if isinstance(settings, str) or reason is not None:
             if q.is_cuda:
-                liger.warn_once(f"Liger Attention runs unfused, several times slower: {reason}")
+                liger.warn_once(f"Liger Attention runs unfused, slower: {reason}")
             return None, None
         padded_right = cache is not None and tokens.valid is not None and not bool(tokens.valid[:, -1].all())
         if padded_right or tokens.sink_rope is not None:  # no state to go on from; a very long text
@@ -153,6 +156,23 @@ class LinearizedAttention(nn.Module):
             decay = -torch.tensor(rates(self.layer), device=q.device)
         weights = mixing.weight if hasattr(mixing, "weight") else mixing.weights().to(q.device)
         return liger.fused(q, k, v, weights, settings, rope, None, tokens.first, decay)
+
+    def windowed(
+        self, q: Tensor, k: Tensor, v: Tensor, angles: tuple[Tensor, Tensor], past: Past | None, tokens: Tokens
+    ) -> Tensor | None:
+        """The softmax branch by a kernel of its own, from q and k before RoPE: on a GPU, for a whole text; else
+        nothing."""
+        scale, normalizer, *special = self.scoring()
+        plain = self.config.local == "window" and not normalizer and all(x is None for x in special)
+        dtype, rope = kernel_dtype(v), None if self.rotate is _unrotated else angles
+        begins = past is None and tokens.sink_rope is None
+        if dtype is None or not (plain and begins and self.family.rotates_halves):
+            return None
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        settings = liger.Settings("none", scale, window=self.config.window, sinks=self.config.sinks)
+        if liger.why_not_windowed(q, k, v, settings, tokens.first, rope) is not None:
+            return None
+        return liger.windowed(q, k, v, settings, rope, tokens.first)
 
     def scoring(self) -> Scoring:
         """How queries and keys of the softmax branch become weights: as in the original, unless `score` says else."""
