@@ -157,6 +157,22 @@ class LinearizedAttention(nn.Module):
         weights = mixing.weight if hasattr(mixing, "weight") else mixing.weights().to(q.device)
         return liger.fused(q, k, v, weights, settings, rope, None, tokens.first, decay)
 
+    def scoring(self) -> Scoring:
+        """How queries and keys of the softmax branch become weights: as in the original, unless `score` says else."""
+        null_logits = None if self.family.null_logits is None else getattr(self, self.family.null_logits)
+        power = self.config.score_power if self.config.score == "softplus_reweighted" else None
+        shared = self.config.mixing == "shared_normalizer"
+        return Scoring(self.scaling, shared, self.softcap, null_logits, power)
+
+    def local(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Sinks, past: Past | None, tokens: Tokens
+    ) -> tuple[Tensor, Tensor | None]:
+        """The softmax branch over rotated q and k: `[B, T, H, D]`, and its normaliser where that is wanted."""
+        window, first = self.config.window, None
+        if self.config.local == "block":
+            first = torch.arange(q.shape[1], device=q.device) - tokens.position % window
+        return local_attention(q, k, v, window, self.scoring(), sinks, past, tokens.valid, tokens.document, first)
+
     def windowed(
         self, q: Tensor, k: Tensor, v: Tensor, angles: tuple[Tensor, Tensor], past: Past | None, tokens: Tokens
     ) -> Tensor | None:
@@ -173,22 +189,6 @@ class LinearizedAttention(nn.Module):
         if liger.why_not_windowed(q, k, v, settings, tokens.first, rope) is not None:
             return None
         return liger.windowed(q, k, v, settings, rope, tokens.first)
-
-    def scoring(self) -> Scoring:
-        """How queries and keys of the softmax branch become weights: as in the original, unless `score` says else."""
-        null_logits = None if self.family.null_logits is None else getattr(self, self.family.null_logits)
-        power = self.config.score_power if self.config.score == "softplus_reweighted" else None
-        shared = self.config.mixing == "shared_normalizer"
-        return Scoring(self.scaling, shared, self.softcap, null_logits, power)
-
-    def local(
-        self, q: Tensor, k: Tensor, v: Tensor, sinks: Sinks, past: Past | None, tokens: Tokens
-    ) -> tuple[Tensor, Tensor | None]:
-        """The softmax branch over rotated q and k: `[B, T, H, D]`, and its normaliser where that is wanted."""
-        window, first = self.config.window, None
-        if self.config.local == "block":
-            first = torch.arange(q.shape[1], device=q.device) - tokens.position % window
-        return local_attention(q, k, v, window, self.scoring(), sinks, past, tokens.valid, tokens.document, first)
 
     def mixed(self, read: Any, local: Tensor | None, normalizer: Tensor | None, hidden: Tensor) -> Tensor:
         """Both branches as one; the recurrence's output where it is the only one."""
