@@ -31,7 +31,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=12)
     parser.add_argument("--layers", type=int, default=30)
     arguments = parser.parse_args()
-    original, converted = random_model(arguments.layers), convert(random_model(arguments.layers), structure="gla")
+    original, converted = (
+        random_model(arguments.layers, arguments.context),
+        convert(random_model(arguments.layers, arguments.context), structure="gla"),
+    )
     room = arguments.context + arguments.steps * (arguments.turns + 1)
     sides: dict[str, tuple[PreTrainedModel, Cache]] = {
         "linearized": (converted, DynamicCache(config=converted.config)),

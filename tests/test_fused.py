@@ -5,7 +5,7 @@ import torch
 from tiny import assert_close, ids, logits, tiny
 from transformers import DynamicCache
 
-from linearize import convert
+from linearize import convert, mixer
 from linearize.ops import gated_delta, liger
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
@@ -53,16 +53,20 @@ def test_a_model_gives_the_same(structure, fused):
 
 
 @pytest.mark.parametrize("structure", ["deltanet", "gated_deltanet"])
-def test_a_recurrence_with_a_kernel_of_its_own_gives_the_same(structure, monkeypatch):
+def test_branches_with_kernels_of_their_own_give_the_same(structure, monkeypatch):
     """Layers that no kernel serves whole: learned gates, readouts, mixing by what is read."""
     settings = {"mixing": "data_dependent", "gate_source": "learned", "feature_map": "none", "readout": "gated"}
     settings |= {"negative_eigenvalues": True}
     positions = torch.cat([torch.arange(40), torch.arange(35)])[None]
-    found, used, run = [], [], gated_delta.fused
+    monkeypatch.setattr(gated_delta, "why_not_fused", lambda *_: None)
+    monkeypatch.setattr(liger, "why_not_windowed", lambda *_: None)
+    found, used = [], []
+    for module, name in ((gated_delta, "fused"), (liger, "windowed")):
+        run = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, run=run, name=name: used.append(name) or run(*given))
     for dtype in (None, torch.float32):
-        monkeypatch.setattr(gated_delta, "kernel_dtype", lambda _, dtype=dtype: dtype)
-        monkeypatch.setattr(gated_delta, "why_not_fused", lambda *_: None)
-        monkeypatch.setattr(gated_delta, "fused", lambda *given: used.append(given) or run(*given))
+        for module in (gated_delta, mixer):
+            monkeypatch.setattr(module, "kernel_dtype", lambda _, dtype=dtype: dtype)
         converted = model(structure, **settings)
         for name, parameter in converted.named_parameters():  # what starts at 0 would hide what it is multiplied with
             if "recurrence" in name or "mixing" in name:
@@ -71,7 +75,7 @@ def test_a_recurrence_with_a_kernel_of_its_own_gives_the_same(structure, monkeyp
         result.loss.backward()
         gradients = {name: p.grad for name, p in converted.named_parameters() if "attn" in name}
         found.append({"logits": result.logits.detach()} | gradients)
-    assert len(used) == 2  # of three layers, one stays as it is
+    assert used == ["windowed", "fused"] * 2  # of three layers, one stays as it is
     for name, expected in found[0].items():
         assert_close(found[1][name], expected, 1e-4)
 

@@ -12,6 +12,7 @@ from linearize.families import Family, base_model_type, rotation
 from linearize.mixing import MIXINGS
 from linearize.ops import liger
 from linearize.ops import step as stepping
+from linearize.ops.dispatch import kernel_dtype
 from linearize.ops.local import NEVER, Past, Scoring, Sinks, local_attention
 from linearize.recurrence import Recurrence
 from linearize.structures import STRUCTURES
@@ -117,7 +118,9 @@ class LinearizedAttention(nn.Module):
         if state is not None:
             memory = Memory(state)
         elif sinks is not None and self.ablated != "window":
-            output, normalizer = self.local(*rotated, v, sinks, past, tokens)
+            output = self.windowed(q, k, v, position_embeddings, past, tokens)
+            if output is None:
+                output, normalizer = self.local(*rotated, v, sinks, past, tokens)
         if self.recurrence is not None and self.ablated != "recurrence" and state is None:
             read, memory = self.recurrence(hidden_states, q, k, v, rotated, tokens, memory, past)
             output = self.mixed(read, output, normalizer, hidden_states)
@@ -160,7 +163,7 @@ class LinearizedAttention(nn.Module):
         reason = settings if isinstance(settings, str) else liger.why_not_fused(q, k, v, settings, tokens.first, rope)
         if isinstance(settings, str) or reason is not None:
             if q.is_cuda:
-                liger.warn_once(f"Liger Attention runs unfused, several times slower: {reason}")
+                liger.warn_once(f"Liger Attention runs unfused, slower: {reason}")
             return None, None
         padded_right = cache is not None and tokens.valid is not None and not bool(tokens.valid[:, -1].all())
         if padded_right or tokens.sink_rope is not None:  # no state to go on from; a very long text
@@ -223,6 +226,23 @@ class LinearizedAttention(nn.Module):
         if self.config.local == "block":
             first = torch.arange(q.shape[1], device=q.device) - tokens.position % window
         return local_attention(q, k, v, window, self.scoring(), sinks, past, tokens.valid, tokens.document, first)
+
+    def windowed(
+        self, q: Tensor, k: Tensor, v: Tensor, angles: tuple[Tensor, Tensor], past: Past | None, tokens: Tokens
+    ) -> Tensor | None:
+        """The softmax branch by a kernel of its own, from q and k before RoPE: on a GPU, for a whole text; else
+        nothing."""
+        scale, normalizer, *special = self.scoring()
+        plain = self.config.local == "window" and not normalizer and all(x is None for x in special)
+        dtype, rope = kernel_dtype(v), None if self.rotate is _unrotated else angles
+        begins = past is None and tokens.sink_rope is None
+        if dtype is None or not (plain and begins and self.family.rotates_halves):
+            return None
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        settings = liger.Settings("none", scale, window=self.config.window, sinks=self.config.sinks)
+        if liger.why_not_windowed(q, k, v, settings, tokens.first, rope) is not None:
+            return None
+        return liger.windowed(q, k, v, settings, rope, tokens.first)
 
     def mixed(self, read: Any, local: Tensor | None, normalizer: Tensor | None, hidden: Tensor) -> Tensor:
         """Both branches as one; the recurrence's output where it is the only one."""

@@ -45,8 +45,8 @@ def documents(T: int, *rows: list[int]) -> Tensor:
 def assert_is_the_equation(
     given: list[Tensor], document: Tensor | None = None, dtype: torch.dtype = torch.float32, tolerance: float = 1e-5
 ) -> None:
-    """`dtype` is that of the values; queries and keys are in fp32, as structures make them."""
-    given[2] = given[2].to(dtype)
+    """`dtype` is that of the values and can hold queries and keys, which are in fp32, as structures make them."""
+    given = [*(x.to(dtype).float() for x in given[:2]), given[2].to(dtype), *given[3:]]
     there = None if document is None else document.to(DEVICE)
     ours = [x.detach().to(DEVICE, copy=True).requires_grad_() for x in given]
     truth = [x.double().requires_grad_() for x in given]

@@ -14,7 +14,7 @@ from linearize.config import MixerConfig
 from linearize.features import FEATURE_MAPS
 from linearize.gates import pooled
 from linearize.ops import liger
-from linearize.ops.liger import Settings, first_tokens, fused, reference, unfused
+from linearize.ops.liger import Settings, first_tokens, fused, reference, unfused, windowed
 from linearize.structures import STRUCTURES
 from linearize.structures.base import Layer
 
@@ -189,6 +189,44 @@ def test_segments(monkeypatch, gate, packed):
     assert_is_the_equation(inputs(200, groups=1), settings(gate), rope(200), first)
 
 
+def assert_is_the_window(
+    given: list[Tensor],
+    fixed: Settings,
+    angles: tuple[Tensor, Tensor] | None = None,
+    first: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    tolerance: float = 1e-5,
+) -> None:
+    """What is left where the recurrence has no weight: output and gradients of q, k and v."""
+    given = [x.to(dtype) for x in given[:3]]
+    ours = [x.to(DEVICE, copy=True).requires_grad_() for x in given]
+    truth = [x.double().requires_grad_() for x in given]
+    moved = None if angles is None else (angles[0].to(DEVICE), angles[1].to(DEVICE))
+    there = None if first is None else first.to(DEVICE)
+    with torch.no_grad():
+        alone = windowed(*ours, fixed, moved, there)
+    output = windowed(*ours, fixed, moved, there)
+    expected, _ = reference(*truth, torch.zeros(given[0].shape[2]), fixed._replace(gate="mlstm"), angles, None, first)
+    weights = torch.randn_like(expected)
+    for result in (output, alone):
+        assert result.dtype == dtype
+        assert_close(result.cpu(), expected, tolerance)
+    gradients = torch.autograd.grad(output, ours, weights.to(output))
+    for gradient, other in zip(gradients, torch.autograd.grad(expected, truth, weights), strict=True):
+        assert_close(gradient.cpu(), other, tolerance)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("fixed", [{}, {"sinks": 0}, {"sinks": 16, "window": 20}], ids=str)
+def test_window_alone(fixed):
+    assert_is_the_window(inputs(130, groups=3), settings("none", **fixed), rope(130, 8))
+
+
+@needs_interpreter
+def test_window_alone_with_documents():
+    assert_is_the_window(inputs(130, B=2), settings("none"), None, documents(130, [20, 23, 100], [64]))
+
+
 @needs_interpreter
 def test_without_a_state_and_with_slices():
     """No state is a state of zeros; tensors may be views."""
@@ -288,6 +326,15 @@ def test_gpu_documents(gate):
     given = inputs(300, B=2, D=64, **SHAPES["gqa"])
     first = documents(300, [20, 23, 100], [64])
     assert_is_the_equation(given, settings(gate, D=64), rope(300, 64), first, dtype=torch.bfloat16, tolerance=5e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("D", [64, 128])
+def test_gpu_window_alone(D):
+    first = documents(300, [20, 23, 100], [64])
+    given, fixed = inputs(300, B=2, D=D, **SHAPES["gqa"]), settings("none", D=D)
+    assert_is_the_window(given, fixed, rope(300, D), None, torch.bfloat16, 5e-3)
+    assert_is_the_window(given, fixed, rope(300, D), first, torch.bfloat16, 5e-3)
 
 
 @needs_gpu

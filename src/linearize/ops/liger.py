@@ -45,11 +45,20 @@ def why_not_fused(
     q: Tensor, k: Tensor, v: Tensor, settings: Settings, first: Tensor | None, rope: Rope | None
 ) -> str | None:
     """What the kernels lack for these inputs; None if nothing."""
+    if settings.gate not in GATES | DELTA:
+        return f"no kernel for gate {settings.gate}"
+    if settings.feature_map not in FEATURES:
+        return f"no kernel for feature map {settings.feature_map}"
+    return why_not_windowed(q, k, v, settings, first, rope)
+
+
+def why_not_windowed(
+    q: Tensor, k: Tensor, v: Tensor, settings: Settings, first: Tensor | None, rope: Rope | None
+) -> str | None:
+    """As `why_not_fused`, for the window alone."""
     B, T, H, D = q.shape
     R = 0 if rope is None else rope[0].shape[-1]
     unsupported = {
-        f"gate {settings.gate}": settings.gate not in GATES | DELTA,
-        f"feature map {settings.feature_map}": settings.feature_map not in FEATURES,
         f"a window of {settings.window}": settings.window > 64,
         f"a window of {settings.window} over packed documents": settings.window < 64 and first is not None,
         f"{settings.sinks} sinks": settings.sinks > 16,
@@ -83,6 +92,20 @@ def fused(
 
     call, initial = liger_fused.call_of(q, k, v, mixing, settings, rope, state, first, decay)
     return (liger_delta if settings.gate in DELTA else liger_fused).run(call, initial)
+
+
+def windowed(
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B T KV D"],
+    v: Float[Tensor, "B T KV D"],
+    settings: Settings,
+    rope: Rope | None = None,
+    first: Int[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B T H D"]:
+    """The softmax window alone, by its Triton kernels, which `why_not_windowed` must have nothing against."""
+    from linearize.ops import liger_window
+
+    return liger_window.run(q, k, v, settings, rope, first)
 
 
 def reference(

@@ -7,8 +7,8 @@ import triton
 from torch import Tensor
 
 from linearize.ops import liger_delta_triton as kernels
-from linearize.ops import liger_window_triton as windows
 from linearize.ops.liger_fused import CHUNK, LAUNCHES, Call, add_sink_gradients, launch, padded, window
+from linearize.ops.liger_window import window_gradients
 
 
 class Solved(NamedTuple):
@@ -115,20 +115,7 @@ def forward(call: Call, initial: Tensor, keep: bool) -> tuple[Tensor, Tensor, So
 
 def backward(call: Call, made: Solved, lse: Tensor, doutput: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
     """The gradients of q, k, v, the mixing weights and the initial state."""
-    B, T, H, D = call.q.shape
-    dq, dk, dv = torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v)
-    delta, dmixing = torch.empty_like(lse), lse.new_empty(B, H, call.chunks)
-    sinks = [lse.new_empty(B, H, call.chunks, call.sinks, D) for _ in range(2)]
-    told = call.heads() | {"PACKED": call.packed}
-    given = call.q, call.k, call.v, call.cos, call.sin, call.mixing, call.first, lse
-    windows.window_query_gradients_kernel[(call.chunks, B * H)](
-        *given, doutput, dq, delta, dmixing, *sinks, T, call.rope_stride, call.scale,
-        R=call.rotary, W=call.window, SINKS=call.sinks, **told, **launch("window_query_gradients", call),
-    )  # fmt: skip
-    windows.window_key_gradients_kernel[(call.chunks, call.pairs)](
-        *given, delta, doutput, dk, dv, T, call.rope_stride, call.scale,
-        R=call.rotary, W=call.window, **told, **launch("window_key_gradients", call),
-    )  # fmt: skip
+    dq, dk, dv, dmixing, sinks = window_gradients(call, lse, doutput)
     unread = made.beta, made.log_g  # gates come from the key, and so do their gradients
     dinitial = add_gradients(call, made, doutput, dfinal, Gradients(dq, dk, dv, dmixing, *unread))
     if call.sinks > 0:
