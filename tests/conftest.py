@@ -8,6 +8,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+os.environ["LINEARIZE_KERNELS"] = "all"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; read when Triton is imported
 

@@ -1,5 +1,6 @@
 """What decides between Triton kernels and PyTorch."""
 
+import os
 import warnings
 from functools import cache
 from importlib.util import find_spec
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)  # what kernels are for; in fp32 they are for the interpreter
+UNPROVEN = ("delta", "flow", "window")  # right in Triton's interpreter, and not yet compared with anything on a GPU
 
 
 def no_device(x: Tensor) -> str | None:
@@ -19,6 +21,13 @@ def no_device(x: Tensor) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "the device is older than compute capability 8.0"
     return None
+
+
+def unproven(kernels: str) -> str | None:
+    """Why a GPU does not run these kernels by itself; None where it does, or is told to."""
+    if kernels not in UNPROVEN or not torch.cuda.is_available() or os.environ.get("LINEARIZE_KERNELS") == "all":
+        return None
+    return f"its kernels ({kernels}) were never tested on a GPU; LINEARIZE_KERNELS=all in the environment runs them"
 
 
 def kernel_dtype(x: Tensor) -> torch.dtype | None:

@@ -12,6 +12,7 @@ from linearize.ops import liger_flow_triton as flows
 from linearize.ops import liger_forward_triton as kernels
 from linearize.ops import liger_steep_triton as steep
 from linearize.ops import liger_window_triton as windows
+from linearize.ops.dispatch import unproven
 from linearize.ops.liger import Rope, Settings, no_state
 
 CHUNK = 64
@@ -376,6 +377,6 @@ def call_of(
 def run(call: Call, initial: Tensor) -> tuple[Tensor, Tensor]:
     """Output and final state."""
     given = call.q, call.k, call.v, call.mixing, initial
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+    if unproven("flow") or (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
         return LigerAttention.apply(*given, call)
     return flow(call, initial)
