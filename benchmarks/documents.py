@@ -157,6 +157,52 @@ def training_text() -> str:
     return "\n".join([*lines, "", f"Documents left out as held out: {refused}. Packages left out: {missing}."])
 
 
+def recurrences() -> str:
+    """Rows of different recurrences, against the window that was trained in the same way."""
+    data = json.loads((RESULTS / "recurrences.json").read_text(encoding="utf-8"))
+    rows = {name: row for name, row in data["rows"].items() if "late_loss" in row}
+    common = [
+        setting for setting in next(iter(rows.values()))["set"] if all(setting in r["set"] for r in rows.values())
+    ]
+    window, teacher = rows["window-full-3e-4"], data["teacher"]
+    base, best = window["late"]["1024"], teacher["late"]["1024"]
+    gap = sum(base) - sum(best)
+    lines = [
+        "| row | set | perplexity | late loss | recurrence off | of the gap of `window-full-3e-4` | new parameters |"
+    ]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, row in sorted(rows.items(), key=lambda item: -item[1]["late_loss"]):
+        gains = [len(base) * (b - x) / gap for b, x in zip(base, row["late"]["1024"], strict=True)]
+        mean = sum(gains) / len(gains)
+        error = (sum((g - mean) ** 2 for g in gains) / (len(gains) - 1) / len(gains)) ** 0.5
+        off = row.get("late_loss_recurrence_off")
+        own = ", ".join(f"`{setting}`" for setting in row["set"] if setting not in common)
+        new = row["new_parameters"] // (1 if "lora=null" in row["set"] else 2)  # PEFT keeps a copy of what it trains
+        lines.append(
+            f"| {name} | {own} | {row['perplexity']:.2f} | {row['late_loss']:.4f} | {f'{off:.4f}' if off else '–'} | "
+            f"{mean:+.1%} ± {error:.1%} | {new:,} |"
+        )
+    lines.append(f"| teacher | – | {teacher['perplexity']:.2f} | {teacher['late_loss']:.4f} | – | – | – |")
+    made = f"{data['hardware']}, {_versions(data['versions'])}, commit {data['commit']}"
+    return "\n".join([*lines, "", f"All rows: {', '.join(f'`{setting}`' for setting in common)}. {made}."])
+
+
+def recovered() -> str:
+    """The default recipe's row among those of `recurrences`, the window it is to beat, and the teacher."""
+    data = json.loads((RESULTS / "recurrences.json").read_text(encoding="utf-8"))
+    rows = {
+        "teacher": data["teacher"],
+        "window only, all parameters trained": data["rows"]["window-full-3e-4"],
+        "the same with the delta rule": data["rows"]["gdn-full-3e-4"],
+        "the default recipe (LoRA)": data["rows"]["gdn-dd"],
+    }
+    lines = ["| model | perplexity | loss, first 128 | late loss |", "| --- | ---: | ---: | ---: |"]
+    lines += [
+        f"| {n} | {r['perplexity']:.2f} | {r['early_loss']:.3f} | {r['late_loss']:.3f} |" for n, r in rows.items()
+    ]
+    return "\n".join([*lines, "", f"{data['hardware']}, {_versions(data['versions'])}, commit {data['commit']}."])
+
+
 def operators() -> str:
     """Milliseconds of each operator on the CPU."""
     data = json.loads((RESULTS / "operators_cpu.json").read_text(encoding="utf-8"))
@@ -209,6 +255,26 @@ def _milliseconds(row: dict[str, Any] | None, base: dict[str, Any] | None = None
     return f"{1000 * ours:.2f}" + (f" ({median(base['seconds']) / ours:.1f}×)" if base else "")
 
 
+def training() -> str:
+    """Tokens per second of distillation, before and after steps were CUDA graphs."""
+    lines = [
+        "| student | steps | batch × T | tokens/s | GPU idle | peak, GiB |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    commits = []
+    for name, kind in (("train_eager_h100", "operation by operation"), ("train_graph_h100", "one CUDA graph")):
+        data = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        commits.append(f"{kind}: commit {data['commit']}")
+        for row in data["rows"]:
+            speed = row["batch"] * row["length"] / median(row["seconds"])
+            lines.append(
+                f"| {row['side']} | {kind} | {row['batch']} × {row['length']:,} | {speed:,.0f} | {row['idle']:.0%} | "
+                f"{row['peak_bytes'] / 2**30:.1f} |"
+            )
+    made = f"{data['hardware']}, {_versions(data['versions'])}"
+    return "\n".join([*lines, "", f"`python -m benchmarks.train`, medians; {made}; {'; '.join(commits)}."])
+
+
 def decoding() -> str:
     """A step's milliseconds, converted and as it was, beside the floor and the goal."""
     if (data := _measured("decode_h100")) is None:
@@ -221,6 +287,12 @@ def decoding() -> str:
     made = f"{data['hardware']}, {_versions(data['versions'])}, commit {data['commit']}"
     copy = f"copy {data['copy_bytes_per_second'] / 1e12:.2f} TB/s"
     return "\n".join([*lines, "", f"Milliseconds of a step, median; {made}, {copy}."])
+
+
+def decoding_at_16k() -> str:
+    """The rows of `decoding` with 16 sequences of 16,384 tokens."""
+    rows = [line for line in decoding().splitlines() if " | 16 | 16,384 | " in line]
+    return "\n".join([*decoding().splitlines()[:2], *rows, "", decoding().splitlines()[-1]])
 
 
 def _decoding_row(row: dict[str, Any], copy: float) -> str:
@@ -246,6 +318,8 @@ def generation() -> str:
     if (data := _measured("decode_h100")) is None:
         return "Not measured yet."
     rows = sorted((row for row in data["rows"] if (row["model"], row["batch"]) == ("Llama-3-8B", 16)), key=_context)
+    if len(rows) < 3:  # what lies between is summed up from the ends
+        return "Not measured yet."
     lines = ["| up to | original | linearized |", "| ---: | ---: | ---: |"]
     spent = {"original": 0.0, "linearized": 0.0}
     before: dict[str, tuple[int, float]] = {}
@@ -479,11 +553,15 @@ PARTS: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "default": default_table,
     "screening": screening,
+    "recurrences": recurrences,
+    "recovered": recovered,
+    "training": training,
     "selection": selection,
     "training-text": training_text,
     "operators": operators,
     "kernels": kernels,
     "decoding": decoding,
+    "decoding-at-16k": decoding_at_16k,
     "generation": generation,
     "decoding-cpu": decoding_cpu,
     "long-prompt": long_prompt,
