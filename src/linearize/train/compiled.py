@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from linearize.convert import attention_of, decoder
+
+SHAPES = 64  # compilations of one module: with and without gradients, by stage and batch; torch's own limit is 8
 
 
 @contextmanager
@@ -17,10 +20,14 @@ def compiled_layers(*models: PreTrainedModel) -> Iterator[None]:
     is: the mixers bring kernels of their own, and alignment listens to the teacher's.
     """
     found = [part for model in models if model.device.type == "cuda" for part in _parts(model)]
+    if not found:
+        yield
+        return
     for part in found:
         part.compile(dynamic=False)
     try:
-        yield
+        with torch._dynamo.config.patch(recompile_limit=SHAPES):
+            yield
     finally:
         for part in found:
             part._compiled_call_impl = None  # torch has no public way back

@@ -31,8 +31,11 @@ class Graphed:
         """The loss, a number that can be differentiated."""
         if self.graph is None and not self.failed:
             self._record(batch)
-        if self.failed or any(batch[name].shape != kept.shape for name, kept in self.batch.items()):
+        if self.failed:
             return self.loss(**batch)
+        if any(batch[name].shape != kept.shape for name, kept in self.batch.items()):
+            with torch.compiler.set_stance("force_eager"):  # for a batch or two, compiling takes longer than it saves
+                return self.loss(**batch)
         return _Replay.apply(self, batch, *self.parameters)
 
     def replay(self, batch: Batch) -> tuple[Tensor, list[Tensor | None]]:

@@ -190,7 +190,7 @@ class _FiniteGradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        norms = torch.stack([g.norm() for g in gradients.values()])
+        norms = torch.stack(torch._foreach_norm(list(gradients.values())))  # in few kernels
         if not torch.isfinite(norms).all():
             name = list(gradients)[int((~torch.isfinite(norms)).nonzero()[0])]
             raise LinearizeError(f"the gradient of {name} is not a number at step {state.global_step + 1}")
