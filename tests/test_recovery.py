@@ -1,0 +1,40 @@
+"""The rows of benchmarks.recovery: each is a valid recipe, and any number of them finds its way to the workers."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import recovery
+
+ROWS = sorted(path for path in Path(recovery.__file__).parent.glob("*.yaml") if path.stem != "training_text")
+
+
+def arguments(rows: Path | None = None, **given):
+    return SimpleNamespace(rows=rows, data="wiki", heldout="text.jsonl", **{"recipes": [], "only": None, **given})
+
+
+@pytest.mark.parametrize("path", ROWS, ids=lambda path: path.stem)
+def test_every_row_is_a_recipe(path):
+    rows = recovery.read_rows(arguments(path))
+    for given in rows.values():
+        recipe = recovery.recipe_of(given, arguments())
+        for index in range(30):
+            recipe.mixer.layer(index, 30)
+
+
+def test_shipped_recipes_are_rows():
+    rows = recovery.read_rows(arguments(recipes=["window-only", "default"], only=["default"]))
+    assert rows == {"default": ["recipe=default"]}
+    assert recovery.recipe_of(rows["default"], arguments()).mixer.values("structure") == ["gated_deltanet"]
+
+
+@pytest.mark.slow
+def test_more_rows_than_a_pipe_holds(tmp_path, monkeypatch):
+    names = "\n".join(f"row-{n}: [{', '.join(['mixer.structure=none'] * 50)}]" for n in range(50))
+    (tmp_path / "rows.yaml").write_text(names)
+    command = [str(tmp_path / "rows.yaml"), "--out", str(tmp_path / "out.json"), "--seconds", "0", "--devices", "2"]
+    monkeypatch.setattr(sys, "argv", ["recovery", *command])
+    recovery.main()
+    assert not (tmp_path / "out.json").exists()
