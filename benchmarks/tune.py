@@ -258,21 +258,22 @@ def difference(results: list[Tensor], expected: list[Tensor]) -> float:
     return max(((x - y).norm() / y.norm()).item() for x, y in pairs)
 
 
+def replay(tasks: list[Task]) -> None:
+    """Launch all of them again, onto the same tensors."""
+    for task in tasks:
+        module, name = task.kernel.split(":")
+        getattr(importlib.import_module(module), name)[task.grid](*task.args, **task.told)
+
+
 def seconds_of(tasks: list[Task], runs: int = 25) -> list[float]:
     """Of all launches together, by device events; they queue behind a pause, so that no launch is waited for."""
-
-    def start() -> None:
-        for task in tasks:
-            module, name = task.kernel.split(":")
-            getattr(importlib.import_module(module), name)[task.grid](*task.args, **task.told)
-
-    start()
+    replay(tasks)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
     torch.cuda.synchronize()
     torch.cuda._sleep(10_000_000)  # cycles, some 6 ms
     for begin, end in events:
         begin.record()
-        start()
+        replay(tasks)
         end.record()
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) / 1000 for begin, end in events]
@@ -285,7 +286,8 @@ def tried(problem: Problem, kernel: str, D: int, launch: Launch, expected: list[
         with settled(kernel, D, launch), recording() as tasks:
             results = problem.run()
             mine = tasks_of(kernel, tasks)
-        expected = results if expected is None else expected
+        if expected is None:  # copies: what is timed writes into these very results, or adds to them, again and again
+            expected = [x.clone() for x in results]
         row["difference"] = difference(results, expected)
         if row["difference"] <= TOLERANCE:
             row["seconds"] = statistics.median(seconds_of(mine))
@@ -382,7 +384,7 @@ def shown(launch: Launch) -> str:
 def described(row: dict[str, Any]) -> str:
     """A line for the terminal."""
     what = f"D={row['D']} {row['kernel']:16} warps {row['num_warps']:2} stages {row['num_stages']} "
-    what += f"block {row['block']:3} registers {row['registers']:3}"
+    what += f"block {row['block']:3} registers {row['registers']:3} programs {row['programs']}"
     if "seconds" not in row:
         return f"{what} {row.get('error')}"
     return f"{what} {1000 * row['seconds']:7.3f} ms, compiled in {row.get('compile_seconds', 0.0):4.1f} s"
