@@ -15,7 +15,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -196,22 +196,54 @@ def by_dtype(task: Task) -> Task:
     return task._replace(args=tuple(x.dtype if isinstance(x, Tensor) else x for x in task.args))
 
 
-def compile_all(calls: Iterable[Callable[[], Any]], processes: int) -> dict[str, Any]:
-    """Every program of the given calls, side by side, into Triton's cache: the seconds of each by kernel, and what did
-    not compile."""
+Jobs = dict[tuple, Future]  # by program, the kernel first
+
+
+def program_key(task: Task) -> tuple:
+    """What it takes to compile it; numbers that a kernel is given at run time are left out."""
+    args = (x if isinstance(x, torch.dtype) else type(x) for x in by_dtype(task).args)
+    return (task.kernel, *args, *sorted(task.told.items()))
+
+
+@contextmanager
+def compilers(processes: int) -> Iterator[Callable[[Callable[[], Any]], Jobs]]:
+    """A function that has every program of a call compiled into Triton's cache, each once, side by side and in the
+    order asked for, while its caller goes on; what is not ready at the end is dropped."""
     from triton.runtime import driver
 
     context, target = multiprocessing.get_context("spawn"), driver.active.get_current_target()
-    jobs: dict[str, tuple[str, Future]] = {}
+    jobs: Jobs = {}
     with ProcessPoolExecutor(processes, context, start_compiler, (target,)) as pool:
-        for call in calls:
+
+        def begin(call: Callable[[], Any]) -> Jobs:
             with recording(runs=False) as tasks:
                 call()
-            for task in map(by_dtype, tasks):
-                told = " ".join(str(x) for x in (task.kernel, *task.args, *sorted(task.told.items())))
-                if told not in jobs:
-                    jobs[told] = task.kernel.split(":")[1], pool.submit(compiled, task)
-        rows = [(kernel, job.result()) for kernel, job in jobs.values()]
+            for task in tasks:
+                if program_key(task) not in jobs:
+                    jobs[program_key(task)] = pool.submit(compiled, by_dtype(task))
+            return {key: jobs[key] for key in map(program_key, tasks)}
+
+        try:
+            yield begin
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():  # some have half a minute to go
+                process.terminate()
+
+
+def failures(jobs: Jobs, stop: float) -> list[str]:
+    """Waits for programs, until `stop` by `time.perf_counter`: which do not compile, and why."""
+    done, _ = wait(jobs.values(), timeout=max(0.0, stop - time.perf_counter()))
+    found = {(key[0], job.exception() or job.result().get("error")) for key, job in jobs.items() if job in done}
+    return sorted(f"{kernel}: {error}" for kernel, error in found if error)
+
+
+def compile_all(calls: Iterable[Callable[[], Any]], processes: int) -> dict[str, Any]:
+    """Every program of the given calls, side by side, into Triton's cache: the seconds of each by kernel, and what did
+    not compile."""
+    with compilers(processes) as begin:
+        jobs = {key: job for call in calls for key, job in begin(call).items()}
+        rows = [(key[0].split(":")[1], job.result()) for key, job in jobs.items()]
     seconds: dict[str, list[float]] = {}
     for kernel, row in rows:
         seconds.setdefault(kernel, []).append(row.get("compile_seconds", float("inf")))
