@@ -161,6 +161,15 @@ def test_head_sizes_and_partial_rotation(gate, D, R):
 
 
 @needs_interpreter
+@pytest.mark.parametrize("gate", ["gla", "hgrn2", "rwkv6"])
+def test_what_pads_a_head_has_no_decay(gate):
+    """Keys that keep everything; the zeros beside them would be a decay that overflows."""
+    given, sign = inputs(66, D=12), -1.0 if gate == "rwkv6" else 1.0
+    given[1] = sign * 20.0 + given[1]
+    assert_is_the_equation(given, settings(gate, D=12, temperature=0.1, lower=0.0), rope(66, 12))
+
+
+@needs_interpreter
 @pytest.mark.parametrize("gate", ["gla", "mamba2", *liger.DELTA])
 def test_documents_do_not_see_each_other(gate):
     first = documents(130, [20, 23, 100], [64])
