@@ -4,7 +4,8 @@
 
 Errors are relative to the equation in float64, in the norm: of output and final state, without and with a backward
 pass, and of every gradient; 9 query and 3 key/value heads. Times are of one layer of SmolLM2-135M in training, forward
-and backward, replayed as a CUDA graph, as training does. Every program is compiled first, side by side.
+and backward, replayed as a CUDA graph, as training does. Programs are compiled side by side, and every case runs as
+soon as its own are: first without a backward pass.
 """
 
 import argparse
@@ -21,10 +22,10 @@ from torch import Tensor
 
 from benchmarks.kernels import times
 from benchmarks.results import provenance, write
-from benchmarks.tune import compile_all
+from benchmarks.tune import compilers, failures
 from linearize.ops.gated_delta import chunked, gated_delta, reference
 
-NAMES = ("output alone", "state alone", "output", "state", "dq", "dk", "dv", "dlog_g", "dbeta", "dstate")
+NAMES = ("output", "state", "dq", "dk", "dv", "dlog_g", "dbeta", "dstate")  # the first two without a backward pass
 HEADS, KV_HEADS = 9, 3
 
 
@@ -73,26 +74,26 @@ def inputs(case: Case) -> Given:
     return Given([*leaves, torch.randn(B, KV_HEADS, D, D)], document)
 
 
-def run(given: Given, operator: Any, weights: list[Tensor] | None = None) -> tuple[list[Tensor], list[Tensor]]:
+def run(given: Given, operator: Any, backward: bool, weights: list[Tensor] | None = None) -> tuple[list[Tensor], ...]:
     """What `NAMES` says, and the weights of the sum that is differentiated."""
-    arguments = *given.leaves, given.document
-    with torch.no_grad():
-        alone = operator(*arguments)
-    results = operator(*arguments)
+    with torch.set_grad_enabled(backward):
+        results = operator(*given.leaves, given.document)
     weights = [torch.randn(x.shape) for x in results] if weights is None else weights
-    gradients = torch.autograd.grad(results, given.leaves, [w.to(x) for w, x in zip(weights, results, strict=True)])
-    return [x.detach().cpu().double() for x in (*alone, *results, *gradients)], weights
+    gradients: tuple[Tensor, ...] = ()
+    if backward:
+        gradients = torch.autograd.grad(results, given.leaves, [w.to(x) for w, x in zip(weights, results, strict=True)])
+    return [x.detach().cpu().double() for x in (*results, *gradients)], weights
 
 
-def errors(case: Case, device: str, operator: Any) -> dict[str, Any]:
+def errors(case: Case, backward: bool, device: str) -> dict[str, Any]:
     """A row of results."""
     given = inputs(case)
-    row: dict[str, Any] = case._asdict()
+    row: dict[str, Any] = {**case._asdict(), "backward": backward}
     try:
-        results, weights = run(given.to(device), operator)
-        expected, _ = run(given.to("cpu", torch.float64), reference, weights)
-        norms = [(x - y).norm() / y.norm() for x, y in zip(results, expected, strict=True)]
-        return row | {name: x.item() for name, x in zip(NAMES, norms, strict=True)}
+        results, weights = run(given.to(device), gated_delta, backward)
+        expected, _ = run(given.to("cpu", torch.float64), reference, backward, weights)
+        norms = [((x - y).norm() / y.norm()).item() for x, y in zip(results, expected, strict=True)]
+        return row | dict(zip(NAMES, norms, strict=False))
     except Exception as error:  # the other cases are worth knowing
         return row | {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
@@ -125,9 +126,9 @@ def pytorch(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor) -> tup
     return chunked(q, k, v, log_g, beta, state)
 
 
-def timed(case: Case, name: str, backward: bool) -> dict[str, Any]:
+def timed(case: Case, backward: bool, name: str) -> dict[str, Any]:
     """A row of results."""
-    row: dict[str, Any] = {**case._asdict(), "operator": name, "backward": backward}
+    row: dict[str, Any] = {**case._asdict(), "backward": backward, "operator": name}
     try:
         return row | {"seconds": times(graph_of(case, {"kernels": gated_delta, "chunked": pytorch}[name], backward))}
     except Exception as error:
@@ -143,33 +144,36 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="begin nothing after this long")
     given = parser.parse_args()
     stop = time.perf_counter() + given.seconds
-    found = list(cases(given.sizes))
-    calls = (partial(run, inputs(case).to("cuda"), gated_delta) for case in found if case.kind in ("plain", "packed"))
-    results: dict[str, Any] = {"compiling": compile_all(calls, given.processes), "errors": [], "times": []}
-    training = [Case(D, B=8, T=1024) for D in given.sizes]
-    sides = [(case, name, back) for case in training for name in ("kernels", "chunked") for back in (False, True)]
-    measured = [("times", partial(timed, *side), side) for side in sides]
-    checked = [("errors", partial(errors, case, "cuda", gated_delta), case) for case in found]
-    plain = len(given.sizes)
-    for kind, job, what in checked[:plain] + measured + checked[plain:]:
-        if time.perf_counter() > stop:
-            print(f"no time for the {kind} of {what}")
-            continue
-        results[kind].append(job())
-        print(described(results[kind][-1]), flush=True)
-        write(given.out, {**provenance(), **results})
+    sizes, passes = given.sizes, [False, True]
+    sides = [(Case(D, B=8, T=1024), back, name) for D in sizes for name in ("kernels", "chunked") for back in passes]
+    timings = [("times", *side[:2], partial(timed, *side)) for side in sides]
+    plain, special = (
+        [("errors", case, back, partial(errors, case, back, "cuda")) for back in passes for case in some]
+        for some in (list(cases(sizes))[: len(sizes)], list(cases(sizes))[len(sizes) :])
+    )
+    jobs = plain + timings + special
+    results: dict[str, Any] = {"errors": [], "times": []}
+    with compilers(given.processes) as begin:
+        programs = [begin(partial(run, inputs(case).to("cuda"), gated_delta, back)) for _, case, back, _ in jobs]
+        for (kind, case, back, job), needed in zip(jobs, programs, strict=True):
+            failed = failures(needed, stop)
+            if time.perf_counter() > stop:
+                print(f"no time for the {kind} of {tuple(case)} {'forward + backward' if back else 'forward'}")
+                continue
+            not_compiled = {**case._asdict(), "backward": back, "error": "; ".join(failed)}
+            results[kind].append(not_compiled if failed else job())
+            print(described(results[kind][-1]), flush=True)
+            write(given.out, {**provenance(), **results})
 
 
 def described(row: dict[str, Any]) -> str:
     """A line for the terminal."""
-    what = f"D={row['D']:3} B={row['B']} T={row['T']:4} {row['kind']:10}"
-    if "operator" in row:
-        what += f" {row['operator']} {'forward + backward' if row['backward'] else 'forward'}"
-    if "error" in row:
-        return f"{what} {row['error']}"
+    what = f"D={row['D']:3} B={row['B']} T={row['T']:4} {row['kind']:10} {row.get('operator', ''):7} "
+    what += "forward + backward" if row["backward"] else "forward           "
     if "seconds" in row:
         return f"{what} {1000 * statistics.median(row['seconds']):.3f} ms"
-    return f"{what} " + " ".join(f"{name} {row[name]:.1e}" for name in NAMES)
+    errors = " ".join(f"{name} {row[name]:.1e}" for name in NAMES if name in row)
+    return f"{what} {row.get('error', errors)}"
 
 
 if __name__ == "__main__":

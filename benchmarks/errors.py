@@ -3,8 +3,8 @@
     python -m benchmarks.errors --out docs/results/errors_h100.json --seconds 120
 
 Relative, in the norm: of output and final state, without and with a backward pass, and of every gradient; odd lengths,
-grouped heads, an initial state; packed documents, decays from nothing to all, and keys that are nearly the same. Every
-program is compiled first, side by side.
+grouped heads, an initial state; packed documents, decays from nothing to all, and keys that are nearly the same.
+Programs are compiled side by side, and every case runs as soon as its own are: first all without a backward pass.
 """
 
 import argparse
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import provenance, write
-from benchmarks.tune import compile_all
+from benchmarks.tune import compilers, failures
 from linearize.ops.liger import DELTA, GATES, Settings, first_tokens, fused, reference
 
-NAMES = ("output alone", "state alone", "output", "state", "dq", "dk", "dv", "dmixing", "dstate")
+NAMES = ("output", "state", "dq", "dk", "dv", "dmixing", "dstate")  # the first two without a backward pass
 
 
 class Case(NamedTuple):
@@ -84,17 +84,16 @@ def inputs(case: Case) -> Given:
     return Given(leaves, settings, (angles.cos(), angles.sin()), first, -torch.rand(KV))
 
 
-def run(given: Given, operator: Any, weights: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:
+def run(given: Given, operator: Any, backward: bool, weights: list[Tensor] | None = None) -> tuple[list[Tensor], ...]:
     """What `NAMES` says, and the weights of the sum that is differentiated."""
     q, k, v, mixing, state = given.leaves
-    arguments = q, k, v, mixing, given.settings, given.rope, state, given.first, given.decay
-    with torch.no_grad():
-        alone = operator(*arguments)
-    results = operator(*arguments)
+    with torch.set_grad_enabled(backward):
+        results = operator(q, k, v, mixing, given.settings, given.rope, state, given.first, given.decay)
     weights = [torch.randn(x.shape) for x in results] if weights is None else weights
-    loss = sum(((w.to(x) * x).sum() for w, x in zip(weights, results, strict=True)), torch.zeros((), device=q.device))
-    gradients = torch.autograd.grad(loss, given.leaves)
-    return [x.detach().cpu().double() for x in (*alone, *results, *gradients)], weights
+    gradients: tuple[Tensor, ...] = ()
+    if backward:
+        gradients = torch.autograd.grad(results, given.leaves, [w.to(x) for w, x in zip(weights, results, strict=True)])
+    return [x.detach().cpu().double() for x in (*results, *gradients)], weights
 
 
 def in_double(given: Given) -> Given:
@@ -102,15 +101,15 @@ def in_double(given: Given) -> Given:
     return given._replace(leaves=[x.detach().double().requires_grad_() for x in given.leaves])
 
 
-def errors(case: Case, device: str) -> dict[str, Any]:
+def errors(case: Case, backward: bool, device: str) -> dict[str, Any]:
     """A row of results."""
     given = inputs(case)
-    row: dict[str, Any] = case._asdict()
+    row: dict[str, Any] = {**case._asdict(), "backward": backward}
     try:
-        results, weights = run(given.to(device), fused, None)
-        expected, _ = run(in_double(given), reference, weights)
-        norms = [(x - y).norm() / y.norm() for x, y in zip(results, expected, strict=True)]
-        return row | {name: x.item() for name, x in zip(NAMES, norms, strict=True)}
+        results, weights = run(given.to(device), fused, backward)
+        expected, _ = run(in_double(given), reference, backward, weights)
+        norms = [((x - y).norm() / y.norm()).item() for x, y in zip(results, expected, strict=True)]
+        return row | dict(zip(NAMES, norms, strict=False))
     except Exception as error:  # the other cases are worth knowing
         return row | {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
@@ -126,21 +125,27 @@ def main() -> None:
     given = parser.parse_args()
     stop = time.perf_counter() + given.seconds
     found = [case for case in cases(given.sizes) if case.gate in given.gates]
-    compile_all((partial(run, inputs(case).to("cuda"), fused, None) for case in found), given.processes)
+    sides = [(case, backward) for backward in (False, True) for case in found]
     rows: list[dict[str, Any]] = []
-    for case in found:
-        if time.perf_counter() > stop:
-            print(f"no time for {tuple(case)}")
-            continue
-        rows.append(errors(case, "cuda"))
-        print(described(rows[-1]), flush=True)
-        write(given.out, {**provenance(), "rows": rows})
+    with compilers(given.processes) as begin:
+        jobs = [begin(partial(run, inputs(case).to("cuda"), fused, backward)) for case, backward in sides]
+        for (case, backward), programs in zip(sides, jobs, strict=True):
+            failed = failures(programs, stop)
+            if time.perf_counter() > stop:
+                print(f"no time for {tuple(case)} {'forward + backward' if backward else 'forward'}")
+                continue
+            not_compiled = {**case._asdict(), "backward": backward, "error": "; ".join(failed)}
+            rows.append(not_compiled if failed else errors(case, backward, "cuda"))
+            print(described(rows[-1]), flush=True)
+            write(given.out, {**provenance(), "rows": rows})
 
 
 def described(row: dict[str, Any]) -> str:
     """A line for the terminal."""
-    what = f"{row['gate']:14} D={row['D']:3} T={row['T']:4} {row['kind']:10}"
-    return f"{what} {row['error']}" if "error" in row else f"{what} " + " ".join(f"{n} {row[n]:.1e}" for n in NAMES)
+    what = f"{row['gate']:14} D={row['D']:3} T={row['T']:4} {row['kind']:10} "
+    what += "forward + backward" if row["backward"] else "forward           "
+    errors = " ".join(f"{name} {row[name]:.1e}" for name in NAMES if name in row)
+    return f"{what} {row.get('error', errors)}"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -196,22 +196,54 @@ def by_dtype(task: Task) -> Task:
     return task._replace(args=tuple(x.dtype if isinstance(x, Tensor) else x for x in task.args))
 
 
-def compile_all(calls: Iterable[Callable[[], Any]], processes: int) -> dict[str, Any]:
-    """Every program of the given calls, side by side, into Triton's cache: the seconds of each by kernel, and what did
-    not compile."""
+Jobs = dict[tuple, Future]  # by program, the kernel first
+
+
+def program_key(task: Task) -> tuple:
+    """What it takes to compile it; numbers that a kernel is given at run time are left out."""
+    args = (x if isinstance(x, torch.dtype) else type(x) for x in by_dtype(task).args)
+    return (task.kernel, *args, *sorted(task.told.items()))
+
+
+@contextmanager
+def compilers(processes: int) -> Iterator[Callable[[Callable[[], Any]], Jobs]]:
+    """A function that has every program of a call compiled into Triton's cache, each once, side by side and in the
+    order asked for, while its caller goes on; what is not ready at the end is dropped."""
     from triton.runtime import driver
 
     context, target = multiprocessing.get_context("spawn"), driver.active.get_current_target()
-    jobs: dict[str, tuple[str, Future]] = {}
+    jobs: Jobs = {}
     with ProcessPoolExecutor(processes, context, start_compiler, (target,)) as pool:
-        for call in calls:
+
+        def begin(call: Callable[[], Any]) -> Jobs:
             with recording(runs=False) as tasks:
                 call()
-            for task in map(by_dtype, tasks):
-                told = " ".join(str(x) for x in (task.kernel, *task.args, *sorted(task.told.items())))
-                if told not in jobs:
-                    jobs[told] = task.kernel.split(":")[1], pool.submit(compiled, task)
-        rows = [(kernel, job.result()) for kernel, job in jobs.values()]
+            for task in tasks:
+                if program_key(task) not in jobs:
+                    jobs[program_key(task)] = pool.submit(compiled, by_dtype(task))
+            return {key: jobs[key] for key in map(program_key, tasks)}
+
+        try:
+            yield begin
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():  # some have half a minute to go
+                process.terminate()
+
+
+def failures(jobs: Jobs, stop: float) -> list[str]:
+    """Waits for programs, until `stop` by `time.perf_counter`: which do not compile, and why."""
+    done, _ = wait(jobs.values(), timeout=max(0.0, stop - time.perf_counter()))
+    found = {(key[0], job.exception() or job.result().get("error")) for key, job in jobs.items() if job in done}
+    return sorted(f"{kernel}: {error}" for kernel, error in found if error)
+
+
+def compile_all(calls: Iterable[Callable[[], Any]], processes: int) -> dict[str, Any]:
+    """Every program of the given calls, side by side, into Triton's cache: the seconds of each by kernel, and what did
+    not compile."""
+    with compilers(processes) as begin:
+        jobs = {key: job for call in calls for key, job in begin(call).items()}
+        rows = [(key[0].split(":")[1], job.result()) for key, job in jobs.items()]
     seconds: dict[str, list[float]] = {}
     for kernel, row in rows:
         seconds.setdefault(kernel, []).append(row.get("compile_seconds", float("inf")))
@@ -258,21 +290,22 @@ def difference(results: list[Tensor], expected: list[Tensor]) -> float:
     return max(((x - y).norm() / y.norm()).item() for x, y in pairs)
 
 
+def replay(tasks: list[Task]) -> None:
+    """Launch all of them again, onto the same tensors."""
+    for task in tasks:
+        module, name = task.kernel.split(":")
+        getattr(importlib.import_module(module), name)[task.grid](*task.args, **task.told)
+
+
 def seconds_of(tasks: list[Task], runs: int = 25) -> list[float]:
     """Of all launches together, by device events; they queue behind a pause, so that no launch is waited for."""
-
-    def start() -> None:
-        for task in tasks:
-            module, name = task.kernel.split(":")
-            getattr(importlib.import_module(module), name)[task.grid](*task.args, **task.told)
-
-    start()
+    replay(tasks)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
     torch.cuda.synchronize()
     torch.cuda._sleep(10_000_000)  # cycles, some 6 ms
     for begin, end in events:
         begin.record()
-        start()
+        replay(tasks)
         end.record()
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) / 1000 for begin, end in events]
@@ -285,7 +318,8 @@ def tried(problem: Problem, kernel: str, D: int, launch: Launch, expected: list[
         with settled(kernel, D, launch), recording() as tasks:
             results = problem.run()
             mine = tasks_of(kernel, tasks)
-        expected = results if expected is None else expected
+        if expected is None:  # copies: what is timed writes into these very results, or adds to them, again and again
+            expected = [x.clone() for x in results]
         row["difference"] = difference(results, expected)
         if row["difference"] <= TOLERANCE:
             row["seconds"] = statistics.median(seconds_of(mine))
@@ -382,7 +416,7 @@ def shown(launch: Launch) -> str:
 def described(row: dict[str, Any]) -> str:
     """A line for the terminal."""
     what = f"D={row['D']} {row['kernel']:16} warps {row['num_warps']:2} stages {row['num_stages']} "
-    what += f"block {row['block']:3} registers {row['registers']:3}"
+    what += f"block {row['block']:3} registers {row['registers']:3} programs {row['programs']}"
     if "seconds" not in row:
         return f"{what} {row.get('error')}"
     return f"{what} {1000 * row['seconds']:7.3f} ms, compiled in {row.get('compile_seconds', 0.0):4.1f} s"

@@ -1,7 +1,16 @@
-"""Triton kernels on a CPU, by Triton's interpreter; TRITON_INTERPRET is set before this is imported."""
+"""Triton kernels on a CPU, by Triton's interpreter; TRITON_INTERPRET is set before this is imported.
 
+The interpreter runs a launch's programs one after the other and reads any address, which a GPU does not: `checked`
+finds what depends on that.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
+import torch
 from triton.runtime import interpreter
 
 _patch_tensor = interpreter._patch_lang_tensor
@@ -14,3 +23,71 @@ def _with_loop_bounds(tensor: Any, scope: Any) -> None:
 
 
 interpreter._patch_lang_tensor = _with_loop_bounds
+
+
+class Accesses:
+    """What the programs of one launch read and write: addresses of elements, and the number of the program."""
+
+    def __init__(self, args: tuple) -> None:
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in args if isinstance(x, torch.Tensor)}
+        self.begins = np.sort(np.array(list(storages), dtype=np.int64))
+        self.ends = np.array([begin + storages[begin].nbytes() for begin in self.begins.tolist()])
+        self.seen: dict[bool, list[np.ndarray]] = {written: [np.zeros((2, 0), np.int64)] for written in (False, True)}
+
+    def note(self, builder: Any, pointers: Any, mask: Any, written: bool) -> None:
+        """One load or store of the program that the builder is at."""
+        addresses, inside = np.broadcast_arrays(pointers.data, mask.data)
+        addresses = addresses[inside].astype(np.int64)
+        place = np.searchsorted(self.begins, addresses, side="right") - 1
+        if (place < 0).any() or (addresses >= self.ends[place]).any():
+            raise IndexError(f"a program {'writes' if written else 'reads'} outside the tensors it is given")
+        program = np.ravel_multi_index(builder.grid_idx, builder.grid_dim)
+        addresses = np.unique(addresses)
+        self.seen[written].append(np.stack([addresses, np.full_like(addresses, program)]))
+
+    def check(self, kernel: str) -> None:
+        """That no program depends on another one."""
+        (written, writers), (read, readers) = (
+            np.unique(np.concatenate(self.seen[x], axis=1), axis=1) for x in (True, False)
+        )
+        if (written[1:] == written[:-1]).any():
+            raise RuntimeError(f"two programs of {kernel} write the same element")
+        place = np.searchsorted(written, read)
+        known = place < len(written)
+        place, read, readers = place[known], read[known], readers[known]
+        if ((written[place] == read) & (writers[place] != readers)).any():
+            raise RuntimeError(f"a program of {kernel} reads what another one writes")
+
+
+@contextmanager
+def checked() -> Iterator[None]:
+    """Inside, what is allocated and not written is NaN, and a launch fails, whatever it computes, that reads or writes
+    outside its tensors, or where what one program writes is read or written by another: a GPU runs them in any order.
+    """
+    builder, executor = type(interpreter.interpreter_builder), interpreter.GridExecutor
+    load, store, run = builder.create_masked_load, builder.create_masked_store, executor.__call__
+    current: list[Accesses] = []
+
+    def noted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        current[-1].note(self, pointers, mask, written=False)
+        return load(self, pointers, mask, *rest)
+
+    def noted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        current[-1].note(self, pointers, mask, written=True)
+        return store(self, pointers, value, mask, *rest)
+
+    def checked_run(self: Any, *args: Any, **kwargs: Any) -> None:
+        current[:] = [Accesses(args)]
+        run(self, *args, **kwargs)
+        current[-1].check(self.fn.__name__)
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        with (
+            patch.object(builder, "create_masked_load", noted_load),
+            patch.object(builder, "create_masked_store", noted_store),
+            patch.object(executor, "__call__", checked_run),
+        ):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)

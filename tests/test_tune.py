@@ -1,5 +1,6 @@
 """The sweep over launch settings, as far as it needs no GPU."""
 
+from concurrent.futures import Future
 from importlib.util import find_spec
 
 import pytest
@@ -29,6 +30,19 @@ def test_a_candidate_is_run_checked_and_timed(monkeypatch):
     wrong = [2 * x for x in expected]
     row, _ = tune.tried(problem, "output", 16, Launch(2, 1), wrong)
     assert row["error"] == "other results"
+
+
+@pytest.mark.parametrize(
+    ("gate", "kernel"),
+    [("gla", "window"), ("gla", "flow"), ("gla", "window_gradients"), ("gated_deltanet", "delta_output")],
+)
+def test_timing_leaves_what_the_first_candidate_computed(monkeypatch, gate, kernel):
+    """Launches write to the results of the pass that they are from, or add to them."""
+    monkeypatch.setattr(tune, "seconds_of", lambda tasks: (tune.replay(tasks), [1.0])[1])
+    problem, launch, expected = tune.Problem(SHAPE, gate, "cpu", torch.float32), LAUNCHES[kernel][16], None
+    for _ in range(2):
+        row, expected = tune.tried(problem, kernel, 16, launch, expected)
+        assert row == {"difference": 0.0, "seconds": 1.0}
 
 
 def test_launches_belong_to_the_kernel_before(monkeypatch):
@@ -64,3 +78,24 @@ def test_what_makes_the_states_of_segments_is_timed_with_them(monkeypatch):
     names = [task.kernel.split(":")[1] for task in tune.tasks_of("flow", tasks)]
     assert names == ["prepare_kernel", "states_kernel", "carry_kernel", "flow_kernel"]
     assert [task.kernel.split(":")[1] for task in tune.tasks_of("states", tasks)] == ["states_kernel"]
+
+
+def test_programs_are_the_same_for_other_lengths_and_numbers():
+    found = []
+    for T, scale in ((70, 0.25), (130, 0.5)):
+        problem = tune.Problem((1, T, 2, 1, 16), "gla", "cpu", torch.float32)
+        problem.settings = problem.settings._replace(scale=scale, temperature=scale)
+        with tune.recording(runs=False) as tasks:
+            problem.run()
+        found.append([tune.program_key(task) for task in tasks])
+    assert found[0] == found[1]
+    assert len({key[0] for key in found[0]}) == len(set(found[0])) < len(found[0])
+
+
+def test_what_does_not_compile_is_told():
+    jobs = {(f"module:{name}",): Future() for name in ("good", "bad", "crashed", "slow")}
+    good, bad, crashed, _ = jobs.values()
+    good.set_result({"compile_seconds": 1.0, "shared": 0})
+    bad.set_result({"error": "too large"})
+    crashed.set_exception(RuntimeError("gone"))
+    assert tune.failures(jobs, stop=0.0) == ["module:bad: too large", "module:crashed: gone"]

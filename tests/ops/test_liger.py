@@ -21,7 +21,7 @@ from linearize.structures.base import Layer
 GPU = torch.cuda.is_available()
 TRITON = find_spec("triton") is not None
 if TRITON and not GPU:
-    import interpreted  # noqa: F401
+    import interpreted
 
 needs_triton = pytest.mark.skipif(not TRITON, reason="triton is not installed")
 needs_interpreter = pytest.mark.skipif(GPU or not TRITON, reason="Triton's interpreter is for machines without a GPU")
@@ -31,11 +31,15 @@ ALL = [*liger.GATES, *liger.DELTA]
 
 
 @pytest.fixture(autouse=True)
-def _poisoned():
-    """What is allocated and not written is NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=GPU)
-    yield
-    torch.use_deterministic_algorithms(False)
+def _checked():
+    """What is allocated and not written is NaN; in the interpreter, launches are checked too."""
+    if not GPU and TRITON:
+        with interpreted.checked():
+            yield
+    else:
+        torch.use_deterministic_algorithms(True, warn_only=GPU)
+        yield
+        torch.use_deterministic_algorithms(False)
 
 
 def settings(gate: str = "gla", D: int = 16, **kwargs) -> Settings:
@@ -154,6 +158,15 @@ def test_settings(gate, fixed):
 @pytest.mark.parametrize("gate", ["gla", "gated_deltanet"])
 def test_head_sizes_and_partial_rotation(gate, D, R):
     assert_is_the_equation(inputs(66, D=D), settings(gate, D=D), rope(66, R) if R else None)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("gate", ["gla", "hgrn2", "rwkv6"])
+def test_what_pads_a_head_has_no_decay(gate):
+    """Keys that keep everything; the zeros beside them would be a decay that overflows."""
+    given, sign = inputs(66, D=12), -1.0 if gate == "rwkv6" else 1.0
+    given[1] = sign * 20.0 + given[1]
+    assert_is_the_equation(given, settings(gate, D=12, temperature=0.1, lower=0.0), rope(66, 12))
 
 
 @needs_interpreter

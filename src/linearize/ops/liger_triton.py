@@ -175,8 +175,8 @@ def sigmoid(x):
 
 @triton.jit
 def key_and_gate(k, inside, columns, decay, rate, lower, D: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr):
-    """The recurrence's key `[C, DP]` and log decay `[C, K]` from the key projection, both 0 past the sequence;
-    `rate` is one over the gate's temperature."""
+    """The recurrence's key `[C, DP]` and log decay `[C, K]` from the key projection, both 0 past the sequence and the
+    head; `rate` is one over the gate's temperature."""
     if GATE == "hgrn2":
         key = (1.0 - lower) * (1.0 - tl.exp(log_sigmoid(k) * rate))
     else:
@@ -197,7 +197,10 @@ def key_and_gate(k, inside, columns, decay, rate, lower, D: tl.constexpr, GATE: 
             step = -log_sigmoid(-pooled)
             log_g = -step * rate
             key = key * step
-    return tl.where(inside[:, None], key, 0.0), tl.where(inside[:, None], log_g, 0.0)
+    inside = inside[:, None]
+    if log_g.shape[1] > D:  # zeros past the head would make a decay whose inverse may overflow
+        inside = inside & (columns < D)[None, :]
+    return tl.where(inside, key, 0.0), tl.where(inside, log_g, 0.0)
 
 
 @triton.jit
