@@ -103,10 +103,8 @@ def test_settings(settings, steps):
 
 def learned(settings):
     """A model whose new parameters are not those that change nothing."""
-    settings = {"mixing_weight": 0.4} | settings
-    if settings.get("local") == "none":
-        del settings["mixing_weight"]
-    model = convert(tiny(head_dim=16), **({} if settings.get("local") == "none" else SETTINGS) | settings).to(DEVICE)
+    beside = {} if settings.get("local") == "none" else SETTINGS  # which have no effect there
+    model = convert(tiny(head_dim=16), **beside | settings).to(DEVICE)
     torch.manual_seed(0)
     for mixer in mixers(model):
         for branch in (mixer.recurrence, mixer.mixing):
@@ -367,12 +365,13 @@ def test_logits_are_not_written_over():
 
 
 @pytest.mark.skipif(GPU, reason="the kernel's fp32 is the interpreter's")
+@pytest.mark.parametrize("settings", [{}, BY_OPERATIONS[0]], ids=["whole layers", "windows"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "phi"])
-def test_models_by_the_kernel(family, steps, monkeypatch):
+def test_models_by_the_kernel(family, settings, steps, monkeypatch):
     pytest.importorskip("triton", reason="the kernels are Triton's")
     import interpreted  # noqa: F401
 
-    model, tokens = converted(family), ids(2, LENGTH)
+    model, tokens = converted(family, **settings), ids(2, LENGTH)
     full = logits(model, tokens, use_cache=False)
     monkeypatch.setattr(step, "why_not_fused", lambda *_: None)
     assert_close(in_parts(model, tokens, one_by_one(17))[0], full)
@@ -385,6 +384,15 @@ def test_sixteen_bits_on_a_gpu(family, steps):
     model, tokens = converted(family).bfloat16(), ids(2, LENGTH).to(DEVICE)
     full = logits(model, tokens, use_cache=False)
     assert_close(in_parts(model, tokens, one_by_one(9))[0], full, 3e-2)
+    assert all(decoder.graph is not None for decoder in steps)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("settings", BY_OPERATIONS, ids=str)
+def test_operations_in_a_graph(settings, steps):
+    model, tokens = learned(settings), ids(2, LENGTH).to(DEVICE)
+    assert_close(in_parts(model, tokens, one_by_one(9))[0], logits(model, tokens, use_cache=False))
+    assert len(steps) == LENGTH - 9
     assert all(decoder.graph is not None for decoder in steps)
 
 

@@ -164,9 +164,17 @@ class Decoder:
             for _ in range(2):
                 self.run()
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.logits = self.run()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.logits = self.run()
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.clock.marks.clear()
+            warn_once(f"decoding steps are not one CUDA graph, several times slower: {error}")
+            return
+        self.graph = graph
 
     def step(self, ids: Tensor, position: Tensor | int, valid: Tensor | None) -> Tensor:
         """Logits `[B, 1, vocab]` after `ids` `[B, 1]`, at `position` (`[B or 1, 1]`, or one for all rows); rows that

@@ -33,7 +33,7 @@ class Moment(NamedTuple):
     mixing: Tensor  # [H]
     decay: Tensor | None  # [KV], lightning's
     sink_rope: liger.Rope | None = None  # cos and sin `[B, R]` with which queries meet the sinks
-    tokens: Tokens | None = None  # the same, for layers that `ops.step` does not serve alone
+    tokens: Tokens | None = None  # the token of each row, for layers that `ops.step` does not serve alone
 
 
 def parts(attention: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
