@@ -1,7 +1,8 @@
 """Decoding on a GPU: a converted model's step under a CUDA graph, beside the original's with a static cache.
 
     python -m benchmarks.decode --out docs/results/decode_h100.json --seconds 500
-    python -m benchmarks.decode --smoke --out smoke.json       # right? 60 s
+    python -m benchmarks.decode --structure gated_deltanet --out delta.json --seconds 500
+    python -m benchmarks.decode --smoke --out smoke.json       # right? 120 s
     python -m benchmarks.decode --prompt --out docs/results/prompt_h100.json --seconds 200
     python -m benchmarks.decode --tune --out tune.json --seconds 300
 
@@ -50,6 +51,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
     },
 }  # fmt: skip
+DELTA = {
+    "structure": "gated_deltanet", "feature_map": "linear", "gate_source": "learned", "mixing": "data_dependent",
+    "gate_temperature": 256.0, "mixing_weight": 0.02,
+}  # fmt: skip
+CONVERTED: dict[str, dict[str, Any]] = {  # what the converted side may be
+    "gla": {"structure": "gla"},
+    "gated_deltanet": DELTA | {"readout": "rms"},
+    "gated_deltanet_gated": DELTA | {"readout": "gated"},
+}
 BATCHES, CONTEXTS = (1, 16, 64, 256), (1024, 4096, 16384, 65536)
 TELLING = ((1, 16384), (16, 16384), (1, 1024), (256, 16384))  # batch and context; first, for every model
 REST = (
@@ -66,6 +76,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=500, help="begin nothing after this long")
     parser.add_argument("--model", choices=SHAPES, action="append", help="only this one")
+    parser.add_argument(
+        "--structure", choices=CONVERTED, default="gla", help="of the converted side; one for each file"
+    )
     parser.add_argument("--smoke", action="store_true", help="only see whether it is right")
     parser.add_argument("--prompt", action="store_true", help="read a prompt of a million tokens in chunks")
     parser.add_argument("--tokens", type=int, default=2**20, help="of that prompt")
@@ -161,7 +174,11 @@ def peak() -> int:
 
 def compare(out: Path, names: list[str], stop: float, arguments: argparse.Namespace) -> None:
     """Every model at the telling rows first, then the others."""
-    results = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"rows": []}
+    results: dict[str, Any] = {"structure": arguments.structure, "rows": []}
+    if out.exists():
+        results = json.loads(out.read_text(encoding="utf-8"))
+        if (name := results.get("structure", "gla")) != arguments.structure:
+            raise SystemExit(f"{out} is of structure {name}; give {arguments.structure} a file of its own")
     rows: list[dict[str, Any]] = results["rows"]
     copy = results["copy_bytes_per_second"] = copy_speed() if GPU else 1e10
     print(f"copy {copy / 1e12:.2f} TB/s", flush=True)
@@ -174,7 +191,7 @@ def compare(out: Path, names: list[str], stop: float, arguments: argparse.Namesp
             start = time.perf_counter()
             model = random_model(name)
             print(f"{name}: made in {time.perf_counter() - start:.1f} s", flush=True)
-            ours = converted_steps(model, todo, stop)
+            ours = converted_steps(model, CONVERTED[arguments.structure], todo, stop)
             for batch, context in todo:
                 if time.perf_counter() > stop or (batch, context) not in ours:
                     print(f"no time for {name}, batch {batch}, context {context}", flush=True)
@@ -203,9 +220,11 @@ def sizes(model: PreTrainedModel, batch: int, context: int) -> dict[str, int]:
     }
 
 
-def converted_steps(model: PreTrainedModel, places: list[tuple[int, int]], stop: float) -> dict[tuple[int, int], Any]:
+def converted_steps(
+    model: PreTrainedModel, settings: dict[str, Any], places: list[tuple[int, int]], stop: float
+) -> dict[tuple[int, int], Any]:
     """Raw times of the converted model's step, by batch and context; the model is as before afterwards."""
-    convert(model, structure="gla")
+    convert(model, **settings)
     found: dict[tuple[int, int], Any] = {}
     for batch in dict.fromkeys(batch for batch, _ in places):
         if time.perf_counter() > stop:

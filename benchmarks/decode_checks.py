@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from benchmarks.decode import BATCHES, DEVICE, GPU, graphed, random_model, said, timed
+from benchmarks.decode import BATCHES, CONVERTED, DEVICE, GPU, graphed, random_model, said, timed
 from benchmarks.results import provenance, write
 from linearize import convert
 from linearize.cache import cache_bytes
+from linearize.convert import mixers
 from linearize.ops import step
 from linearize.ops.liger import GATES, Settings
 from linearize.ops.step import Clock, Held
@@ -27,13 +28,17 @@ def smoke(out: Path) -> None:
     tokens."""
     found: dict[str, Any] = {}
     for D, groups in ((64, 3), (128, 4), (80, 1)):
-        for gate in GATES:
+        for gate in (*GATES, "none"):
             found[f"kernel {gate} D={D} groups={groups}"] = kernel_error(gate, D, groups)
-    for name in ("SmolLM2-135M",) if GPU else ("tiny",):
-        found |= graph_error(name)
+    for structure in CONVERTED:
+        try:
+            errors = graph_error("SmolLM2-135M" if GPU else "tiny", structure)
+        except Exception as error:
+            errors = {"failed": said(error)}
+        found |= {f"{structure}: {name}": value for name, value in errors.items()}
+        write(out, {**provenance(), "found": found})
     for name, value in found.items():
         print(f"{name}: {value}", flush=True)
-    write(out, {**provenance(), "found": found})
 
 
 def kernel_error(gate: str, D: int, groups: int) -> float:
@@ -74,12 +79,15 @@ def random_memory(B: int, KV: int, D: int, fixed: Settings) -> tuple[Clock, Held
     return clock, held
 
 
-def graph_error(name: str) -> dict[str, Any]:
+def graph_error(name: str, structure: str) -> dict[str, Any]:
     """Logits after a prompt by the graph and by the ordinary forward, relative errors in bf16 and fp32; what 3,000
     tokens leave allocated; tokens per second of `generate`."""
     found: dict[str, Any] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model = convert(random_model(name, dtype), structure="gla", mixing_weight=0.3)
+        model = convert(random_model(name, dtype), **CONVERTED[structure] | {"mixing_weight": 0.3})
+        for mixer in mixers(model):
+            for parameter in mixer.recurrence.parameters() if mixer.recurrence is not None else ():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)  # many start at 0 and would change nothing
         ids = torch.randint(0, model.config.vocab_size, (4, 220), device=DEVICE)
         mask = torch.ones_like(ids)
         mask[1, :37] = 0

@@ -43,6 +43,14 @@ def test_rows_are_measured_once_and_told(run, monkeypatch, tmp_path, capsys):
     assert documents.generation().count(" GB |") == 3  # of two lengths, one of them too long for the original
 
 
+def test_a_file_is_of_one_structure(run):
+    data = run("--structure", "gated_deltanet")
+    assert data["structure"] == "gated_deltanet"
+    assert all(len(row["linearized"]["seconds"]) == 3 for row in data["rows"])
+    with pytest.raises(SystemExit, match="is of structure gated_deltanet"):
+        run("--structure", "gla")
+
+
 def test_failures_of_single_rows_are_recorded(run, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("no room\nat all")
@@ -60,7 +68,8 @@ def test_smoke_finds_what_is_right(tmp_path):
     decode_checks.smoke(tmp_path / "smoke.json")
     found = json.loads((tmp_path / "smoke.json").read_text())["found"]
     assert max(error for name, error in found.items() if name.startswith("kernel")) < 2e-2
-    assert found["graph against ordinary forward, torch.float32"] < 1e-5
+    for structure in decode.CONVERTED:
+        assert found[f"{structure}: graph against ordinary forward, torch.float32"] < 1e-5
 
 
 def test_a_prompt_in_chunks(monkeypatch, tmp_path):

@@ -3,20 +3,42 @@
 import copy
 import pickle
 from itertools import pairwise
+from unittest.mock import patch
 
 import pytest
 import torch
 from test_cache import LENGTH, in_parts, one_by_one
 from tiny import FAMILIES, assert_close, ids, logits, relative, tiny
 from transformers import AutoModelForCausalLM, DynamicCache
+from waiting import NeverWaiting
 
 from linearize import convert, decoding
+from linearize.convert import mixers
 from linearize.decoding import UNEVEN, Decoder
-from linearize.ops import liger
+from linearize.ops import liger, step
 
 SETTINGS = {"window": 5, "sinks": 3, "mixing_weight": 0.4}
-ROTATES_OTHERWISE = ("cohere", "glm4", "gpt_oss")
-WITHOUT = {*ROTATES_OTHERWISE, "gemma2", *UNEVEN}
+DELTA = {"structure": "gated_deltanet", "feature_map": "linear", "gate_source": "learned", "gate_temperature": 256.0}
+BY_OPERATIONS = [  # of whole layers, or of the recurrence alone
+    DELTA | {"readout": "rms", "mixing": "data_dependent"},
+    DELTA | {"readout": "gated", "mixing": "data_dependent", "window": 64},
+    {"structure": "deltanet", "negative_eigenvalues": True, "convolution": 3},
+    {"structure": "gsa", "slots": 5, "feature_map": "none"},
+    {"structure": "kronecker"},
+    {"structure": "gla", "feature_map": "hedgehog", "readout": "denominator"},
+    {"structure": "gla", "feature_map": "hedgehog", "mixing": "shared_normalizer"},
+    {"structure": "mlstm", "mixing": "shared_normalizer", "window": 64},
+    {"structure": "rwkv6", "bonus": True, "time_scales": 30.0, "gate_source": "v"},
+    {"structure": "lightning", "feature_map": "elu", "mixing": "data_dependent"},
+    {"structure": "gla", "rope": "both"},
+    {"structure": "gla", "rope": "none"},
+    {"structure": "hgrn2", "local": "block"},
+    {"structure": "mamba2", "score": "softplus_reweighted"},
+    {"structure": "none", "local": "block"},
+    {"structure": "gated_deltanet", "local": "none", "window": 64, "sinks": 4},
+    {"local": ["window", "none", "block"], "sinks": 2, "structure": ["gla", "gated_deltanet", "none"]},
+    {"window": [3, 7, 5], "sinks": [2, 4, 0], "mixing": ["shared_normalizer", "data_dependent", "per_head"]},
+]
 UNFUSED = "ignore:Liger Attention runs unfused", "ignore:decoding goes without", "ignore:decoding steps"
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in UNFUSED]  # on a GPU, in fp32
 GPU = torch.cuda.is_available()
@@ -47,7 +69,7 @@ def test_every_family(family, steps):
     model, tokens = converted(family), ids(2, LENGTH).to(DEVICE)
     full = logits(model, tokens, use_cache=False)
     assert_close(in_parts(model, tokens, one_by_one(9))[0], full)
-    assert len(steps) == (0 if family in WITHOUT else LENGTH - 9)
+    assert len(steps) == (0 if family in UNEVEN else LENGTH - 9)
 
 
 @pytest.mark.parametrize("structure", [*liger.GATES, "gated_retention", "none"])
@@ -68,7 +90,6 @@ def test_every_structure_after_any_prompt(structure, prompt, steps):
         {"window": [3, 7, 5], "sinks": [2, 4, 0]},
         {"structure": ["gla", "mamba2", "none"]},
         {"mixing": "fixed"},
-        {"rope": "none"},
         {"feature_map": "none", "gate_temperature": 1.0},
     ],
     ids=str,
@@ -77,7 +98,69 @@ def test_settings(settings, steps):
     model, tokens = converted(**settings), ids(2, LENGTH).to(DEVICE)
     full = logits(model, tokens, use_cache=False)
     assert_close(in_parts(model, tokens, one_by_one(6))[0], full)
-    assert bool(steps) == ("rope" not in settings)
+    assert len(steps) == LENGTH - 6
+
+
+def learned(settings):
+    """A model whose new parameters are not those that change nothing."""
+    beside = {} if settings.get("local") == "none" else SETTINGS  # which have no effect there
+    model = convert(tiny(head_dim=16), **beside | settings).to(DEVICE)
+    torch.manual_seed(0)
+    for mixer in mixers(model):
+        for branch in (mixer.recurrence, mixer.mixing):
+            for parameter in () if branch is None else branch.parameters():
+                parameter.data += 0.2 * torch.randn(parameter.shape).to(DEVICE)
+    return model
+
+
+@pytest.mark.parametrize("settings", BY_OPERATIONS, ids=str)
+def test_what_no_kernel_knows(settings, steps):
+    """After any prompt, with padding, and with chunks between the steps, which give the cache its tensors back."""
+    model, tokens = learned(settings), ids(3, LENGTH).to(DEVICE)
+    full = logits(model, tokens, use_cache=False)
+    sizes = [one_by_one(1), one_by_one(2), one_by_one(9), [6, 1, 1, 4, 1, 1, 3, 1, 1, 1, 4]]
+    for parts in sizes:
+        assert_close(in_parts(model, tokens, parts)[0], full)
+    assert len(steps) == sum(part == 1 for parts in sizes for part in parts[1:])
+    pads = torch.tensor([0, 3, 9])
+    mask = torch.arange(LENGTH) >= pads[:, None]
+    mask[0, [12, 15]] = False
+    mask = mask.to(DEVICE)
+    padded, _ = in_parts(model, tokens, one_by_one(10), mask.long())
+    made = len(steps)
+    with patch("linearize.convert.next_token", lambda *_: None):
+        ordinary, _ = in_parts(model, tokens, one_by_one(10), mask.long())
+    assert len(steps) == made
+    assert_close(padded[mask], ordinary[mask])
+    for row, pad in enumerate(pads):
+        if row > 0:
+            assert_close(padded[row, pad:], logits(model, tokens[row : row + 1, pad:], use_cache=False)[0])
+
+
+@pytest.mark.skipif(GPU, reason="there the graph itself shows it")
+@pytest.mark.parametrize("settings", [{}, {"structure": "none"}, *BY_OPERATIONS], ids=str)
+def test_a_step_waits_for_nothing(settings, monkeypatch):
+    model, tokens = learned(settings), ids(2, LENGTH)
+    decoder, outputs = Decoder(model, 2), []
+    for module in (step, decoding):
+        monkeypatch.setattr(module, "may_look", lambda _: False)
+    addresses = [x.data_ptr() for moment in decoder.moments for x in moment.held if x is not None]
+    with NeverWaiting():
+        for t, token in enumerate(tokens.split(1, dim=1)):
+            decoder.position.fill_(t)
+            decoder.ids.copy_(token)
+            outputs.append(decoder.run())
+    assert_close(torch.cat(outputs, 1), logits(model, tokens, use_cache=False))
+    assert addresses == [x.data_ptr() for moment in decoder.moments for x in moment.held if x is not None]
+
+
+@pytest.mark.parametrize("settings", BY_OPERATIONS[:8:2], ids=str)
+def test_beyond_the_length_by_operations(settings, steps):
+    for family in ("llama", "gemma3_text"):
+        model = convert(tiny(family, max_position_embeddings=10), **SETTINGS | settings).to(DEVICE)
+        tokens = ids(2, LENGTH).to(DEVICE)
+        assert_close(in_parts(model, tokens, one_by_one(7))[0], logits(model, tokens, use_cache=False))
+    assert len(steps) == 2 * (LENGTH - 7)
 
 
 def test_rows_with_padding(steps):
@@ -219,10 +302,6 @@ def test_a_model_is_saved_trained_and_copied_as_before(tmp_path, steps):
     ("settings", "reason"),
     [
         ({"layers": "0,2"}, "some layers are softmax attention, whose cache grows"),
-        ({"structure": "gsa"}, "no kernel for structure gsa with mixing per_head"),
-        ({"structure": "none", "local": "block"}, "no decoding step for local block with score softmax"),
-        ({"structure": "none", "family": "gemma2"}, "no decoding step for the attention of Gemma2Attention"),
-        ({"feature_map": "relu"}, "no decoding step for feature map relu"),
         ({"family": "mixtral"}, "the experts of mixtral do a different amount of work for every text"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
@@ -286,14 +365,13 @@ def test_logits_are_not_written_over():
 
 
 @pytest.mark.skipif(GPU, reason="the kernel's fp32 is the interpreter's")
+@pytest.mark.parametrize("settings", [{}, BY_OPERATIONS[0]], ids=["whole layers", "windows"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "phi"])
-def test_models_by_the_kernel(family, steps, monkeypatch):
+def test_models_by_the_kernel(family, settings, steps, monkeypatch):
     pytest.importorskip("triton", reason="the kernels are Triton's")
     import interpreted  # noqa: F401
 
-    from linearize.ops import step
-
-    model, tokens = converted(family), ids(2, LENGTH)
+    model, tokens = converted(family, **settings), ids(2, LENGTH)
     full = logits(model, tokens, use_cache=False)
     monkeypatch.setattr(step, "why_not_fused", lambda *_: None)
     assert_close(in_parts(model, tokens, one_by_one(17))[0], full)
@@ -306,6 +384,15 @@ def test_sixteen_bits_on_a_gpu(family, steps):
     model, tokens = converted(family).bfloat16(), ids(2, LENGTH).to(DEVICE)
     full = logits(model, tokens, use_cache=False)
     assert_close(in_parts(model, tokens, one_by_one(9))[0], full, 3e-2)
+    assert all(decoder.graph is not None for decoder in steps)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("settings", BY_OPERATIONS, ids=str)
+def test_operations_in_a_graph(settings, steps):
+    model, tokens = learned(settings), ids(2, LENGTH).to(DEVICE)
+    assert_close(in_parts(model, tokens, one_by_one(9))[0], logits(model, tokens, use_cache=False))
+    assert len(steps) == LENGTH - 9
     assert all(decoder.graph is not None for decoder in steps)
 
 

@@ -28,8 +28,8 @@ class MixerCacheLayer(CacheLayerMixin):
     keys, values `[B, W, KV, D]`: the last W tokens, rotated. valid `[B, W]`: False at padding and before the first.
     sink_keys, sink_values `[B, S, KV, D]`, sink_time `[B, S]`: see `tokens.Tokens`. real `[B]`: real tokens seen.
     state, recent, late_keys, late_gates: see `Memory`; None where there is none.
-    While a `decoding.Decoder` has the cache, it is the `lender`, keys, values, valid, real, sink_time and state are
-    parts of its buffers, and the window is a ring: `settle` makes all as above again.
+    While a `decoding.Decoder` has the cache, it is the `lender`, all of them are parts of its buffers, and the window
+    is a ring: `settle` makes all as above again.
     """
 
     is_compileable = False

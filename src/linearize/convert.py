@@ -1,6 +1,6 @@
 """Swap the softmax attention of a loaded model for mixers, in place, and back; classes that save and load it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache, wraps
 from typing import Any
@@ -27,7 +27,7 @@ from linearize.decoding import next_token
 from linearize.errors import LinearizeError
 from linearize.families import FAMILIES, LINEARIZED, base_classes, base_model_type, family_of
 from linearize.mixer import LinearizedAttention, parts
-from linearize.tokens import describe
+from linearize.tokens import describe, most_sinks
 
 Layers = str | int | Iterable[int]
 
@@ -306,12 +306,6 @@ def _prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     elif tokens.document is not None:
         kwargs["attention_mask"] = document_masks(module, inputs, positions)
     return (), kwargs
-
-
-def most_sinks(plan: Mapping[str, Any]) -> int:
-    """The sinks of a document, of the layer that has most."""
-    sinks = plan["mixer"]["sinks"]
-    return max(sinks) if isinstance(sinks, list | tuple) else sinks
 
 
 def document_masks(model: PreTrainedModel, inputs: torch.Tensor, positions: torch.Tensor | None) -> Any:

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from linearize.cache import MixerCacheLayer
+from linearize.cache import Memory, MixerCacheLayer
 from linearize.families import Head, base_model_type, separate
 from linearize.mixer import LinearizedAttention, Moment
+from linearize.ops.dispatch import may_look
 from linearize.ops.liger import Rope, warn_once
 from linearize.ops.local import NEVER
 from linearize.ops.step import Clock, Held, advance
+from linearize.tokens import Tokens, most_sinks, of_step
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # x + attention(norm(x)), then x + mlp(norm(x)), no more
 MOVING = ("dynamic", "longrope")  # RoPE whose frequencies depend on the largest position
@@ -106,7 +108,7 @@ def why_not(model: PreTrainedModel) -> str | None:
         return "the model is spread over several devices"
     if any(_watched(module) for module in model.base_model.layers.modules()):
         return "hooks on its layers would not be called"
-    return next((reason for mixer in layers if isinstance(reason := mixer.step_settings(), str)), None)
+    return None
 
 
 def _watched(module: Any) -> bool:
@@ -125,16 +127,18 @@ class Decoder:
         self.head, self.limit = Head(model), config.max_position_embeddings
         self.mixers: list[LinearizedAttention] = [layer.self_attn for layer in self.stack.layers]
         weight = self.stack.get_input_embeddings().weight
-        sinks = max(mixer.config.sinks for mixer in self.mixers)
+        sinks = most_sinks(config.linearize)
         like = {"device": weight.device, "dtype": torch.long}
         self.ids, self.position = torch.zeros(batch, 1, **like), torch.zeros(batch, 1, **like)
         self.clock = Clock(
             torch.zeros(1, **like), torch.zeros(batch, **like),
             torch.ones(batch, dtype=torch.bool, device=weight.device), torch.full((batch, sinks), NEVER, **like), {},
         )  # fmt: skip
-        windows = {mixer.config.window for mixer in self.mixers}
+        windows = {_window(mixer) for mixer in self.mixers}
         valid = {window: torch.zeros(batch, window, dtype=torch.uint8, device=weight.device) for window in windows}
-        empty = [_empty(mixer, valid[mixer.config.window], sinks, weight) for mixer in self.mixers]
+        tokens = of_step(self.clock, None)
+        with torch.no_grad():
+            empty = [_empty(mixer, valid[_window(mixer)], sinks, weight, tokens) for mixer in self.mixers]
         self.moments = [mixer.moment(self.clock, held) for mixer, held in zip(self.mixers, empty, strict=True)]
         self.layers = [PlainLayer(layer) for layer in self.stack.layers] if is_plain(self.stack) else None
         self.lent: list[weakref.ref[MixerCacheLayer]] = []
@@ -160,9 +164,17 @@ class Decoder:
             for _ in range(2):
                 self.run()
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.logits = self.run()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.logits = self.run()
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.clock.marks.clear()
+            warn_once(f"decoding steps are not one CUDA graph, several times slower: {error}")
+            return
+        self.graph = graph
 
     def step(self, ids: Tensor, position: Tensor | int, valid: Tensor | None) -> Tensor:
         """Logits `[B, 1, vocab]` after `ids` `[B, 1]`, at `position` (`[B or 1, 1]`, or one for all rows); rows that
@@ -191,13 +203,12 @@ class Decoder:
         assert self.layers is not None
         hidden = self.stack.embed_tokens(self.ids[:, 0])
         positions = self.position
-        if positions.is_cuda or bool((positions >= self.limit).any()):  # else sinks are met as all tokens are
+        if not may_look(positions) or bool((positions >= self.limit).any()):  # else sinks are met as all tokens are
             positions = torch.cat([positions, self.clamped()], 1)
         cos, sin = self.stack.rotary_emb(hidden, position_ids=positions)
         rope, *others = zip(cos.unbind(1), sin.unbind(1), strict=True)
-        sink_rope = others[0] if others else rope
-        for layer, moment in zip(self.layers, self.moments, strict=True):
-            layer(hidden, rope, moment._replace(sink_rope=sink_rope))
+        for layer, moment in zip(self.layers, self.now(others * len(self.layers)), strict=True):
+            layer(hidden, rope, moment)
         return self.head(normed(hidden, self.stack.norm))[:, None]
 
     def clamped(self) -> Tensor:
@@ -215,67 +226,80 @@ class Decoder:
         else:
             ropes = [self.stack.rotary_emb(hidden, position_ids=clamped)] * len(self.mixers)
         ropes = [(cos[:, 0], sin[:, 0]) for cos, sin in ropes]
-        moments = [moment._replace(sink_rope=rope) for moment, rope in zip(self.moments, ropes, strict=True)]
         output = self.stack(
             input_ids=self.ids,
             position_ids=self.position,
             attention_mask=self.ids.new_zeros(1, 1, 1, 1),  # nobody looks at it; a 4-D one is taken as it is
             use_cache=False,
-            tokens=moments,
+            tokens=self.now(ropes),
         )
         return self.head(output.last_hidden_state)
+
+    def now(self, sink_ropes: list[Rope]) -> list[Moment]:
+        """Every layer's moment, with cos and sin `[B, R]` for its sinks; without any, they are met as tokens are."""
+        tokens = of_step(self.clock, [(cos[:, None], sin[:, None]) for cos, sin in sink_ropes] or None)
+        own: list[Rope | None] = [*sink_ropes] or [None] * len(self.moments)
+        return [moment._replace(sink_rope=rope, tokens=tokens) for moment, rope in zip(self.moments, own, strict=True)]
 
     def take(self, cache: Cache) -> None:
         """The cache's tokens come into the buffers, and its layers show these from now on."""
         layers: list[MixerCacheLayer] = list(cache.layers)
-        seen, M = layers[0].seen, self.clock.sink_time.shape[1]
-        self.clock.time.fill_(seen)
+        self.clock.time.fill_(layers[0].seen)
         self.clock.real.copy_(layers[0].real)
         self.clock.sink_time.copy_(layers[0].sink_time)
         for layer, (_, held, *_) in zip(layers, self.moments, strict=True):
-            window = held.keys.shape[2] - M
+            M, back = layer.sink_keys.shape[1], layer.seen % max(layer.keys.shape[1], 1)
             for kept, sinks, ring in (
                 (held.keys, layer.sink_keys, layer.keys),
                 (held.values, layer.sink_values, layer.values),
             ):
                 kept[:, :, :M].copy_(sinks.transpose(1, 2))
-                kept[:, :, M:].copy_(ring.roll(seen % window, 1).transpose(1, 2))
-            held.valid.copy_(layer.valid.roll(seen % window, 1))
-            if layer.state is not None:
-                held.state.copy_(layer.state)
+                kept[:, :, M:].copy_(ring.roll(back, 1).transpose(1, 2))
+            held.valid.copy_(layer.valid.roll(back, 1))
+            for name in Memory._fields:
+                if (carried := getattr(layer, name)) is not None:
+                    getattr(held, name).copy_(carried)
             self._show(layer, held)
             layer.lender = self
         self.lent = [weakref.ref(layer) for layer in layers]
 
     def _show(self, layer: MixerCacheLayer, held: Held) -> None:
-        M = self.clock.sink_time.shape[1]
-        layer.sink_keys, layer.keys = held.keys.transpose(1, 2).split([M, held.keys.shape[2] - M], dim=1)
-        layer.sink_values, layer.values = held.values.transpose(1, 2).split([M, held.keys.shape[2] - M], dim=1)
+        parts = layer.sink_keys.shape[1], layer.keys.shape[1]
+        layer.sink_keys, layer.keys = held.keys.transpose(1, 2).split(parts, dim=1)
+        layer.sink_values, layer.values = held.values.transpose(1, 2).split(parts, dim=1)
         layer.valid, layer.real, layer.sink_time = held.valid, self.clock.real, self.clock.sink_time
-        layer.state = None if layer.state is None else held.state
+        for name in Memory._fields:
+            if getattr(layer, name) is not None:
+                setattr(layer, name, getattr(held, name))
 
     def release(self) -> None:
         """The layers that show these buffers get tensors of their own again, in the cache's order."""
         for reference in self.lent:
             if (layer := reference()) is not None and layer.lender is self:
-                back = -(layer.seen % layer.keys.shape[1])
+                back = -(layer.seen % max(layer.keys.shape[1], 1))
                 for name in ("keys", "values", "valid"):
                     setattr(layer, name, getattr(layer, name).roll(back, 1).contiguous())
                 for name in ("sink_keys", "sink_values", "sink_time", "real"):
                     setattr(layer, name, getattr(layer, name).clone(memory_format=torch.contiguous_format))
                 layer.valid = layer.valid.bool()
-                layer.state = None if layer.state is None else layer.state.clone()
+                for name in Memory._fields:
+                    if (carried := getattr(layer, name)) is not None:
+                        setattr(layer, name, carried.clone())
                 layer.lender = None
         self.lent = []
 
 
-def _empty(mixer: LinearizedAttention, valid: Tensor, sinks: int, weight: Tensor) -> Held:
+def _window(mixer: LinearizedAttention) -> int:
+    """Tokens that its cache keeps."""
+    return 0 if mixer.config.local == "none" else mixer.config.window
+
+
+def _empty(mixer: LinearizedAttention, valid: Tensor, sinks: int, weight: Tensor, tokens: Tokens) -> Held:
     """Buffers of one layer before the first token."""
-    batch = len(valid)
-    rows, heads, size = sinks + mixer.config.window, mixer.num_key_value_heads, mixer.head_dim
-    keys, values = (torch.zeros(batch, heads, rows, size, dtype=weight.dtype, device=weight.device) for _ in range(2))
-    shape = (0,) if mixer.recurrence is None else (batch, heads, size, size)
-    return Held(keys, values, valid, torch.zeros(shape, device=weight.device))
+    batch, window = valid.shape
+    shape = batch, mixer.num_key_value_heads, sinks + window if window else 0, mixer.head_dim
+    keys, values = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
+    return Held(keys, values, valid, *(mixer.no_memory(weight, tokens) or [torch.zeros(0, device=weight.device)]))
 
 
 def _signature(model: PreTrainedModel) -> tuple[int, ...]:
@@ -323,7 +347,7 @@ class PlainLayer:
             heads = F.linear(x, *self.qkv).unflatten(1, (-1, self.mixer.head_dim))
         else:
             heads = torch.cat(self.mixer.family.project(self.mixer, x[:, None]), dim=2)[:, 0]
-        read = self.mixer.step(heads, rope, moment)
+        read = self.mixer.step(x[:, None], heads, rope, moment)
         add_product(hidden, read.flatten(1), self.output)
         gate_up = F.linear(normed(hidden, self.layer.post_attention_layernorm), *self.gate_up)
         add_product(hidden, swiglu(gate_up), self.down)

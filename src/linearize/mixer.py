@@ -15,7 +15,6 @@ from linearize.ops import step as stepping
 from linearize.ops.dispatch import kernel_dtype
 from linearize.ops.local import NEVER, Past, Scoring, Sinks, local_attention
 from linearize.recurrence import Recurrence
-from linearize.structures import STRUCTURES
 from linearize.structures.base import Layer
 from linearize.structures.lightning import rates
 from linearize.tokens import Tokens
@@ -30,10 +29,11 @@ class Moment(NamedTuple):
 
     clock: stepping.Clock
     held: stepping.Held
-    settings: liger.Settings
+    settings: liger.Settings | None  # of `ops.step`, as `step_settings` has them
     mixing: Tensor  # [H]
     decay: Tensor | None  # [KV], lightning's
     sink_rope: liger.Rope | None = None  # cos and sin `[B, R]` with which queries meet the sinks
+    tokens: Tokens | None = None  # the token of each row, for layers that `ops.step` does not serve alone
 
 
 def parts(attention: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
@@ -105,7 +105,8 @@ class LinearizedAttention(nn.Module):
         if isinstance(tokens, list):
             heads = torch.cat(self.family.project(self, hidden_states), dim=2)[:, 0]
             cos, sin = (x[:, 0].expand(len(heads), -1) for x in position_embeddings)
-            return output_projection(self.step(heads, (cos, sin), tokens[self.layer_idx]).flatten(1)[:, None]), None
+            read = self.step(hidden_states, heads, (cos, sin), tokens[self.layer_idx])
+            return output_projection(read.flatten(1)[:, None]), None
         cache: MixerCacheLayer | None = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         past: Past | None = None if cache is None else cache.past()
         memory: Memory | None = None if cache is None else cache.memory
@@ -113,7 +114,8 @@ class LinearizedAttention(nn.Module):
         rotated: tuple[Tensor, Tensor] = self.rotate(q, k, *position_embeddings, unsqueeze_dim=2)
         sinks = normalizer = None
         if self.config.local != "none":
-            sinks = self.document_sinks(q, rotated[1], v, tokens, cache)
+            before = None if past is None or cache is None else (cache.sink_keys, cache.sink_values)
+            sinks = self.document_sinks(q, rotated[1], v, tokens, before)
         output, state = self.fused(q, k, v, position_embeddings, tokens, cache)
         if state is not None:
             memory = Memory(state)
@@ -175,41 +177,66 @@ class LinearizedAttention(nn.Module):
         weights = mixing.weight if hasattr(mixing, "weight") else mixing.weights().to(q.device)
         return liger.fused(q, k, v, weights, settings, rope, None, tokens.first, decay)
 
-    def step_settings(self) -> liger.Settings | str:
-        """What a decoding step is to be told, or why there is none for this layer."""
-        config, family = self.config, self.family
-        if config.structure == "none":
-            if config.local != "window" or config.score != "softmax":
-                return f"no decoding step for local {config.local} with score {config.score}"
-            if family.softcap or family.null_logits or not family.rotates_halves:
-                return f"no decoding step for the attention of {type(self.original).__name__}"
-            return liger.Settings("none", self.scaling, window=config.window, sinks=config.sinks)
-        if isinstance(self.kernel, str):
-            return self.kernel
-        if self.kernel.gate not in liger.GATES:
-            return f"no decoding step for structure {config.structure}"
-        if config.feature_map not in liger.FEATURES:
-            return f"no decoding step for feature map {config.feature_map}"
-        return self.kernel
+    def step_settings(self) -> liger.Settings | None:
+        """What `ops.step` is to be told: of the whole layer or, with gate "none", of the window alone, where the
+        recurrence takes its step by operations; None where the window does as well."""
+        whole = self.kernel
+        if isinstance(whole, str) or whole.gate not in liger.GATES or whole.feature_map not in liger.FEATURES:
+            return self.plain_window()
+        return whole
 
     def moment(self, clock: stepping.Clock, held: stepping.Held) -> Moment:
-        """With this layer's constants, at fixed addresses; `step_settings` must give some."""
+        """With this layer's constants, at fixed addresses."""
         mixing: Any = self.mixing
-        settings, decay, device = self.step_settings(), None, held.keys.device
-        assert isinstance(settings, liger.Settings)
-        weights = torch.zeros(self.num_heads) if mixing is None else getattr(mixing, "weight", mixing.weights())
-        if settings.gate == "lightning":
-            key = torch.zeros(1, 1, self.num_key_value_heads, self.head_dim, device=device)
-            decay = (
-                STRUCTURES["lightning"].inputs(key, key, key, key, self.layer).log_g[0, 0, :, 0].float().contiguous()
-            )
+        settings, decay, weights, device = self.step_settings(), None, torch.zeros(self.num_heads), held.keys.device
+        if settings is not None and settings.gate != "none":
+            weights = getattr(mixing, "weight", mixing.weights())
+            if settings.gate == "lightning":
+                decay = -rates(self.layer, device).float()
         return Moment(clock, held, settings, weights.detach().to(device), decay)
 
-    def step(self, heads: Tensor, rope: liger.Rope, moment: Moment) -> Tensor:
-        """Both branches for one token of each row, of which `heads` `[B, H + 2 KV, D]` are q, k and v."""
-        clock, held, settings, mixing, decay, sink_rope = moment
-        near, far = (None, None) if self.rotate is _unrotated else (rope, sink_rope)
-        return stepping.step(heads, mixing, settings, near, far, clock, held, decay)
+    def step(self, hidden: Tensor, heads: Tensor, rope: liger.Rope, moment: Moment) -> Tensor:
+        """Both branches for one token of each row: `[B, H, D]`, of the layer's input `[B, 1, hidden]` and `heads`
+        `[B, H + 2 KV, D]`, its q, k and v. By `ops.step` as far as that goes, and by the forward's own operations."""
+        clock, held, settings, mixing, decay, sink_rope, tokens = moment
+        output = normalizer = past = None
+        if settings is not None:
+            near, far = (None, None) if self.rotate is _unrotated else (rope, sink_rope)
+            output = stepping.step(heads, mixing, settings, near, far, clock, held, decay)
+            if self.recurrence is None or settings.gate != "none":
+                return output
+            output = output[:, None]
+        assert tokens is not None
+        q, k, v = heads[:, None].split([self.num_heads, *2 * [self.num_key_value_heads]], dim=2)
+        rotated: tuple[Tensor, Tensor] = q, k
+        if settings is None or self.config.rope == "both":  # else nobody looks at them
+            rotated = self.rotate(q, k, *(x[:, None] for x in rope), unsqueeze_dim=2)
+        if settings is None and self.config.local != "none":
+            past, before = stepping.past_of(clock, held)
+            sinks = self.document_sinks(q, rotated[1], v, tokens, before)
+            output, normalizer = self.local(*rotated, v, sinks, past, tokens)
+            stepping.keep(rotated[1][:, 0], v[:, 0], self.config.window, self.config.sinks, clock, held)
+        if self.recurrence is not None:
+            memory = Memory(*(getattr(held, name) for name in Memory._fields))
+            read, after = self.recurrence(hidden, q, k, v, rotated, tokens, memory, past)
+            for kept, new in zip(memory, after, strict=True):
+                if kept is not None and new is not None:
+                    kept.copy_(new)
+            output = self.mixed(read, output, normalizer, hidden)
+        assert output is not None
+        return output[:, 0].to(hidden.dtype)
+
+    def no_memory(self, like: Tensor, tokens: Tokens) -> Memory | None:
+        """What the recurrence carries before the first token, in zeros, as it makes it of the `tokens` of a step; in
+        the dtype and on the device of `like` but for what is in fp32."""
+        if self.recurrence is None:
+            return None
+        assert tokens.valid is not None
+        batch, KV = len(tokens.valid), self.num_key_value_heads
+        hidden = like.new_zeros(batch, 1, self.layer.hidden_size)
+        q, k, v = (like.new_zeros(batch, 1, heads, self.head_dim) for heads in (self.num_heads, KV, KV))
+        _, memory = self.recurrence(hidden, q, k, v, (q, k), tokens, None, None)
+        return Memory._make(None if x is None else torch.zeros_like(x) for x in memory)
 
     def scoring(self) -> Scoring:
         """How queries and keys of the softmax branch become weights: as in the original, unless `score` says else."""
@@ -217,6 +244,15 @@ class LinearizedAttention(nn.Module):
         power = self.config.score_power if self.config.score == "softplus_reweighted" else None
         shared = self.config.mixing == "shared_normalizer"
         return Scoring(self.scaling, shared, self.softcap, null_logits, power)
+
+    def plain_window(self) -> liger.Settings | None:
+        """What kernels of the softmax branch alone are to be told; None where it is another than they know."""
+        scale, normalizer, *special = self.scoring()
+        if self.config.local != "window" or normalizer or any(x is not None for x in special):
+            return None
+        if not self.family.rotates_halves:
+            return None
+        return liger.Settings("none", scale, window=self.config.window, sinks=self.config.sinks)
 
     def local(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Sinks, past: Past | None, tokens: Tokens
@@ -232,14 +268,10 @@ class LinearizedAttention(nn.Module):
     ) -> Tensor | None:
         """The softmax branch by a kernel of its own, from q and k before RoPE: on a GPU, for a whole text; else
         nothing."""
-        scale, normalizer, *special = self.scoring()
-        plain = self.config.local == "window" and not normalizer and all(x is None for x in special)
-        dtype, rope = kernel_dtype(v), None if self.rotate is _unrotated else angles
-        begins = past is None and tokens.sink_rope is None
-        if dtype is None or not (plain and begins and self.family.rotates_halves):
+        settings, dtype, rope = self.plain_window(), kernel_dtype(v), None if self.rotate is _unrotated else angles
+        if settings is None or dtype is None or past is not None or tokens.sink_rope is not None:
             return None
         q, k, v = (x.to(dtype) for x in (q, k, v))
-        settings = liger.Settings("none", scale, window=self.config.window, sinks=self.config.sinks)
         if liger.why_not_windowed(q, k, v, settings, tokens.first, rope) is not None:
             return None
         return liger.windowed(q, k, v, settings, rope, tokens.first)
@@ -252,22 +284,23 @@ class LinearizedAttention(nn.Module):
         log_ratio = None if normalizer is None or read.log_weight is None else read.log_weight - normalizer
         return self.mixing(read.output.to(local.dtype), local, hidden, log_ratio)
 
-    def document_sinks(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, cache: MixerCacheLayer | None) -> Sinks:
-        """The sinks of every document, from this call and the cache; q before, k after RoPE."""
+    def document_sinks(
+        self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, before: tuple[Tensor, Tensor] | None
+    ) -> Sinks:
+        """The sinks of every document, from this call and from `before`, keys and values; q before, k after RoPE."""
         sink_q = None
         if tokens.sink_rope is not None:
             sink_q, _ = self.rotate(q, q, *tokens.sink_rope[self.layer_idx], unsqueeze_dim=2)
         if tokens.sink_index is None:
-            assert cache is not None
-            sink_k, sink_v = cache.sink_keys, cache.sink_values
+            assert before is not None
+            sink_k, sink_v = before
         else:
             index = tokens.sink_index[:, :, None, None]
             sink_k, sink_v = (x.gather(1, index.expand(-1, -1, *x.shape[2:])) for x in (k, v))
-            if cache is not None and cache.is_initialized:
+            if before is not None:
                 assert tokens.sink_new is not None
                 new = tokens.sink_new[:, :, None, None]
-                sink_k = torch.where(new, sink_k, cache.sink_keys)
-                sink_v = torch.where(new, sink_v, cache.sink_values)
+                sink_k, sink_v = torch.where(new, sink_k, before[0]), torch.where(new, sink_v, before[1])
         time = tokens.sink_time_from_start
         if self.config.sinks < tokens.sinks:  # another layer has more
             slot = torch.arange(time.shape[1], device=time.device) % tokens.sinks

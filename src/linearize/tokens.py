@@ -1,8 +1,9 @@
 """What every mixer has to know of a batch, worked out once for each forward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -12,6 +13,7 @@ from linearize.cache import MixerCacheLayer
 from linearize.errors import LinearizeError
 from linearize.ops.liger import first_tokens
 from linearize.ops.local import NEVER
+from linearize.ops.step import Clock
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,13 @@ class Tokens:
     @cached_property
     def sink_time_from_start(self) -> Int[Tensor, "B M"]:
         """As the operators count: from the first token of this call."""
-        return torch.where(self.sink_time == NEVER, NEVER, self.sink_time - self.start)
+        return (self.sink_time - self.start).masked_fill(self.sink_time == NEVER, NEVER)
+
+
+def most_sinks(plan: Mapping[str, Any]) -> int:
+    """The sinks of a document, of the layer that has most, from a converted model's `config.linearize`."""
+    sinks = plan["mixer"]["sinks"]
+    return max(sinks) if isinstance(sinks, list | tuple) else sinks
 
 
 def describe(
@@ -99,6 +107,13 @@ def describe(
         real = torch.full((B,), T, device=device)
         return Tokens(None, None, time, None, time, None, real, 0, T, sinks)
     return _fill_slots(T, torch.zeros(B, dtype=torch.long, device=device), torch.full_like(time, NEVER), valid, 0)
+
+
+def of_step(clock: Clock, sink_rope: Sequence[tuple[Tensor, Tensor]] | None) -> Tokens:
+    """The one token of each row that `clock` is at; times are counted from it."""
+    sink_time = torch.where(clock.sink_time == NEVER, clock.sink_time, clock.sink_time - clock.time)
+    valid, real, sinks = clock.valid[:, None], clock.real + clock.valid, sink_time.shape[1]
+    return Tokens(valid, None, None, None, sink_time, None, real, 0, 1, sinks, sink_rope)
 
 
 def _continue(T: int, past: MixerCacheLayer, valid: Tensor | None) -> Tokens:

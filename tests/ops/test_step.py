@@ -37,7 +37,7 @@ def nothing(B: int, KV: int, D: int, fixed: Settings, sinks: int, dtype=torch.fl
     )
     keys = torch.zeros(B, KV, rows, D, dtype=dtype)
     kept = Held(keys, torch.zeros_like(keys), torch.zeros(B, fixed.window, dtype=torch.uint8), torch.zeros(B, KV, D, D))
-    return Clock(*(x.to(DEVICE) for x in clock[:4]), {}), Held(*(x.to(DEVICE) for x in kept))
+    return Clock(*(x.to(DEVICE) for x in clock[:4]), {}), Held(*(x.to(DEVICE) for x in kept[:4]))
 
 
 def inputs(T: int, B: int = 2, KV: int = 2, groups: int = 2, D: int = 16) -> list[Tensor]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_losses import LENGTHS, batch
 from tiny import assert_close, tiny
-from torch.utils._python_dispatch import TorchDispatchMode
+from waiting import NeverWaiting
 
 from linearize import convert
 from linearize.train.align import align_loss
@@ -21,17 +21,6 @@ SETTINGS = [
     {"structure": "none"},
 ]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-class NeverWaiting(TorchDispatchMode):
-    """Refuses what a CUDA graph cannot hold: values that the CPU needs or brings, and sizes that depend on values."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name.removeprefix("aten::")
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "is_nonzero"), name
-        if name.startswith("index"):
-            assert not any(x is not None and x.dtype == torch.bool for x in args[1] if hasattr(x, "dtype")), name
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("documents", [4, 7])

@@ -38,6 +38,11 @@ def kernel_dtype(x: Tensor) -> torch.dtype | None:
     return next((dtype for dtype in (x.dtype, autocast) if dtype in HALF), None) if x.is_cuda else None
 
 
+def may_look(x: Tensor) -> bool:
+    """Whether asking for a value of x waits for nothing."""
+    return not x.is_cuda
+
+
 @cache
 def warn_once(message: str) -> None:
     """A warning the first time; then silence, whatever the filters."""

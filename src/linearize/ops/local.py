@@ -180,7 +180,7 @@ def reweighted(scores: Tensor, mask: Tensor, power: int) -> Tensor:
     weights = weights / weights.sum(-1, keepdim=True)
     sharp = (count * weights - (count > 3).float()).relu()
     largest = sharp.amax(-1, keepdim=True)
-    sharp = torch.where(largest > 0, sharp / largest.clamp(min=1e-30), weights) ** torch.where(largest > 0, power, 1)
+    sharp = torch.where(largest > 0, (sharp / largest.clamp(min=1e-30)) ** power, weights)
     return sharp / sharp.sum(-1, keepdim=True)
 
 

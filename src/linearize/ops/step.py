@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from linearize.ops.dispatch import may_look
 from linearize.ops.liger import FEATURES, GATES, Rope, Settings, warn_once, wide
+from linearize.ops.local import Past
 
 WIDEST = 128  # window that the kernel takes
 
@@ -36,12 +38,16 @@ class Clock(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What one layer keeps: M sinks, then a ring of W tokens, of which token t is at M + t % W; keys are rotated."""
+    """What one layer keeps: M sinks, then a ring of W tokens, of which token t is at M + t % W; keys are rotated. Then
+    what a recurrence carries, as `cache.Memory` has it."""
 
-    keys: Tensor  # [B, KV, M + W, D]
+    keys: Tensor  # [B, KV, M + W, D]; neither sinks nor ring where there is no window
     values: Tensor  # [B, KV, M + W, D]
     valid: Tensor  # [B, W], uint8: 1 where the ring has a real token; one tensor for all layers of this window
-    state: Tensor  # [B, KV, D, D] in fp32; [0] without a recurrence
+    state: Tensor  # [B, KV, D, D] in fp32, or another structure's; [0] without a recurrence
+    recent: Tensor | None = None
+    late_keys: Tensor | None = None
+    late_gates: Tensor | None = None
 
 
 def advance(clock: Clock) -> None:
@@ -112,14 +118,10 @@ def plain(
     """In PyTorch."""
     (B, KV, _, D), M = held.keys.shape, clock.sink_time.shape[1]
     H, pairs = heads.shape[1] - 2 * KV, B * KV
-    place, mask, sink, valid = clock.marks.get((settings.window, settings.sinks)) or _marks(clock, held, settings)
     q, k, v = heads.split([H, KV, KV], dim=1)
     near = heads if rope is None else _turned(heads[:, : H + KV], *rope)
     near_q, near_k = near[:, :H].reshape(pairs, -1, D), near[:, H : H + KV]
-    for kept, x in ((held.keys, near_k[:, :, None]), (held.values, v[:, :, None])):
-        kept.index_copy_(2, place, x)
-        if sink is not None:
-            kept[:, :, :M] = torch.where(sink, x, kept[:, :, :M])
+    _, mask, _, valid = keep(near_k, v, settings.window, settings.sinks, clock, held)
 
     keys = held.keys.view(pairs, -1, D).mT
     scores = torch.baddbmm(mask, near_q, keys, alpha=settings.scale)
@@ -139,6 +141,26 @@ def plain(
     return torch.lerp(windowed.view(B, H, D), recurrent.view(B, H, D), mixing[:, None].to(windowed.dtype))
 
 
+def past_of(clock: Clock, held: Held) -> tuple[Past, tuple[Tensor, Tensor]]:
+    """The window before the token, oldest first, and keys and values of the sinks, as the ordinary forward has them."""
+    M, W = clock.sink_time.shape[1], held.valid.shape[1]
+    order = (clock.time + torch.arange(W, device=clock.time.device)) % W
+    keys, values = (x[:, :, M:].index_select(2, order).transpose(1, 2) for x in (held.keys, held.values))
+    past = Past(keys, values, held.valid.index_select(1, order).bool())
+    return past, (held.keys[:, :, :M].transpose(1, 2), held.values[:, :, :M].transpose(1, 2))
+
+
+def keep(near_k: Tensor, v: Tensor, window: int, sinks: int, clock: Clock, held: Held) -> Marks:
+    """The window and the sinks take in the token: its value and, near_k `[B, KV, D]`, its key after RoPE."""
+    marks = clock.marks.get((window, sinks)) or _marks(clock, held, window, sinks)
+    M = clock.sink_time.shape[1]
+    for kept, x in ((held.keys, near_k[:, :, None]), (held.values, v[:, :, None])):
+        kept.index_copy_(2, marks.place, x)
+        if marks.sink is not None:
+            kept[:, :, :M] = torch.where(marks.sink, x, kept[:, :, :M])
+    return marks
+
+
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE over the first R channels of x `[B, H, D]`, as `rotate_half` has it."""
     half, R = cos.shape[-1] // 2, cos.shape[-1]
@@ -149,19 +171,19 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned
 
 
-def _marks(clock: Clock, held: Held, settings: Settings) -> Marks:
+def _marks(clock: Clock, held: Held, window: int, own_sinks: int) -> Marks:
     """Made by the first layer that asks; the ring's `valid` takes in the token here."""
-    device, W, M = held.keys.device, settings.window, clock.sink_time.shape[1]
-    slot, sinks = clock.time % W, torch.arange(M, device=device)
-    gone = (clock.sink_time <= clock.time - W) & (sinks < settings.sinks)
-    seen = torch.cat([gone, held.valid.bool() | (torch.arange(W, device=device) == slot)], dim=1)
+    device, M = held.keys.device, clock.sink_time.shape[1]
+    slot, sinks = clock.time % window, torch.arange(M, device=device)
+    gone = (clock.sink_time <= clock.time - window) & (sinks < own_sinks)
+    seen = torch.cat([gone, held.valid.bool() | (torch.arange(window, device=device) == slot)], dim=1)
     held.valid.index_copy_(1, slot, clock.valid[:, None].to(torch.uint8))
     mask = torch.zeros(seen.shape, device=device, dtype=held.keys.dtype).masked_fill_(~seen, -torch.inf)
     sink: Tensor | None = ((sinks == clock.real[:, None]) & clock.valid[:, None])[:, None, :, None]
     valid: Tensor | None = clock.valid[:, None, None]
-    if device.type == "cpu":  # where one may look
+    if may_look(clock.time):
         sink = sink if bool((clock.real < M).any()) else None
         valid = None if bool(clock.valid.all()) else valid
     mask = mask.repeat_interleave(held.keys.shape[1], dim=0)[:, None]
-    made = clock.marks[settings.window, settings.sinks] = Marks(slot + M, mask, sink, valid)
+    made = clock.marks[window, own_sinks] = Marks(slot + M, mask, sink, valid)
     return made

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING
 
@@ -25,13 +27,25 @@ def variables(size: int, degree: int) -> list[tuple[int, ...]]:
     return list(combinations_with_replacement(range(size + 1), degree))
 
 
+def chosen(size: int, degree: int) -> Tensor:
+    """`variables`, one factor a row."""
+    return torch.tensor(variables(size, degree)).T.contiguous()
+
+
+@cache
+def on_device(make: Callable[..., Tensor], device: torch.device, *arguments: int) -> Tensor:
+    """A constant, brought there once: a CUDA graph cannot take anything from the CPU."""
+    with torch.inference_mode(False):
+        return make(*arguments).to(device)
+
+
 def monomials(x: Tensor, degree: int = DEGREE) -> Tensor:
     """Every product of up to `degree` channels, the empty one first: `[..., D]` to `[..., C(D + degree, degree)]`."""
     factors = torch.cat([torch.ones_like(x[..., :1]), x], dim=-1)
-    chosen = torch.tensor(variables(x.shape[-1], degree), device=x.device)
-    features = factors[..., chosen[:, 0]]
-    for column in chosen.T[1:]:
-        features = features * factors[..., column]
+    columns = on_device(chosen, x.device, x.shape[-1], degree)
+    features = factors.index_select(-1, columns[0])
+    for column in columns[1:]:
+        features = features * factors.index_select(-1, column)
     return features
 
 
@@ -56,8 +70,8 @@ def features(x: Tensor, projection: Tensor) -> Tensor:
 
 def inputs(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, layer: Layer) -> KroneckerInputs:
     """No gate. Queries share the projection of a pair's first token, so that the two agree as q and k do."""
-    first, second = projections(q.shape[-1], layer.layer_idx).to(q.device)
-    queries = features(q, first) * coefficients(SIZE).to(q.device)
+    first, second = on_device(projections, q.device, q.shape[-1], layer.layer_idx)
+    queries = features(q, first) * on_device(coefficients, q.device, SIZE, DEGREE)
     return KroneckerInputs(queries, torch.cat([features(k, first), features(k, second)], dim=-1), v)
 
 
