@@ -193,8 +193,8 @@ def recovered() -> str:
     rows = {
         "teacher": data["teacher"],
         "window only, all parameters trained": data["rows"]["window-full-3e-4"],
-        "the same with the delta rule": data["rows"]["gdn-full-3e-4"],
-        "the default recipe (LoRA)": data["rows"]["gdn-dd"],
+        "the same with the delta rule (`gdn-full-3e-4`)": data["rows"]["gdn-full-3e-4"],
+        "the delta rule with data-dependent mixing (LoRA)": data["rows"]["gdn-dd"],
     }
     lines = ["| model | perplexity | loss, first 128 | late loss |", "| --- | ---: | ---: | ---: |"]
     lines += [

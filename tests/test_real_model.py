@@ -75,7 +75,7 @@ def test_it_generates_in_constant_memory_as_it_streams(real):
     prompt, sizes = sequences[:1, :100], []
     cache = DynamicCache(config=student.config)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
-    watched = student.model.register_forward_hook(lambda *_: sizes.append(cache_bytes(cache)))
+    watched = student.register_forward_hook(lambda *_: sizes.append(cache_bytes(cache)))
     given = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
     output = student.generate(prompt, past_key_values=cache, streamer=streamer, **given)
     watched.remove()
