@@ -80,24 +80,22 @@ class Gradients(NamedTuple):
 def add_gradients(call: Call, made: Solved, doutput: Tensor, dfinal: Tensor, sums: Gradients) -> Tensor:
     """Add those through the recurrence, and return that of the initial state."""
     T, grid = call.q.shape[1], (call.chunks, call.pairs)
-    told = call.heads() | {"PACKED": call.packed}
-    features = {"FEATURE": call.feature_map, "GATED": gated(call)}
+    told = {"FEATURE": call.feature_map, "GATED": gated(call)}
     key, written, erased, solved, beta, log_g, states = made
-    near_query = torch.empty_like(call.q, dtype=call.dtype)
+    dread, dstates, dinitial = torch.empty_like(states), torch.empty_like(states), torch.empty_like(dfinal)
     dwritten, dkey, dsums = torch.empty_like(key), torch.empty_like(key), torch.empty_like(log_g)
     kernels.delta_query_gradients_kernel[grid](
-        call.q, key, written, call.mixing, call.first, log_g, states, doutput, sums.q, sums.mixing, near_query,
-        dwritten, dkey, dsums, T, **features, **told, **launch("delta_query_gradients", call),
+        call.q, key, written, call.mixing, call.first, log_g, states, doutput, sums.q, sums.mixing, dread,
+        dwritten, dkey, dsums, T, **told, **call.heads(), PACKED=call.packed, **launch("delta_query_gradients", call),
     )  # fmt: skip
-    dstates, dinitial = torch.empty_like(states), torch.empty_like(dfinal)
     count, passing = blocks(call, "delta_state_gradients")
     kernels.delta_state_gradients_kernel[(count, call.pairs)](
-        near_query, key, erased, call.first, log_g, doutput, dfinal, dwritten, dstates, dinitial, T, **told, **passing
+        key, erased, call.first, log_g, dread, dfinal, dwritten, dstates, dinitial, T, **heads(call), **passing
     )
     kernels.delta_key_gradients_kernel[grid](
         call.k, call.v, key, written, solved, call.first, beta, log_g, states, dstates, dwritten, dkey, dsums,
         sums.k, sums.v, sums.beta, sums.log_g, T, call.rate, call.strength,
-        **features, **heads(call), **launch("delta_key_gradients", call),
+        **told, **heads(call), **launch("delta_key_gradients", call),
     )  # fmt: skip
     return dinitial
 

@@ -30,6 +30,7 @@ from linearize.ops.liger_triton import (
     log_sigmoid,
     product,
     sigmoid,
+    store_state,
     store_tile,
 )
 
@@ -261,13 +262,13 @@ def delta_output_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def delta_query_gradients_kernel(
-    q, key, written, mixing, first, log_g, states, doutput, dq, dmixing, near_query, dwritten, dkey, dsums, T,
+    q, key, written, mixing, first, log_g, states, doutput, dq, dmixing, dread, dwritten, dkey, dsums, T,
     KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FEATURE: tl.constexpr,
     GATED: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one chunk's queries of one key/value head, added to `dq` and `dmixing`; and from its own queries
-    alone those of u, of keys and, where there is a decay, of b `[B * KV, T]`. The queries that read the state, times w,
-    go to `near_query`."""
+    alone those of u, of keys, of the state that they read, `dread` `[B * KV, chunks, D, D]`, and, where there is a
+    decay, of b `[B * KV, T]`."""
     chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
     pair = tl.program_id(1).to(tl.int64)
     batch, head = pair // KV, pair % KV
@@ -283,7 +284,7 @@ def delta_query_gradients_kernel(
     state = load_state(states, pair * chunks + chunk, columns, D)
     between = tl.where((rows[:, None] >= rows[None, :]) & (rows[None, :] >= starts[:, None]), between, 0.0)
     dgain, dunit_key = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
-    dsum = tl.zeros([CHUNK], tl.float32)
+    dstate, dsum = tl.zeros([DP, DP], tl.float32), tl.zeros([CHUNK], tl.float32)
     for group in range(GROUPS):
         index = batch * H + head * GROUPS + group
         ours = (batch * T * H + head * GROUPS + group) * D
@@ -297,7 +298,7 @@ def delta_query_gradients_kernel(
         dgain += product(tl.trans(w * p), dout, DTYPE)
         dunit_key += product(tl.trans(w * dp), query, DTYPE)
         dquery = product(dp, unit_key, DTYPE) + reaching * product(dout, tl.trans(state), DTYPE)
-        store_tile(near_query + ours, rows, columns, w * reaching * y, T, H * D, D)
+        dstate += product(tl.trans(w * reaching * y), dout, DTYPE)
         read = tl.where(rows < T, tl.sum(query.to(tl.float32) * dquery, 1), 0.0)
         dsum += w * read
         draw = w * unit_backward(y, scale, dquery, FEATURE)
@@ -308,6 +309,7 @@ def delta_query_gradients_kernel(
         store_tile(dq + ours, rows, columns, draw, T, H * D, D)
     store_tile(dwritten + theirs, rows, columns, dgain, T, KV * D, D)
     store_tile(dkey + theirs, rows, columns, dunit_key, T, KV * D, D)
+    store_state(dread, pair * chunks + chunk, columns, dstate, D)
     if GATED:
         dsum -= tl.sum(unit_key.to(tl.float32) * dunit_key, 1)
         tl.store(dsums + pair * T + rows, dsum, mask=rows < T)
@@ -315,15 +317,14 @@ def delta_query_gradients_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def delta_state_gradients_kernel(
-    near_query, key, erased, first, log_g, doutput, dfinal, dwritten, dstates, dinitial, T,
-    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr,
-    PACKED: tl.constexpr, DTYPE: tl.constexpr,
+    key, erased, first, log_g, dread, dfinal, dwritten, dstates, dinitial, T,
+    KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """`delta_states_kernel` backwards: the gradient of the state after every chunk, and from it the rest of u's."""
-    block, pair, chunks, H = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.cdiv(T, CHUNK), KV * GROUPS
-    batch, head = pair // KV, pair % KV
-    at = (batch * T * KV + head) * D
-    first += batch * T
+    block, pair, chunks = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.cdiv(T, CHUNK)
+    at = (pair // KV * T * KV + pair % KV) * D
+    first += pair // KV * T
     log_g += pair * T
     channels, columns = tl.arange(0, DP), block * BV + tl.arange(0, BV)
     inside = (channels < D)[:, None] & (columns < D)[None, :]
@@ -336,18 +337,14 @@ def delta_state_gradients_kernel(
         loss = load_tile(erased + at, rows, channels, T, KV * D, D)
         unit_key = load_tile(key + at, rows, channels, T, KV * D, D)
         dgain = load_tile(dwritten + at, rows, columns, T, KV * D, D).to(tl.float32)
+        read = tl.load(dread + (pair * chunks + chunk) * D * D + offsets, mask=inside, other=0.0).to(tl.float32)
         tl.store(dstates + (pair * chunks + chunk) * D * D + offsets, dstate.to(dstates.dtype.element_ty), mask=inside)
         _, to_end = load_sums(log_g, rows, T, GATED)
         to_end = lasting(tl.exp(to_end), first, rows, start, T, PACKED)
         dgain += to_end[:, None] * product(unit_key, dstate, DTYPE)
         store_tile(dwritten + at, rows, columns, dgain, T, KV * D, D)
         dstate *= kept(log_g, first, rows, start, T, GATED, PACKED)
-        dstate -= product(tl.trans(loss), dgain, DTYPE)
-        for group in range(GROUPS):
-            ours = (batch * T * H + head * GROUPS + group) * D
-            query = load_tile(near_query + ours, rows, channels, T, H * D, D)
-            dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
-            dstate += product(tl.trans(query), dout, DTYPE)
+        dstate += read - product(tl.trans(loss), dgain, DTYPE)
     tl.store(dinitial + pair * D * D + offsets, dstate, mask=inside)
 
 
