@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainerCallback
 
 from benchmarks.results import provenance, write
-from linearize import convert
+from linearize import convert, recipe
 from linearize.convert import decoder, document_masks
 from linearize.mixer import LinearizedAttention
 from linearize.recipe import DistillSettings, LoraSettings
@@ -33,6 +33,7 @@ from linearize.train import trainer
 from linearize.train.compiled import compiled_layers
 from linearize.train.distill import distill_loss
 
+NAME, TOP = 160, 40  # letters of a kernel's name, and how many are kept
 WARM = 4  # steps before those that are timed
 SIDES: dict[str, tuple[dict[str, Any] | None, bool]] = {  # the student's settings, and whether fused kernels may run
     "original attention": (None, True),
@@ -41,6 +42,12 @@ SIDES: dict[str, tuple[dict[str, Any] | None, bool]] = {  # the student's settin
     "mamba2": ({"structure": "mamba2"}, True),
     "gated_deltanet": ({"structure": "gated_deltanet", "readout": "rms", "gate_source": "learned"}, True),
     "gla, chunked": ({"structure": "gla"}, False),
+    "default": (dict(recipe.read("default").mixer.root), True),
+}
+COMPILED = {  # what of a step `torch.compile` sees, to find out what that brings
+    "layers": compiled_layers,
+    "parts": lambda *models, whole=True: compiled_layers(*models, whole=False),
+    "nothing": lambda *models, whole=True: nullcontext(),
 }
 
 
@@ -53,15 +60,18 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=4, help="packed into each sequence")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--compiled", choices=COMPILED, default="layers")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     arguments = parser.parse_args()
     results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {**provenance(), "rows": []}
     teacher = random_model(arguments.layers, arguments.length)
-    shape = {key: getattr(arguments, key) for key in ("batch", "length", "documents", "layers")}
+    shape = {key: getattr(arguments, key) for key in ("batch", "length", "documents", "layers", "compiled")}
     for name in arguments.sides:
         try:
             row = {"side": name, **shape, **measure(name, teacher, arguments)}
             print(f"{name:20} {_line(row)}", flush=True)
+            for kernel, (seconds, launches) in row["kernels"].items():
+                print(f"    {1000 * seconds:7.3f} ms {launches:6.0f}× {kernel}", flush=True)
         except torch.OutOfMemoryError as error:
             row = {"side": name, **shape, "error": str(error).splitlines()[0]}
             print(f"{name:20} {row['error']}", flush=True)
@@ -94,31 +104,48 @@ def random_sequences(count: int, length: int, documents: int) -> list[dict[str, 
 
 
 class _Clock(TrainerCallback):
-    """Seconds of every step, and a profile of the last ones."""
+    """When every step ended on the GPU, and a profile of the last ones; only around these it waits."""
 
     def __init__(self, profiled: int) -> None:
-        self.ends: list[float] = []
+        self.gpu = torch.cuda.is_available()
+        self.ends: list[Any] = []  # events, or seconds without a GPU
+        self.first = self.last = 0.0  # when the first step had ended, and when all had
         self.profiled = profiled
-        self.profile = profile(activities=[ProfilerActivity.CUDA] if torch.cuda.is_available() else None)
+        self.profile = profile(activities=[ProfilerActivity.CUDA] if self.gpu else None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After the optimizer's."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
-        if state.global_step == state.max_steps - self.profiled:
+        begins = state.global_step == state.max_steps - self.profiled
+        ends = state.global_step == state.max_steps
+        if self.gpu:
+            self.ends.append(torch.cuda.Event(enable_timing=True))
+            self.ends[-1].record()
+            if begins or ends or state.global_step == 1:
+                torch.cuda.synchronize()
+        else:
+            self.ends.append(time.perf_counter())
+        if state.global_step == 1:
+            self.first = time.perf_counter()
+        if begins:
             self.profile.start()
-        if state.global_step == state.max_steps:
+        if ends:
+            self.last = time.perf_counter()
             self.profile.stop()
+
+    def seconds(self) -> list[float]:
+        """From each step's end to the next one's."""
+        pairs = zip(self.ends, self.ends[1:], strict=False)
+        return [a.elapsed_time(b) / 1000 if self.gpu else b - a for a, b in pairs]
 
 
 def measure(name: str, teacher: PreTrainedModel, arguments: argparse.Namespace, profiled: int = 2) -> dict[str, Any]:
-    """Seconds of each step after those that warm up, and of the teacher's part; the most bytes held on a GPU; and the
-    share of the profiled steps in which the GPU did nothing."""
+    """Seconds of each step after those that warm up, and of the teacher's part; the most bytes held on a GPU; the
+    share of the profiled steps in which the GPU did nothing; and the kernels that take longest, with their seconds and
+    launches in a step."""
     settings, fused = SIDES[name]
     student = trainer.shared_copy(teacher)
     if settings is not None:
-        student = convert(student, mixing_weight=0.1, **settings)
+        student = convert(student, **{"mixing_weight": 0.1} | settings)
     wrapped = trainer.with_lora(student, LoraSettings())
     steps = WARM + arguments.steps + profiled
     tokens = steps * arguments.batch * arguments.length
@@ -130,24 +157,26 @@ def measure(name: str, teacher: PreTrainedModel, arguments: argparse.Namespace, 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     clock = _Clock(profiled)
-    with unfused, tempfile.TemporaryDirectory() as folder:
+    compiled = patch.object(trainer, "compiled_layers", COMPILED[arguments.compiled])
+    with unfused, compiled, tempfile.TemporaryDirectory() as folder:
         curve = trainer.train(
             "distill", name, wrapped, teacher, distill_loss, sequences, stage, Path(folder), 0, [clock]
         )
-    times = [after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False)]
-    seconds = times[WARM - 1 : WARM - 1 + arguments.steps]
+    seconds = clock.seconds()[WARM - 1 : WARM - 1 + arguments.steps]
     events = clock.profile.events() or []
     busy = sum(event.device_time_total for event in events if event.device_type.name == "CUDA") / 1e6
-    kernels: dict[str, float] = {}
+    kernels: dict[str, list[float]] = {}
     for event in events:
         if event.device_type.name == "CUDA":
-            kernels[event.name[:80]] = kernels.get(event.name[:80], 0) + event.device_time_total / 1e6 / profiled
+            spent = kernels.setdefault(event.name[:NAME], [0.0, 0])
+            spent[0] += event.device_time_total / 1e6 / profiled
+            spent[1] += 1 / profiled
     return {
         "seconds": seconds,
         "teacher_seconds": _teacher_seconds(teacher, sequences[: arguments.batch], arguments.steps),
-        "first_step_seconds": curve.seconds - (clock.ends[-1] - clock.ends[0]),
+        "first_step_seconds": curve.seconds - (clock.last - clock.first),
         "idle": max(0.0, 1 - busy / profiled / statistics.median(seconds)) if busy else None,
-        "kernels": dict(sorted(kernels.items(), key=lambda item: -item[1])[:12]),
+        "kernels": dict(sorted(kernels.items(), key=lambda item: -item[1][0])[:TOP]),
         "loss": curve.loss[-1],
         "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
     }

@@ -1,8 +1,7 @@
 """What every mixer has to know of a batch, worked out once for each forward pass."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,25 +35,46 @@ class Tokens:
     sinks: int  # slots of a document
     sink_rope: Sequence[tuple[Tensor, Tensor]] | None = None  # where distances are clamped: each layer's cos and sin
 
-    @cached_property
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_made", {})
+
+    @property
     def position(self) -> Int[Tensor, "B T"]:
         """Real tokens before this one in its row or document; at padding anything from 0."""
+        return self._once("position", self._position)
+
+    @property
+    def first(self) -> Int[Tensor, "B T"] | None:
+        """The first token of each token's document, as `ops.liger` takes it."""
+        return self._once("first", lambda: first_tokens(self.document, self.valid))
+
+    @property
+    def sink_time_from_start(self) -> Int[Tensor, "B M"]:
+        """As the operators count: from the first token of this call."""
+        return self._once(
+            "sink_time", lambda: (self.sink_time - self.start).masked_fill(self.sink_time == NEVER, NEVER)
+        )
+
+    def worked_out(self) -> "Tokens":
+        """Itself, with all that layers share made already: those that are compiled only look it up."""
+        for made in (self.position, self.first, self.sink_time_from_start):
+            del made
+        return self
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        """As `functools.cached_property`, which `torch.compile` does not go into."""
+        made: dict[str, Any] = getattr(self, "_made")  # noqa: B009
+        if name not in made:
+            made[name] = make()
+        return made[name]
+
+    def _position(self) -> Int[Tensor, "B T"]:
         if self.document is not None:
             index = torch.arange(self.document.shape[1], device=self.document.device)
             begins = torch.nn.functional.pad(self.document[:, 1:] != self.document[:, :-1], (1, 0))
             return index - (index * begins).cummax(dim=1).values
         ones = torch.ones_like(self.real)[:, None].expand(-1, self.length) if self.valid is None else self.valid.long()
         return (self.real[:, None] - ones.sum(1, keepdim=True) + ones.cumsum(1) - 1).clamp(min=0)
-
-    @cached_property
-    def first(self) -> Int[Tensor, "B T"] | None:
-        """The first token of each token's document, as `ops.liger` takes it."""
-        return first_tokens(self.document, self.valid)
-
-    @cached_property
-    def sink_time_from_start(self) -> Int[Tensor, "B M"]:
-        """As the operators count: from the first token of this call."""
-        return (self.sink_time - self.start).masked_fill(self.sink_time == NEVER, NEVER)
 
 
 def most_sinks(plan: Mapping[str, Any]) -> int:
@@ -76,8 +96,21 @@ def describe(
 
     `attention_mask` is 2-D, 0 at padding. Packed documents are known, as in transformers, by position ids that start
     over where there is neither a padding mask nor a cache. Whoever knows how many `documents` a row has at most says
-    so, and nothing here waits for the GPU.
+    so, and nothing here waits for the GPU; what layers share is then made at once.
     """
+    tokens = _describe(shape, sinks, device, attention_mask, position_ids, past, documents)
+    return tokens if documents is None else tokens.worked_out()
+
+
+def _describe(
+    shape: Sequence[int],
+    sinks: int,
+    device: torch.device,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    past: MixerCacheLayer | None,
+    documents: int | None,
+) -> Tokens:
     B, T = shape
     start = past.get_seq_length() if past is not None else 0
     if attention_mask is not None and attention_mask.dim() != 2:

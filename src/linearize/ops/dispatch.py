@@ -14,15 +14,21 @@ UNPROVEN = ("flow", "window")  # right in Triton's interpreter, and not yet comp
 
 def no_device(x: Tensor) -> str | None:
     """Why no kernel can run where x is; None if one can."""
-    if find_spec("triton") is None:
-        return "triton is not installed"
     if not x.is_cuda:
         return "the tensors are not on a CUDA device"
-    if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+    return _too_little(x.device)
+
+
+@torch.compiler.assume_constant_result
+def _too_little(device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "the device is older than compute capability 8.0"
     return None
 
 
+@torch.compiler.assume_constant_result
 def unproven(kernels: str) -> str | None:
     """Why a GPU does not run these kernels by itself; None where it does, or is told to."""
     if kernels not in UNPROVEN or not torch.cuda.is_available() or os.environ.get("LINEARIZE_KERNELS") == "all":
@@ -43,7 +49,12 @@ def may_look(x: Tensor) -> bool:
     return not x.is_cuda
 
 
-@cache
+@torch.compiler.assume_constant_result
 def warn_once(message: str) -> None:
     """A warning the first time; then silence, whatever the filters."""
-    warnings.warn(message, stacklevel=3)
+    _warn(message)
+
+
+@cache
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=4)

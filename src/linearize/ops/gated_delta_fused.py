@@ -3,48 +3,90 @@
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from linearize.ops.liger import Settings, first_tokens
 from linearize.ops.liger_delta import Gradients, Solved, add_gradients, add_recurrence
-from linearize.ops.liger_fused import Call, call_of
+from linearize.ops.liger_fused import CHUNK, Call, call_of
 
 
-class GatedDelta(torch.autograd.Function):
-    """(q, k, v, log decay and β `[B * KV, T]`, initial state, call without q, k and v) to (output, final state)."""
+@torch.library.custom_op("linearize::delta", mutates_args=())
+def operator(
+    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor, state: Tensor, first: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output, final state and, if `keep`, what the gradients need; log decay and β are `[B * KV, T]`. As one operator,
+    which `torch.compile` does not open."""
+    call = _call(q, k, v, state, first)
+    output = torch.empty_like(call.q)
+    final, made = add_recurrence(call, beta, log_g, state, output, keep=keep)
+    kept = (made.key, made.written, made.erased, made.solved, made.states)
+    key, written, erased, solved, states = kept if keep else (x.new_empty(0) for x in kept)
+    return output, final, key, written, erased, solved, states
 
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor, initial: Tensor, call: Call
-    ) -> Any:
-        output = torch.empty_like(q)
-        final, made = add_recurrence(call._replace(q=q, k=k, v=v), beta, log_g, initial, output, keep=True)
-        ctx.save_for_backward(q, k, v, *made)
-        ctx.call = call
-        return output, final
 
-    @staticmethod
-    def backward(ctx: Any, doutput: Tensor, dfinal: Tensor) -> Any:
-        q, k, v, *rest = ctx.saved_tensors
-        made, call = Solved(*rest), ctx.call._replace(q=q, k=k, v=v)
-        given = (torch.empty_like(x) for x in (q, k, v, call.mixing, made.beta, made.log_g))
-        sums = Gradients(*given)
-        dinitial = add_gradients(call, made, doutput.contiguous(), dfinal.contiguous(), sums)
-        return sums.q, sums.k, sums.v, sums.log_g, sums.beta, dinitial, None
+@operator.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor, state: Tensor, first: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    output, final = q.new_empty(q.shape), state.new_empty(state.shape)
+    dtype = torch.float32 if v.dtype == torch.float32 else torch.bfloat16
+    (B, _, KV, D), chunks = k.shape, triton.cdiv(k.shape[1], CHUNK)
+    key, written, erased = (k.new_empty(k.shape if keep else 0, dtype=dtype) for _ in range(3))
+    solved, states = (k.new_empty((B * KV, chunks, N, N) if keep else 0, dtype=dtype) for N in (CHUNK, D))
+    return output, final, key, written, erased, solved, states
+
+
+@torch.library.custom_op("linearize::delta_gradients", mutates_args=())
+def gradients(
+    doutput: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, key: Tensor,
+    written: Tensor, erased: Tensor, solved: Tensor, beta: Tensor, log_g: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of q, k, v, the log decay, β and the initial state."""
+    call, made = _call(q, k, v, dfinal, first), Solved(key, written, erased, solved, beta, log_g, states)
+    sums = Gradients(*(torch.empty_like(x) for x in (q, k, v, call.mixing, beta, log_g)))
+    dinitial = add_gradients(call, made, doutput.contiguous(), dfinal.contiguous(), sums)
+    return sums.q, sums.k, sums.v, sums.log_g, sums.beta, dinitial
+
+
+@gradients.register_fake
+def _(
+    doutput: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, key: Tensor,
+    written: Tensor, erased: Tensor, solved: Tensor, beta: Tensor, log_g: Tensor, states: Tensor
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, log_g, beta, dfinal))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, log_g, beta, state, first, _ = inputs
+    _, _, key, written, erased, solved, states = output
+    ctx.save_for_backward(q, k, v, first, key, written, erased, solved, beta, log_g, states)
+    ctx.set_materialize_grads(False)
+    ctx.state = state.shape
+
+
+def _backward(ctx: Any, doutput: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    q = ctx.saved_tensors[0]
+    doutput = torch.zeros_like(q) if doutput is None else doutput
+    dfinal = q.new_zeros(ctx.state, dtype=torch.float32) if dfinal is None else dfinal
+    return *gradients(doutput, dfinal, *ctx.saved_tensors), None, None
+
+
+operator.register_autograd(_backward, setup_context=_keep)
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, state: Tensor, first: Tensor | None) -> Call:
+    unread = torch.empty(1, device=q.device)  # there are no mixing weights
+    fixed = Settings("gated_deltanet", scale=1.0, feature_map="given")
+    return call_of(q, k, v, unread, fixed, None, state, first, None)[0]
 
 
 def run(
     q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor, state: Tensor, document: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """As `gated_delta.fused`."""
-    unread = torch.empty(1, device=q.device)  # there are no mixing weights
-    fixed = Settings("gated_deltanet", scale=1.0, feature_map="given")
-    call, initial = call_of(q, k, v, unread, fixed, None, state, first_tokens(document, None), None)
     log_g, beta = (x[..., 0].float().transpose(1, 2).flatten(0, 1).contiguous() for x in (log_g, beta))
-    given = call.q, call.k, call.v, log_g, beta, initial
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
-        nothing: Any = None
-        return GatedDelta.apply(*given, call._replace(q=nothing, k=nothing, v=nothing))
-    output = torch.empty_like(call.q)
-    final, _ = add_recurrence(call, beta, log_g, initial, output, keep=False)
+    given = *(x.contiguous() for x in (q, k, v)), log_g, beta, state.float().contiguous()
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    output, final, *_ = operator(*given, first_tokens(document, None), keep)
     return output, final

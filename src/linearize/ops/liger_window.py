@@ -30,35 +30,81 @@ def window_gradients(call: Call, lse: Tensor, doutput: Tensor) -> tuple[Tensor, 
     return dq, dk, dv, dmixing, sinks
 
 
-class Window(torch.autograd.Function):
-    """(q, k, v, call without those) to the output."""
+Angles = Tensor | None
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        B, T, H, _ = q.shape
-        output, lse = torch.empty_like(q), call.mixing.new_empty(B, H, T)
-        window(call._replace(q=q, k=k, v=v), output, lse)
-        ctx.save_for_backward(q, k, v, lse)
-        ctx.call = call
-        return output
 
-    @staticmethod
-    def backward(ctx: Any, doutput: Tensor) -> Any:
-        q, k, v, lse = ctx.saved_tensors
-        call = ctx.call._replace(q=q, k=k, v=v)
-        dq, dk, dv, _, sinks = window_gradients(call, lse, doutput.contiguous())
-        if call.sinks > 0:
-            add_sink_gradients(call, dk, dv, *sinks)
-        return dq, dk, dv, None
+@torch.library.custom_op("linearize::window", mutates_args=())
+def operator(
+    q: Tensor, k: Tensor, v: Tensor, cos: Angles, sin: Angles, first: Tensor | None, scale: float, width: int,
+    sinks: int, keep: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output and, if `keep`, its log-sum-exp `[B, H, T]`; as one operator, which `torch.compile` does not open."""
+    call = _call(q, k, v, cos, sin, first, scale, width, sinks)
+    output, lse = torch.empty_like(call.q), call.mixing.new_empty(_kept(q, keep))
+    window(call, output, lse if keep else None)
+    return output, lse
+
+
+@operator.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cos: Angles, sin: Angles, first: Tensor | None, scale: float, width: int,
+    sinks: int, keep: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), q.new_empty(_kept(q, keep), dtype=torch.float32)
+
+
+@torch.library.custom_op("linearize::window_gradients", mutates_args=())
+def gradients(
+    doutput: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, cos: Angles, sin: Angles, first: Tensor | None,
+    scale: float, width: int, sinks: int
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of q, k and v."""
+    call = _call(q, k, v, cos, sin, first, scale, width, sinks)
+    dq, dk, dv, _, dsinks = window_gradients(call, lse, doutput.contiguous())
+    if sinks > 0:
+        add_sink_gradients(call, dk, dv, *dsinks)
+    return dq, dk, dv
+
+
+@gradients.register_fake
+def _(
+    doutput: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, cos: Angles, sin: Angles, first: Tensor | None,
+    scale: float, width: int, sinks: int
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cos, sin, first, *ctx.fixed, _ = inputs
+    ctx.save_for_backward(q, k, v, output[1], cos, sin, first)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, doutput: Tensor | None, _: Any) -> tuple[Any, ...]:
+    given = (None, None, None) if doutput is None else gradients(doutput, *ctx.saved_tensors, *ctx.fixed)
+    return *given, *[None] * 7
+
+
+operator.register_autograd(_backward, setup_context=_keep)
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, cos: Angles, sin: Angles, first: Tensor | None, scale: float, width: int,
+    sinks: int
+) -> Call:  # fmt: skip
+    unread = torch.zeros(q.shape[2], device=q.device)  # mixing weights and state: there is no recurrence
+    rope = None if cos is None or sin is None else (cos, sin)
+    settings = Settings("none", scale, window=width, sinks=sinks)
+    return call_of(q, k, v, unread, settings, rope, unread, first, None)[0]
+
+
+def _kept(q: Tensor, keep: bool) -> tuple[int, ...]:
+    return (q.shape[0], q.shape[2], q.shape[1]) if keep else (0,)
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, settings: Settings, rope: Rope | None, first: Tensor | None) -> Tensor:
     """As `liger.windowed`."""
-    none_of_the_recurrence = torch.zeros(q.shape[2], device=q.device)
-    call, _ = call_of(q, k, v, none_of_the_recurrence, settings, rope, None, first, None)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        nothing: Any = None
-        return Window.apply(call.q, call.k, call.v, call._replace(q=nothing, k=nothing, v=nothing))
-    output = torch.empty_like(call.q)
-    window(call, output)
-    return output
+    cos, sin = (None, None) if rope is None else rope
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    fixed = settings.scale, settings.window, settings.sinks
+    return operator(q.contiguous(), k.contiguous(), v.contiguous(), cos, sin, first, *fixed, keep)[0]

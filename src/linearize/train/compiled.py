@@ -1,4 +1,4 @@
-"""A training step in fewer kernels: what a decoder layer does around its attention, by `torch.compile` on a GPU."""
+"""A training step in fewer kernels: decoder layers by `torch.compile` on a GPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,31 +8,41 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from linearize.convert import attention_of, decoder
+from linearize.mixer import LinearizedAttention
 
 SHAPES = 64  # compilations of one module: with and without gradients, by stage and batch; torch's own limit is 8
 
 
 @contextmanager
-def compiled_layers(*models: PreTrainedModel) -> Iterator[None]:
-    """Norms and MLPs of `models` compiled meanwhile; nothing on a CPU, where that would take longer than it saves.
+def compiled_layers(*models: PreTrainedModel, whole: bool = True) -> Iterator[None]:
+    """The layers of `models` compiled meanwhile; nothing on a CPU, where that would take longer than it saves.
 
-    Layers are alike, so that one compilation serves all of them: some 10 s for the first step. Attention stays as it
-    is: the mixers bring kernels of their own, and alignment listens to the teacher's.
+    Layers are alike, so that one compilation serves all of one model: some 10 s each for the first step. The kernels
+    of Liger Attention are operators that are called from what is compiled. If not `whole`, norms, MLPs and mixers are
+    compiled one by one: alignment listens to the teacher's attention and runs mixers without their layers. Where
+    compiling fails, `train.graph` goes on without.
     """
-    found = [part for model in models if model.device.type == "cuda" for part in _parts(model)]
+    found = [part for model in models if model.device.type == "cuda" for part in _parts(model, whole)]
     if not found:
         yield
         return
     for part in found:
         part.compile(dynamic=False)
     try:
-        with torch._dynamo.config.patch(recompile_limit=SHAPES):
+        with torch._dynamo.config.patch(recompile_limit=SHAPES, suppress_errors=True):
             yield
     finally:
+        torch.compiler.set_stance("default")  # `train.graph` may have changed it
         for part in found:
             part._compiled_call_impl = None  # torch has no public way back
 
 
-def _parts(model: PreTrainedModel) -> Iterator[nn.Module]:
+def _parts(model: PreTrainedModel, whole: bool) -> Iterator[nn.Module]:
     for index, layer in enumerate(decoder(model).layers):
-        yield from (part for part in layer.children() if part is not attention_of(model, index))
+        attention = attention_of(model, index)
+        if whole:
+            yield layer
+        else:
+            yield from (
+                part for part in layer.children() if part is not attention or isinstance(part, LinearizedAttention)
+            )

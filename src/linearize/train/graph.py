@@ -56,7 +56,7 @@ class Graphed:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP):
-                    self._run(kept)
+                    self._run_compiled(kept)
             torch.cuda.current_stream().wait_stream(side)
             gc.collect()
             torch.cuda.empty_cache()
@@ -71,6 +71,17 @@ class Graphed:
                 warnings.warn(f"training steps are not one CUDA graph and take longer: {error}", stacklevel=2)
                 return
         self.graph, self.batch = graph, kept
+
+    def _run_compiled(self, batch: Batch) -> None:
+        """For what cannot be compiled here there is the way without."""
+        try:
+            self._run(batch)
+        except (torch.OutOfMemoryError, FloatingPointError):
+            raise
+        except Exception as error:  # whatever a compiler raises
+            torch.compiler.set_stance("force_eager")
+            self._run(batch)
+            warnings.warn(f"training steps are not compiled and take longer: {error}", stacklevel=2)
 
     def _run(self, batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
         loss = self.loss(**batch)

@@ -24,6 +24,7 @@ from linearize.recipe import LoraSettings, StageSettings
 from linearize.results import Curve
 from linearize.train.compiled import compiled_layers
 from linearize.train.graph import Batch, Graphed
+from linearize.train.watch import Watch
 
 Loss = Callable[..., Tensor]  # of student, teacher, batch and `documents`, the most that are packed into a row
 ADDED = ("mixing", "recurrence")  # the modules of a mixer that hold what a conversion added
@@ -77,9 +78,13 @@ class Pair(nn.Module):
 class LinearizeTrainer(Trainer):
     """Trainer with a learning rate for added parameters, checkpoints that are whole or absent, and a stop at NaN."""
 
-    def __init__(self, pair: Pair, arguments: TrainingArguments, mixing_learning_rate: float, **kwargs: Any) -> None:
+    def __init__(
+        self, pair: Pair, arguments: TrainingArguments, mixing_learning_rate: float, clip: float = 1.0, **kwargs: Any
+    ) -> None:
         super().__init__(pair, arguments, **kwargs)
         self.pop_callback(PrinterCallback)
+        self.watch = Watch(clip, self.locate)
+        self.add_callback(self.watch)
         self.mixing_learning_rate = mixing_learning_rate
         self.loss_is_scaled_for_ga = False  # a mean over each batch
         self.model_accepts_loss_kwargs = False
@@ -94,20 +99,23 @@ class LinearizeTrainer(Trainer):
             groups.append({"params": mixing, "lr": self.mixing_learning_rate, "weight_decay": 0.0})
         betas, fused = (self.args.adam_beta1, self.args.adam_beta2), torch.cuda.is_available()
         self.optimizer = torch.optim.AdamW(groups, betas=betas, fused=fused)
+        self.watch.guard(self.optimizer)
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
-        """The pair's loss; stops where it is not a number."""
-        where = f"step {self.state.global_step + 1} of {self.state.max_steps}"
+        """The pair's loss; stops where it is not a number, if that is known already."""
         try:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
-            if not torch.isfinite(loss):
-                self._pair().eager(**inputs)  # a graph does not say where
         except FloatingPointError as error:
+            where = f"step {self.state.global_step + 1} of {self.state.max_steps}"
             raise LinearizeError(f"not a number at {where}, in {error}; try a lower learning_rate") from error
-        if not torch.isfinite(loss):
-            raise LinearizeError(f"the loss is {loss.item()} at {where}; try a lower learning_rate")
+        self.watch.saw(self.accelerator.gather(loss.detach()).mean(), inputs)
         return loss
+
+    def locate(self, batch: Batch) -> None:
+        """Raise FloatingPointError where the pair's loss first is not a number, if operations say."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            self._pair().eager(**batch)  # a graph does not say where
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -116,6 +124,7 @@ class LinearizeTrainer(Trainer):
         save_file(trainable, folder / "trainable.safetensors")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.watch.look(self.state)
         runs, name = self.args.output_dir, f"checkpoint-{self.state.global_step}"
         with new_folder(Path(runs) / name, kind="training checkpoint") as temporary:
             self.args.output_dir = str(temporary)
@@ -173,27 +182,14 @@ class _Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(self._seen(state) - self.bar.n)
+        if state.log_history:
+            self.bar.set_postfix(loss=f"{state.log_history[-1]['loss']:.3f}", refresh=False)
 
     def _seen(self, state: Any) -> int:
         return min(state.global_step * self.tokens_per_step, self.tokens)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
-
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
-
-
-class _FiniteGradients(TrainerCallback):
-    """Stops before a gradient that is not a number reaches the weights."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        norms = torch.stack(torch._foreach_norm(list(gradients.values())))  # in few kernels
-        if not torch.isfinite(norms).all():
-            name = list(gradients)[int((~torch.isfinite(norms)).nonzero()[0])]
-            raise LinearizeError(f"the gradient of {name} is not a number at step {state.global_step + 1}")
 
 
 def train(
@@ -227,12 +223,13 @@ def train(
         Pair(student, teacher, loss, most_documents(sequences), graph),
         arguments,
         settings.mixing_learning_rate,
+        settings.clip,
         train_dataset=sequences,
-        callbacks=[_Progress(f"{stage} {name}", tokens_per_step, tokens), _FiniteGradients(), *callbacks],
+        callbacks=[_Progress(f"{stage} {name}", tokens_per_step, tokens), *callbacks],
     )
     last, started = newest_checkpoint(folder), time.perf_counter()
     try:
-        with compiled_layers(base, teacher):
+        with compiled_layers(base, teacher, whole=stage == "distill" and not settings.gradient_checkpointing):
             trainer.train(resume_from_checkpoint=str(last) if last else None)
     except torch.OutOfMemoryError as error:
         raise LinearizeError(
@@ -264,7 +261,7 @@ def _arguments(settings: StageSettings, folder: Path, seed: int) -> TrainingArgu
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup,  # below 1 it is a share of all steps
         weight_decay=settings.weight_decay,
-        max_grad_norm=settings.clip,
+        max_grad_norm=0.0,  # `Watch` clips
         bf16=gpu,
         use_cpu=not gpu,
         seed=seed,
@@ -272,10 +269,11 @@ def _arguments(settings: StageSettings, folder: Path, seed: int) -> TrainingArgu
         save_strategy="steps" if settings.save_every else "no",
         save_steps=settings.save_every or 500,
         save_total_limit=2,
-        logging_steps=1,
+        logging_strategy="no",  # `Watch` writes the history
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=gpu,
+        accelerator_config={"non_blocking": gpu},
     )
