@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from linearize import LinearizeError, cli
-from linearize.evaluate import state_tracking
+from linearize.evaluate import state_tracking, tracker
 from linearize.evaluate.state_tracking import PRESETS, pairs, results, run, table
 from linearize.evaluate.tasks import ELEMENTS, MODULUS, TASKS
-from linearize.evaluate.tracker import IGNORED, Pair, Result, Settings, Training, draw, encode
+from linearize.evaluate.tracker import IGNORED, Pair, Result, Settings, Step, Training, draw, encode
 
 SIGNS = "01234+-*=()"
 TINY = Settings(hidden_size=8, heads=2, layers=1, steps=4, batch=8, longest=12, block=2, tests=16)
@@ -165,6 +165,17 @@ def test_the_schedule_ends_with_the_time(tmp_path):
     assert training._longest(2) == (TINY.longest + TINY.shortest) // 2
     training.progress["seconds"] = 1000.0
     assert training.done
+
+
+def test_what_comes_before_the_graph_does_not_count(tmp_path, monkeypatch):
+    training = trained(tmp_path, steps=100)
+    clock = iter([0.0, 50.0, 51.0])  # the block begins, its first step is compiled, it ends
+    monkeypatch.setattr(tracker.time, "perf_counter", lambda: next(clock))
+    ready = iter([False, True])
+    monkeypatch.setattr(Step, "ready", property(lambda step: next(ready)))
+    before = training.progress["seconds"]
+    training.block()
+    assert training.progress["seconds"] - before == pytest.approx(1.0)
 
 
 COMPILED = """

@@ -183,6 +183,11 @@ class Step:
         self.eager, self.loss = 0, torch.empty(0)
         self.static: tuple[Tensor, Tensor] | None = None  # what the graph reads
 
+    @property
+    def ready(self) -> bool:
+        """Whether no graph is still to be recorded."""
+        return self.stream is None or self.graph is not None
+
     def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """The tensors' shapes are the same in every call."""
         if self.stream is None:
@@ -276,6 +281,8 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"].fill_(self._rate(first + i))
             losses[i] = self.step(*batch)
+            if not self.step.ready:  # what is compiled meanwhile is no training
+                started = time.perf_counter()
         loss = losses.mean().item()
         if not math.isfinite(loss):
             raise LinearizeError(f"{self.pair.name} diverged at step {first + steps}; give a lower --set learning_rate")
