@@ -2,15 +2,17 @@
 
 import json
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from linearize import LinearizeError, cli
-from linearize.evaluate import state_tracking
+from linearize.evaluate import state_tracking, tracker
 from linearize.evaluate.state_tracking import PRESETS, pairs, results, run, table
 from linearize.evaluate.tasks import ELEMENTS, MODULUS, TASKS
-from linearize.evaluate.tracker import IGNORED, Pair, Result, Settings, Training, draw, encode
+from linearize.evaluate.tracker import IGNORED, Pair, Result, Settings, Step, Training, draw, encode
 
 SIGNS = "01234+-*=()"
 TINY = Settings(hidden_size=8, heads=2, layers=1, steps=4, batch=8, longest=12, block=2, tests=16)
@@ -129,6 +131,80 @@ def test_a_few_steps_lower_the_loss(tmp_path):
     assert losses[-1] < losses[0] - 0.1
 
 
+def trained(tmp_path, **settings):
+    """Of a pair, after a block."""
+    settings = TINY.model_copy(update=settings)
+    training = Training(PARITY, settings, tmp_path / "a.pt", torch.device("cpu"), False)
+    training.block()
+    training.path.unlink()
+    return training
+
+
+def test_weights_decay_and_norms_do_not(tmp_path):
+    plain, decayed = (dict(trained(tmp_path, weight_decay=x).model.named_parameters()) for x in (0.0, 100.0))
+    for name, weight in plain.items():
+        assert (decayed[name].norm() < 0.98 * weight.norm()) == ("norm" not in name), name
+
+
+def test_the_learning_rate_rises_and_falls_to_its_final_share(tmp_path):
+    training = trained(tmp_path, steps=100, warmup=0.1, learning_rate=2.0, final=0.25)
+    rates = [training._rate(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert training._rate(55) == pytest.approx(1.25)
+    assert training._rate(100) == pytest.approx(0.5)
+
+
+def test_the_schedule_ends_with_the_time(tmp_path):
+    training = trained(tmp_path, steps=100, training_seconds=1000.0, curriculum=0.5, final=0.0)
+    assert not training.done
+    training.progress["seconds"] = 550.0
+    assert training._rate(2) == pytest.approx(training.settings.learning_rate / 2)
+    assert training._longest(2) == TINY.longest
+    training.progress["seconds"] = 250.0
+    assert training._longest(2) == (TINY.longest + TINY.shortest) // 2
+    training.progress["seconds"] = 1000.0
+    assert training.done
+
+
+def test_what_comes_before_the_graph_does_not_count(tmp_path, monkeypatch):
+    training = trained(tmp_path, steps=100)
+    clock = iter([0.0, 50.0, 51.0])  # the block begins, its first step is compiled, it ends
+    monkeypatch.setattr(tracker.time, "perf_counter", lambda: next(clock))
+    ready = iter([False, True])
+    monkeypatch.setattr(Step, "ready", property(lambda step: next(ready)))
+    before = training.progress["seconds"]
+    training.block()
+    assert training.progress["seconds"] - before == pytest.approx(1.0)
+
+
+COMPILED = """
+import sys
+from functools import partial
+from pathlib import Path
+import torch
+from linearize.evaluate.tasks import TASKS
+from linearize.evaluate.tracker import Pair, Settings, Step, Training, draw, encode
+
+torch.compile = partial(torch.compile, backend="eager", fullgraph=True)
+torch.set_num_threads(1)
+pair, settings = Pair("parity", "direct", "deltanet", True), Settings(hidden_size=8, heads=2, layers=1, convolution=4)
+batch = encode(TASKS["parity"], *draw(TASKS["parity"], 3, 12, 8, torch.Generator().manual_seed(0)))
+for compiled in (False, True):
+    training = Training(pair, settings, Path(sys.argv[1]), torch.device("cpu"), False)
+    step = Step(training.model, training.optimizer, False, compiled)
+    print(step(*batch).item(), step(*batch).item())
+"""
+
+
+@pytest.mark.slow
+def test_a_step_is_compiled_as_one_graph(tmp_path):
+    """In a process of its own, since what pytest puts around functions to check shapes cannot be traced."""
+    told = subprocess.check_output([sys.executable, "-c", COMPILED, str(tmp_path / "none.pt")], text=True)
+    eager, compiled = ([float(x) for x in line.split()] for line in told.splitlines())
+    assert compiled == pytest.approx(eager, rel=1e-6)
+
+
 @pytest.mark.parametrize("structure", ["gla", "mamba2", "deltanet"])
 def test_writing_reads_back_what_was_written(structure, tmp_path):
     pair = Pair("arithmetic", "scratchpad", structure, False)
@@ -165,6 +241,15 @@ def test_an_interrupted_pair_ends_the_same(tmp_path, monkeypatch):
     assert timeless[0] == timeless[1]
     assert len(timeless[0]) == 2
     assert not list((tmp_path / "parts").glob("*.pt"))
+
+
+def test_a_stopped_run_says_how_far_it_came(tmp_path, monkeypatch, capsys):
+    assert not run([PARITY], TINY, tmp_path, seconds=0.0)
+    assert "parity-direct-deltanet-negative: no check yet" in capsys.readouterr().out
+    clock = iter([0.0, 0.0, 2.0])  # the deadline is made, a block may begin, and then no other
+    monkeypatch.setattr(state_tracking.time, "monotonic", lambda: next(clock))
+    assert not run([PARITY], TINY, tmp_path, seconds=1.0)
+    assert "step 2 of 4, loss " in capsys.readouterr().out
 
 
 def test_a_finished_pair_is_kept(tmp_path, monkeypatch):

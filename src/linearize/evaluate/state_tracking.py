@@ -130,6 +130,7 @@ def run(chosen: list[Pair], settings: Settings, out: Path, seconds: float | None
         with tqdm(desc=label, total=training.steps, initial=training.progress["step"], unit="step") as bar:
             while not training.done:
                 if time.monotonic() > deadline:
+                    tqdm.write(f"{label}: {training.latest()}")
                     return False
                 training.block()
                 step, loss, accuracy = training.progress["checks"][-1]

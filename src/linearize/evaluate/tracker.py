@@ -50,12 +50,18 @@ class Settings(BaseModel):
     batch: int = Field(256, ge=1, description="rows of a step")
     learning_rate: float = Field(1e-3, gt=0, description="AdamW's")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    final: float = Field(0.1, ge=0, le=1, description="share of the learning rate that its cosine ends at")
+    weight_decay: float = Field(0, ge=0, description="AdamW's, of all weights but those of norms")
     shortest: int = Field(3, ge=3, description="symbols of a row in training")
     longest: int = Field(40, ge=3, description="symbols of a row in training; tests begin here")
     every: bool = Field(False, description="ask for the state after each symbol in direct training, not for the answer")
     curriculum: float = Field(0, ge=0, lt=1, description="share of the steps in which the longest rows grow to that")
     block: int = Field(250, ge=1, description="steps between two checks, each with a checkpoint")
     tests: int = Field(2048, ge=1, description="rows of a test")
+    training_seconds: float | None = Field(
+        None, gt=0, description="of a pair's training: what is left of its steps then is left out; null: all steps"
+    )
+    compiled: bool = Field(False, description="on a GPU a step by torch.compile, which takes half a minute first")
     seed: int = Field(0, ge=0, description="of weights and data")
     own: dict[str, dict[str, Any]] = Field({}, description="settings of single tasks, in place of those above")
 
@@ -163,15 +169,24 @@ def encode(
 class Step:
     """A training step, `step(tokens, targets)` to the loss; on a GPU, from the fourth on, the replay of a CUDA graph.
 
-    A step of these small models is hundreds of kernels that take longer to launch than to run.
+    A step of these small models is hundreds of kernels that take longer to launch than to run; `compiled`, they are
+    fewer.
     """
 
-    def __init__(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, capture: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, capture: bool, compiled: bool = False
+    ) -> None:
         self.model, self.optimizer = model, optimizer
+        self.objective = torch.compile(self._objective, dynamic=False) if compiled else self._objective
         self.stream = torch.cuda.Stream() if capture else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.eager, self.loss = 0, torch.empty(0)
         self.static: tuple[Tensor, Tensor] | None = None  # what the graph reads
+
+    @property
+    def ready(self) -> bool:
+        """Whether no graph is still to be recorded."""
+        return self.stream is None or self.graph is not None
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """The tensors' shapes are the same in every call."""
@@ -192,9 +207,12 @@ class Step:
         self.graph.replay()
         return self.loss
 
-    def _step(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def _objective(self, tokens: Tensor, targets: Tensor) -> Tensor:
         logits = self.model(input_ids=tokens, use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+    def _step(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        loss = self.objective(tokens, targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -225,10 +243,11 @@ class Training:
         self.steps = pair.steps(settings)
         self.model = build(pair, settings).to(device).train()
         on_gpu = device.type == "cuda"
+        norms = [x for name, x in self.model.named_parameters() if "norm" in name]
+        others = [x for name, x in self.model.named_parameters() if "norm" not in name]
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            [{"params": others, "weight_decay": settings.weight_decay}, {"params": norms, "weight_decay": 0.0}],
             lr=torch.tensor(settings.learning_rate, device=device),  # a tensor, so that a CUDA graph reads it anew
-            weight_decay=0.0,
             capturable=on_gpu,
             fused=on_gpu,
         )
@@ -239,13 +258,13 @@ class Training:
             self.model.load_state_dict(kept["model"])
             self.optimizer.load_state_dict(kept["optimizer"])
             self.progress = kept["progress"]
-        self.step = Step(self.model, self.optimizer, capture and on_gpu)
+        self.step = Step(self.model, self.optimizer, capture and on_gpu, settings.compiled and on_gpu)
 
     @property
     def done(self) -> bool:
-        """All steps, or two checks in a row at 0.999."""
+        """All steps or all the time, or two checks in a row at 0.999."""
         last = [accuracy for _, _, accuracy in self.progress["checks"][-2:]]
-        return self.progress["step"] >= self.steps or (len(last) == 2 and min(last) >= 0.999)
+        return self._share(self.progress["step"]) >= 1 or (len(last) == 2 and min(last) >= 0.999)
 
     def block(self) -> None:
         """Train up to the next check, check, and write a checkpoint."""
@@ -262,6 +281,8 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"].fill_(self._rate(first + i))
             losses[i] = self.step(*batch)
+            if not self.step.ready:  # what is compiled meanwhile is no training
+                started = time.perf_counter()
         loss = losses.mean().item()
         if not math.isfinite(loss):
             raise LinearizeError(f"{self.pair.name} diverged at step {first + steps}; give a lower --set learning_rate")
@@ -271,6 +292,13 @@ class Training:
         self.progress["step"] = first + steps
         self.progress["seconds"] += time.perf_counter() - started
         self._save()
+
+    def latest(self) -> str:
+        """The last check in words."""
+        if not self.progress["checks"]:
+            return "no check yet"
+        step, loss, accuracy = self.progress["checks"][-1]
+        return f"step {step:,} of {self.steps:,}, loss {loss:.4f}, longer rows {accuracy:.3f}"
 
     def result(self) -> Result:
         """Tests on rows that no check has seen."""
@@ -325,17 +353,23 @@ class Training:
     def _seed(self, number: int) -> int:
         return (self.settings.seed << 32) + number % (1 << 32)
 
+    def _share(self, step: int) -> float:
+        """Of the training that is over: of its steps or, as far as the last check knows, of its time."""
+        seconds = self.settings.training_seconds
+        return max(step / self.steps, 0 if seconds is None else self.progress["seconds"] / seconds)
+
     def _longest(self, step: int) -> int:
-        shortest, longest, over = self.settings.shortest, self.settings.longest, self.settings.curriculum * self.steps
-        return longest if step >= over else shortest + int((longest - shortest) * step / over)
+        shortest, longest, over = self.settings.shortest, self.settings.longest, self.settings.curriculum
+        share = self._share(step)
+        return longest if share >= over else shortest + int((longest - shortest) * share / over)
 
     def _rate(self, step: int) -> float:
-        """A linear warm-up, then half a cosine down to a tenth."""
-        warm = max(1, int(self.settings.warmup * self.steps))
-        if step < warm:
-            return self.settings.learning_rate * (step + 1) / warm
-        share = (step - warm) / max(1, self.steps - warm)
-        return self.settings.learning_rate * (0.55 + 0.45 * math.cos(math.pi * share))
+        """A linear warm-up, then half a cosine down to `final`."""
+        share, warm = self._share(step), self.settings.warmup
+        if share < warm:
+            return self.settings.learning_rate * min(1, (share + 1 / self.steps) / warm)
+        fallen = (1 - math.cos(math.pi * min(1, (share - warm) / (1 - warm)))) / 2
+        return self.settings.learning_rate * (1 - (1 - self.settings.final) * fallen)
 
     def _save(self) -> None:
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
