@@ -1,8 +1,8 @@
 """Decoding on a GPU: a converted model's step under a CUDA graph, beside the original's with a static cache.
 
     python -m benchmarks.decode --out docs/results/decode_h100.json --seconds 500
-    python -m benchmarks.decode --structure gated_deltanet --out delta.json --seconds 500
-    python -m benchmarks.decode --smoke --out smoke.json       # right? 120 s
+    python -m benchmarks.decode --structure default --out default.json --seconds 500
+    python -m benchmarks.decode --smoke --out smoke.json       # right? 120 s; of one structure, --structure default
     python -m benchmarks.decode --prompt --out docs/results/prompt_h100.json --seconds 200
     python -m benchmarks.decode --tune --out tune.json --seconds 300
 
@@ -32,6 +32,7 @@ from benchmarks.kernels import copy_speed, times
 from benchmarks.results import provenance, write
 from linearize import convert, revert
 from linearize.decoding import Decoder
+from linearize.recipe import read
 
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama-3-8B": {
@@ -51,14 +52,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-DELTA = {
-    "structure": "gated_deltanet", "feature_map": "linear", "gate_source": "learned", "mixing": "data_dependent",
-    "gate_temperature": 256.0, "mixing_weight": 0.02,
-}  # fmt: skip
+DEFAULT = dict(read("default").mixer.root)  # the recipe's
 CONVERTED: dict[str, dict[str, Any]] = {  # what the converted side may be
     "gla": {"structure": "gla"},
-    "gated_deltanet": DELTA | {"readout": "rms"},
-    "gated_deltanet_gated": DELTA | {"readout": "gated"},
+    "default": DEFAULT,
+    "gated_deltanet_gated": DEFAULT | {"readout": "gated"},
 }
 BATCHES, CONTEXTS = (1, 16, 64, 256), (1024, 4096, 16384, 65536)
 TELLING = ((1, 16384), (16, 16384), (1, 1024), (256, 16384))  # batch and context; first, for every model
@@ -77,7 +75,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=500, help="begin nothing after this long")
     parser.add_argument("--model", choices=SHAPES, action="append", help="only this one")
     parser.add_argument(
-        "--structure", choices=CONVERTED, default="gla", help="of the converted side; one for each file"
+        "--structure", choices=CONVERTED, help="of the converted side, gla where none is given; one for each file"
     )
     parser.add_argument("--smoke", action="store_true", help="only see whether it is right")
     parser.add_argument("--prompt", action="store_true", help="read a prompt of a million tokens in chunks")
@@ -90,12 +88,14 @@ def main() -> None:
     if arguments.smoke or arguments.tune:
         from benchmarks import decode_checks as checks
 
-        checks.smoke(arguments.out) if arguments.smoke else checks.tune(arguments.out, stop)
+        structures = [arguments.structure] if arguments.structure else CONVERTED
+        checks.smoke(arguments.out, structures, stop) if arguments.smoke else checks.tune(arguments.out, stop)
     elif arguments.prompt:
         from benchmarks.prompt import read_prompt
 
         read_prompt(arguments.out, (arguments.model or ["SmolLM2-135M"])[0], arguments.tokens, stop)
     else:
+        arguments.structure = arguments.structure or "gla"
         compare(arguments.out, arguments.model or [name for name in SHAPES if name != "tiny"], stop, arguments)
 
 

@@ -1,8 +1,10 @@
 """Whether decoding steps are right on a GPU, and the launch settings of their kernel: `benchmarks.decode --smoke` and
 `--tune`."""
 
+import itertools
 import statistics
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,43 +19,57 @@ from benchmarks.results import provenance, write
 from linearize import convert
 from linearize.cache import cache_bytes
 from linearize.convert import mixers
+from linearize.features import RANK
 from linearize.ops import step
-from linearize.ops.liger import GATES, Settings
-from linearize.ops.step import Clock, Held
+from linearize.ops.liger import DELTA, GATES, Settings
+from linearize.ops.step import Beyond, Clock, Held
+from linearize.readouts import EPSILON
 
 
 @torch.no_grad()
-def smoke(out: Path) -> None:
-    """The kernel against the PyTorch code in float64, the graph against the ordinary forward, memory over 3,000
-    tokens."""
+def smoke(out: Path, structures: Iterable[str], stop: float) -> None:
+    """The kernel against the PyTorch code in float64; of each structure, the graph against the ordinary forward, and
+    memory over 3,000 tokens."""
     found: dict[str, Any] = {}
     for D, groups in ((64, 3), (128, 4), (80, 1)):
-        for gate in (*GATES, "none"):
-            found[f"kernel {gate} D={D} groups={groups}"] = kernel_error(gate, D, groups)
-    for structure in CONVERTED:
+        for gate in (*GATES, "none", *DELTA):
+            try:
+                error: float | str = kernel_error(gate, D, groups)
+            except Exception as raised:
+                error = said(raised)
+            found[f"kernel {gate} D={D} groups={groups}"] = error
+            print(f"kernel {gate} D={D} groups={groups}: {error}", flush=True)
+        write(out, {**provenance(), "found": found})
+    for structure in structures:
+        if time.perf_counter() > stop:
+            break
         try:
             errors = graph_error("SmolLM2-135M" if GPU else "tiny", structure)
         except Exception as error:
             errors = {"failed": said(error)}
-        found |= {f"{structure}: {name}": value for name, value in errors.items()}
+        for name, value in errors.items():
+            found[f"{structure}: {name}"] = value
+            print(f"{structure}: {name}: {value}", flush=True)
         write(out, {**provenance(), "found": found})
-    for name, value in found.items():
-        print(f"{name}: {value}", flush=True)
 
 
 def kernel_error(gate: str, D: int, groups: int) -> float:
-    """The relative error of ten steps in bf16, output and state."""
-    B, KV, fixed = 3, 2, Settings(gate, D**-0.5)
+    """The relative error of ten steps in bf16, output and state; of the delta rule with all that the default recipe
+    adds to it, and with a gate for each channel."""
+    B, KV, fixed = 3, 2, Settings(gate, D**-0.5, feature_map="linear" if gate in DELTA else "softmax")
     mixing, decay = torch.rand(KV * groups, device=DEVICE), -torch.rand(KV, device=DEVICE)
     given = [random_inputs(B, KV, groups, D) for _ in range(10)]
     clock, held = random_memory(B, KV, D, fixed)
     truth = Held(held.keys.double(), held.values.double(), held.valid.clone(), held.state.double())
-    worst = 0.0
+    worst, run = 0.0, step.step
+    if GPU:
+        from linearize.ops.step_triton import run
     for heads, cos, sin in given:
-        ours = step.step(heads, mixing, fixed, (cos, sin), (cos, sin), clock, held, decay).double()
+        more = random_beyond(B, KV, groups, D) if gate in DELTA else step.NOTHING
+        ours = run(heads, mixing, fixed, (cos, sin), (cos, sin), clock, held, decay, more).double()
         turn = cos.double(), sin.double()
         alike = clock._replace(marks={})  # which are in the dtype of the cache
-        expected = step.plain(heads.double(), mixing.double(), fixed, turn, turn, alike, truth, decay)
+        expected = step.plain(heads.double(), mixing.double(), fixed, turn, turn, alike, truth, decay, doubled(more))
         worst = max(worst, ((ours - expected).norm() / expected.norm()).item())
         step.advance(clock)
     return max(worst, ((held.state - truth.state).norm() / truth.state.norm()).item())
@@ -64,6 +80,25 @@ def random_inputs(B: int, KV: int, groups: int, D: int) -> list[Tensor]:
     heads = torch.randn(B, KV * (groups + 2), D, device=DEVICE, dtype=torch.bfloat16)
     angles = torch.randn(B, D // 2, device=DEVICE).repeat(1, 2)
     return [heads, angles.cos().bfloat16(), angles.sin().bfloat16()]
+
+
+def random_beyond(B: int, KV: int, groups: int, D: int) -> Beyond:
+    """All there is, in bf16."""
+
+    def made(*shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) / shape[-1] ** 0.5
+
+    H, rank = KV * groups, min(RANK, D)
+    maps = made(H, D, rank), made(H, rank, D), made(KV, D, rank), made(KV, rank, D)
+    return Beyond(maps, made(B, KV, 2), made(B, H), EPSILON, (made(B, RANK), made(H * D, RANK)))
+
+
+def doubled(more: Beyond) -> Beyond:
+    """The same in float64."""
+    maps: Any = more.maps and tuple(x.double() for x in more.maps)
+    gate, mixing = (x if x is None else x.double() for x in (more.gate, more.mixing))
+    opening: Any = more.opening and tuple(x.double() for x in more.opening)
+    return Beyond(maps, gate, mixing, more.epsilon, opening)
 
 
 def random_memory(B: int, KV: int, D: int, fixed: Settings) -> tuple[Clock, Held]:
@@ -101,6 +136,8 @@ def graph_error(name: str, structure: str) -> dict[str, Any]:
                     parts.append(model(ids[:, begin:end], logits_to_keep=1, **given).logits)
             logits.append(torch.cat(parts, 1).double())
         found[f"graph against ordinary forward, {dtype}"] = ((logits[1] - logits[0]).norm() / logits[0].norm()).item()
+        same = logits[1].argmax(-1) == logits[0].argmax(-1)
+        found[f"likeliest tokens that are the same, {dtype}"] = same.double().mean().item()
     cache, token = DynamicCache(config=model.config), ids[:, :1]
     model(ids, past_key_values=cache)
     held = []
@@ -122,33 +159,36 @@ def graph_error(name: str, structure: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def tune(out: Path, stop: float) -> None:
-    """Microseconds of the step's kernel, by value channels and warps of a program."""
-    from linearize.ops.step_triton import run, value_block
+    """Microseconds of the step's kernel, by value channels and warps of a program: of gla, and of the delta rule with
+    all that the default recipe adds to it, whose programs have whole heads."""
+    from linearize.ops.step_triton import program, run
 
     rows: list[dict[str, Any]] = []
-    for D, H, KV in ((128, 32, 8), (64, 32, 8), (64, 9, 3)):
-        fixed, mixing = Settings("gla", D**-0.5), torch.rand(H, device=DEVICE)
-        for B in BATCHES:
-            clock, held = random_memory(B, KV, D, fixed)
-            heads, cos, sin = random_inputs(B, KV, H // KV, D)
-            for block in (8, 16, 32, 64, 128):
-                for warps in (1, 2, 4, 8):
-                    if block > D or time.perf_counter() > stop:
-                        continue
+    shapes = ((128, 32, 8), (64, 32, 8), (64, 9, 3))
+    for gate, (D, H, KV), B in itertools.product(("gla", "gated_deltanet"), shapes, BATCHES):
+        whole, mixing = gate in DELTA, torch.rand(H, device=DEVICE)
+        fixed = Settings(gate, D**-0.5, feature_map="linear" if whole else "softmax")
+        more = random_beyond(B, KV, H // KV, D)._replace(opening=None) if whole else step.NOTHING
+        clock, held = random_memory(B, KV, D, fixed)
+        heads, cos, sin = random_inputs(B, KV, H // KV, D)
+        blocks = [D] if whole else [block for block in (8, 16, 32, 64, 128) if block <= D]
+        for launch in itertools.product(blocks, (1, 2, 4, 8, 16)):
+            if time.perf_counter() > stop:
+                continue
 
-                    def call(block: int = block, warps: int = warps) -> None:
-                        for _ in range(10):
-                            run(heads, mixing, fixed, (cos, sin), (cos, sin), clock, held, None, block, warps)  # noqa: B023
+            def call(launch: tuple[int, int] = launch) -> None:
+                for _ in range(10):
+                    run(heads, mixing, fixed, (cos, sin), (cos, sin), clock, held, None, more, launch)  # noqa: B023
 
-                    try:
-                        micro = 1e5 * statistics.median(timed(graphed(call)))
-                    except Exception as error:
-                        print(B, D, block, warps, said(error))
-                        continue
-                    rows.append({"B": B, "H": H, "KV": KV, "D": D, "block": block, "warps": warps, "micro": micro})
-            here = [row for row in rows if (row["B"], row["H"], row["D"]) == (B, H, D)]
-            chosen = [row for row in here if row["block"] == value_block(B * KV, D) and row["warps"] == 4]
-            print(f"B={B} H={H} KV={KV} D={D}: chosen {chosen}", flush=True)
-            for row in sorted(here, key=lambda row: row["micro"])[:4]:
-                print("   ", row, flush=True)
-            write(out, {**provenance(), "rows": rows})
+            try:
+                micro = 1e5 * statistics.median(timed(graphed(call)))
+            except Exception as error:
+                print(gate, B, D, *launch, said(error))
+                continue
+            row = {"gate": gate, "B": B, "H": H, "KV": KV, "D": D, "block": launch[0], "warps": launch[1]}
+            rows.append(row | {"micro": micro, "chosen": launch == program(B * KV, D, whole)})
+        here = [row for row in rows if (row["gate"], row["B"], row["H"], row["D"]) == (gate, B, H, D)]
+        print(f"{gate} B={B} H={H} KV={KV} D={D}", flush=True)
+        for row in sorted(here, key=lambda row: (not row["chosen"], row["micro"]))[:5]:
+            print("   ", row, flush=True)
+        write(out, {**provenance(), "rows": rows})

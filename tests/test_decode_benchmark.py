@@ -44,10 +44,10 @@ def test_rows_are_measured_once_and_told(run, monkeypatch, tmp_path, capsys):
 
 
 def test_a_file_is_of_one_structure(run):
-    data = run("--structure", "gated_deltanet")
-    assert data["structure"] == "gated_deltanet"
+    data = run("--structure", "default")
+    assert data["structure"] == "default"
     assert all(len(row["linearized"]["seconds"]) == 3 for row in data["rows"])
-    with pytest.raises(SystemExit, match="is of structure gated_deltanet"):
+    with pytest.raises(SystemExit, match="is of structure default"):
         run("--structure", "gla")
 
 
@@ -65,11 +65,12 @@ def test_failures_of_single_rows_are_recorded(run, monkeypatch):
 
 
 def test_smoke_finds_what_is_right(tmp_path):
-    decode_checks.smoke(tmp_path / "smoke.json")
+    decode_checks.smoke(tmp_path / "smoke.json", decode.CONVERTED, stop=float("inf"))
     found = json.loads((tmp_path / "smoke.json").read_text())["found"]
     assert max(error for name, error in found.items() if name.startswith("kernel")) < 2e-2
     for structure in decode.CONVERTED:
         assert found[f"{structure}: graph against ordinary forward, torch.float32"] < 1e-5
+        assert found[f"{structure}: likeliest tokens that are the same, torch.float32"] == 1
 
 
 def test_a_prompt_in_chunks(monkeypatch, tmp_path):

@@ -19,9 +19,15 @@ from linearize.ops import liger, step
 
 SETTINGS = {"window": 5, "sinks": 3, "mixing_weight": 0.4}
 DELTA = {"structure": "gated_deltanet", "feature_map": "linear", "gate_source": "learned", "gate_temperature": 256.0}
-BY_OPERATIONS = [  # of whole layers, or of the recurrence alone
+WHOLE = [  # layers that are one kernel though they are not the published ones
     DELTA | {"readout": "rms", "mixing": "data_dependent"},
     DELTA | {"readout": "gated", "mixing": "data_dependent", "window": 64},
+    DELTA | {"structure": "deltanet", "gate_temperature": 16.0, "negative_eigenvalues": True},
+    {"structure": "gated_deltanet", "mixing": "data_dependent"},
+    {"structure": "hgrn2", "readout": "gated", "mixing": "data_dependent"},
+]
+BY_OPERATIONS = [  # of whole layers, or of the recurrence alone
+    DELTA | {"readout": "rms", "mixing": "data_dependent", "time_scales": 30.0},
     {"structure": "deltanet", "negative_eigenvalues": True, "convolution": 3},
     {"structure": "gsa", "slots": 5, "feature_map": "none"},
     {"structure": "kronecker"},
@@ -101,10 +107,10 @@ def test_settings(settings, steps):
     assert len(steps) == LENGTH - 6
 
 
-def learned(settings):
+def learned(settings, family="llama"):
     """A model whose new parameters are not those that change nothing."""
     beside = {} if settings.get("local") == "none" else SETTINGS  # which have no effect there
-    model = convert(tiny(head_dim=16), **beside | settings).to(DEVICE)
+    model = converted(family, **settings) if beside else convert(tiny(family, head_dim=16), **settings).to(DEVICE)
     torch.manual_seed(0)
     for mixer in mixers(model):
         for branch in (mixer.recurrence, mixer.mixing):
@@ -113,8 +119,8 @@ def learned(settings):
     return model
 
 
-@pytest.mark.parametrize("settings", BY_OPERATIONS, ids=str)
-def test_what_no_kernel_knows(settings, steps):
+@pytest.mark.parametrize("settings", [*WHOLE, *BY_OPERATIONS], ids=str)
+def test_what_is_not_as_published(settings, steps):
     """After any prompt, with padding, and with chunks between the steps, which give the cache its tensors back."""
     model, tokens = learned(settings), ids(3, LENGTH).to(DEVICE)
     full = logits(model, tokens, use_cache=False)
@@ -138,7 +144,7 @@ def test_what_no_kernel_knows(settings, steps):
 
 
 @pytest.mark.skipif(GPU, reason="there the graph itself shows it")
-@pytest.mark.parametrize("settings", [{}, {"structure": "none"}, *BY_OPERATIONS], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"structure": "none"}, *WHOLE, *BY_OPERATIONS], ids=str)
 def test_a_step_waits_for_nothing(settings, monkeypatch):
     model, tokens = learned(settings), ids(2, LENGTH)
     decoder, outputs = Decoder(model, 2), []
@@ -154,8 +160,8 @@ def test_a_step_waits_for_nothing(settings, monkeypatch):
     assert addresses == [x.data_ptr() for moment in decoder.moments for x in moment.held if x is not None]
 
 
-@pytest.mark.parametrize("settings", BY_OPERATIONS[:8:2], ids=str)
-def test_beyond_the_length_by_operations(settings, steps):
+@pytest.mark.parametrize("settings", [WHOLE[0], *BY_OPERATIONS[:7:2]], ids=str)
+def test_beyond_the_length_otherwise(settings, steps):
     for family in ("llama", "gemma3_text"):
         model = convert(tiny(family, max_position_embeddings=10), **SETTINGS | settings).to(DEVICE)
         tokens = ids(2, LENGTH).to(DEVICE)
@@ -254,15 +260,18 @@ def test_a_cache_that_is_reset_or_dropped(steps):
     assert len(steps) == 2 * (LENGTH - 9) + LENGTH - 20
 
 
-def test_weights_that_changed_are_seen(steps):
+@pytest.mark.parametrize("settings", [{}, WHOLE[0]], ids=["published", "default"])
+def test_weights_that_changed_are_seen(settings, steps):
     """In place, as in training; by others in their place; and a recurrence that is left out."""
-    model, tokens = converted(), ids(2, LENGTH).to(DEVICE)
+    model, tokens = learned(settings), ids(2, LENGTH).to(DEVICE)
     mixer = model.model.layers[1].self_attn
 
     def in_place() -> None:
         with torch.no_grad():
             model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
             mixer.mixing.weight.fill_(0.9)
+            for parameter in mixer.recurrence.parameters():
+                parameter.mul_(-1.5)
 
     def replaced() -> None:
         model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
@@ -281,9 +290,10 @@ def test_weights_that_changed_are_seen(steps):
     assert all(relative(a, b) > 1e-3 for a, b in pairwise(outputs))
 
 
-def test_a_model_is_saved_trained_and_copied_as_before(tmp_path, steps):
+@pytest.mark.parametrize("settings", [{}, WHOLE[1]], ids=["published", "gated"])
+def test_a_model_is_saved_trained_and_copied_as_before(settings, tmp_path, steps):
     """Though projections of one input are parts of one tensor now."""
-    model, tokens = converted(), ids(2, LENGTH).to(DEVICE)
+    model, tokens = learned(settings), ids(2, LENGTH).to(DEVICE)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     in_parts(model, tokens, one_by_one(9))
     assert steps
@@ -365,13 +375,21 @@ def test_logits_are_not_written_over():
 
 
 @pytest.mark.skipif(GPU, reason="the kernel's fp32 is the interpreter's")
-@pytest.mark.parametrize("settings", [{}, BY_OPERATIONS[0]], ids=["whole layers", "windows"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "phi"])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        *((family, {}) for family in ("llama", "qwen3", "olmo2", "phi")),
+        *((family, WHOLE[0]) for family in ("llama", "qwen2", "olmo2")),  # one product, with a bias, and several
+        ("qwen3", WHOLE[1]),
+        ("phi", BY_OPERATIONS[0]),
+    ],
+    ids=str,
+)
 def test_models_by_the_kernel(family, settings, steps, monkeypatch):
     pytest.importorskip("triton", reason="the kernels are Triton's")
     import interpreted  # noqa: F401
 
-    model, tokens = converted(family, **settings), ids(2, LENGTH)
+    model, tokens = learned(settings, family), ids(2, LENGTH)
     full = logits(model, tokens, use_cache=False)
     monkeypatch.setattr(step, "why_not_fused", lambda *_: None)
     assert_close(in_parts(model, tokens, one_by_one(17))[0], full)
@@ -388,8 +406,8 @@ def test_sixteen_bits_on_a_gpu(family, steps):
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
-@pytest.mark.parametrize("settings", BY_OPERATIONS, ids=str)
-def test_operations_in_a_graph(settings, steps):
+@pytest.mark.parametrize("settings", [*WHOLE, *BY_OPERATIONS], ids=str)
+def test_all_that_a_graph_holds(settings, steps):
     model, tokens = learned(settings), ids(2, LENGTH).to(DEVICE)
     assert_close(in_parts(model, tokens, one_by_one(9))[0], logits(model, tokens, use_cache=False))
     assert len(steps) == LENGTH - 9

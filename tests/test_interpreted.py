@@ -50,3 +50,11 @@ def test_nothing_is_checked_elsewhere():
         assert torch.empty(3).isnan().all()
     copy_kernel[(3,)](source, target, 4, SHIFT=0, STRIDE=1)
     assert torch.equal(target[:4], source[:4])
+
+
+def test_what_is_written_may_be_read_where_that_is_allowed():
+    source = torch.randn(6)
+    with interpreted.checked(overlaps=True):
+        copy_kernel[(3,)](source, source, 5, SHIFT=1, STRIDE=2)
+        with pytest.raises(RuntimeError, match="write the same element"):
+            copy_kernel[(3,)](source, source, 6, SHIFT=0, STRIDE=1)

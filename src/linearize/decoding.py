@@ -7,7 +7,7 @@ whose buffers its layers show from then on, until something else needs it (`Mixe
 """
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,6 +29,7 @@ from linearize.tokens import Tokens, most_sinks, of_step
 PLAIN = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # x + attention(norm(x)), then x + mlp(norm(x)), no more
 MOVING = ("dynamic", "longrope")  # RoPE whose frequencies depend on the largest position
 UNEVEN = ("mixtral", "gpt_oss")  # experts: how much work there is depends on the text
+ROWS = 16  # a product's outputs are made a multiple of it: each row of them is then aligned
 TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 TAKEN |= {"cache_position", "return_dict"}
 
@@ -140,7 +141,10 @@ class Decoder:
         with torch.no_grad():
             empty = [_empty(mixer, valid[_window(mixer)], sinks, weight, tokens) for mixer in self.mixers]
         self.moments = [mixer.moment(self.clock, held) for mixer, held in zip(self.mixers, empty, strict=True)]
-        self.layers = [PlainLayer(layer) for layer in self.stack.layers] if is_plain(self.stack) else None
+        self.layers: list[PlainLayer] | None = None
+        if is_plain(self.stack):
+            pairs = zip(self.stack.layers, self.moments, strict=True)
+            self.layers = [PlainLayer(layer, moment.inputs) for layer, moment in pairs]
         self.lent: list[weakref.ref[MixerCacheLayer]] = []
         self.signature = _signature(model)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -332,22 +336,26 @@ def _projections(mixer: LinearizedAttention) -> list[nn.Linear]:
 class PlainLayer:
     """A decoder layer in place: residuals are added by the matrix products, and products of one input are one."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, inputs: list[nn.Parameter]) -> None:
         self.layer, self.mixer = layer, layer.self_attn
         self.together = self.mixer.family.project is separate
         if self.together:
-            self.qkv = joined(_projections(self.mixer)[:-1])
+            self.qkv = joined(_projections(self.mixer)[:-1], inputs)
+            self.width = sum(linear.out_features for linear in _projections(self.mixer)[:-1])
+            self.inputs = sum(len(weight) for weight in inputs)
         self.gate_up = joined([layer.mlp.gate_proj, layer.mlp.up_proj])
         self.output, self.down = _projections(self.mixer)[-1], layer.mlp.down_proj
 
     def __call__(self, hidden: Tensor, rope: Rope, moment: Moment) -> None:
         """hidden `[B, hidden]` becomes what the layer makes of it."""
-        x = normed(hidden, self.layer.input_layernorm)
+        x, made = normed(hidden, self.layer.input_layernorm), None
         if self.together:
-            heads = F.linear(x, *self.qkv).unflatten(1, (-1, self.mixer.head_dim))
+            product = F.linear(x, *self.qkv)
+            heads = product[:, : self.width].unflatten(1, (-1, self.mixer.head_dim))
+            made = product[:, self.width : self.width + self.inputs]
         else:
             heads = torch.cat(self.mixer.family.project(self.mixer, x[:, None]), dim=2)[:, 0]
-        read = self.mixer.step(x[:, None], heads, rope, moment)
+        read = self.mixer.step(x[:, None], heads, rope, moment, made)
         add_product(hidden, read.flatten(1), self.output)
         gate_up = F.linear(normed(hidden, self.layer.post_attention_layernorm), *self.gate_up)
         add_product(hidden, swiglu(gate_up), self.down)
@@ -376,19 +384,20 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def joined(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of one linear layer that is all of these; their parameters become parts of it, so that nothing
-    is kept twice."""
-    made: list[Tensor | None] = []
-    for name in ("weight", "bias"):
-        own = [getattr(linear, name) for linear in linears]
-        if own[0] is None:
-            made.append(None)
-            continue
-        whole = torch.cat([x.data for x in own])
-        for x, part in zip(own, whole.split([len(x) for x in own]), strict=True):
-            x.data = part
-        made.append(whole)
-    weight, bias = made
-    assert weight is not None
-    return weight, bias
+def joined(linears: list[nn.Linear], others: list[nn.Parameter] | None = None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of one linear layer that is all of these, and below them `others`, weights without a bias; their
+    parameters become parts of it, so that nothing is kept twice. Zeros make its size fit for fast products."""
+    weights = [*(linear.weight for linear in linears), *(others or [])]
+    rows = sum(len(x) for x in weights)
+    weight = _one(weights, -rows % ROWS)
+    biases = [linear.bias for linear in linears]
+    return weight, None if biases[0] is None else _one(biases, len(weight) - sum(len(x) for x in biases))
+
+
+def _one(parameters: Sequence[Tensor], zeros: int) -> Tensor:
+    """One tensor of parameters, which become parts of it, and of so many rows of zeros."""
+    like = parameters[0].data
+    whole = torch.cat([*(x.data for x in parameters), like.new_zeros(zeros, *like.shape[1:])])
+    for x, part in zip(parameters, whole.split([*(len(x) for x in parameters), zeros]), strict=False):
+        x.data = part
+    return whole

@@ -30,7 +30,16 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """In the dtype of x."""
-        return F.linear(F.linear(x, self.down) if hasattr(self, "down") else x, self.up)
+        return self.after(F.linear(x, self.first))
+
+    @property
+    def first(self) -> nn.Parameter:
+        """The weight that meets the input."""
+        return self.down if hasattr(self, "down") else self.up
+
+    def after(self, product: Tensor) -> Tensor:
+        """The output, of the product with the first weight."""
+        return F.linear(product, self.up) if hasattr(self, "down") else product
 
 
 class Gate(nn.Module):

@@ -1,23 +1,33 @@
 """Liger Attention: a gated recurrence and a softmax window on one set of projections (arXiv 2503.01496)."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearize.cache import Memory, MixerCacheLayer
 from linearize.config import MixerConfig
 from linearize.errors import LinearizeError
 from linearize.families import Family, base_model_type, rotation
-from linearize.mixing import MIXINGS
+from linearize.mixing import MIXINGS, DataDependent
 from linearize.ops import liger
 from linearize.ops import step as stepping
 from linearize.ops.dispatch import kernel_dtype
 from linearize.ops.local import NEVER, Past, Scoring, Sinks, local_attention
+from linearize.readouts import EPSILON, RMS, Gated
 from linearize.recurrence import Recurrence
 from linearize.structures.base import Layer
 from linearize.structures.lightning import rates
 from linearize.tokens import Tokens
+
+TEXT: dict[str, tuple[Any, ...]] = {  # values of settings that kernels for a whole text know: the published ones
+    "local": ("window",), "score": ("softmax",), "readout": ("none",), "rope": ("local",), "gate_source": ("k",),
+    "time_scales": (None,), "convolution": (None,), "bonus": (False,), "mixing": ("fixed", "per_head"),
+}  # fmt: skip
+STEP = TEXT | {"readout": ("none", "rms", "gated"), "mixing": ("fixed", "per_head", "data_dependent")}
+DELTA_STEP = STEP | {"gate_source": ("k", "learned")}
 
 
 def _unrotated(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -32,6 +42,7 @@ class Moment(NamedTuple):
     settings: liger.Settings | None  # of `ops.step`, as `step_settings` has them
     mixing: Tensor  # [H]
     decay: Tensor | None  # [KV], lightning's
+    inputs: list[nn.Parameter]  # whose products with the layer's input `step` takes
     sink_rope: liger.Rope | None = None  # cos and sin `[B, R]` with which queries meet the sinks
     tokens: Tokens | None = None  # the token of each row, for layers that `ops.step` does not serve alone
 
@@ -70,7 +81,7 @@ class LinearizedAttention(nn.Module):
             if config.local != "none":
                 self.mixing = MIXINGS[config.mixing](layer)
         self.ablated: str | None = None  # the branch, "recurrence" or "window", left out to see what it does
-        self.layer, self.kernel = layer, self._kernel(layer)
+        self.layer, self.kernel = layer, self._kernel(layer, TEXT)
         if not any(parameter.is_meta for parameter in self.parameters()):  # else: when there are values
             self.reset_parameters()
 
@@ -133,15 +144,15 @@ class LinearizedAttention(nn.Module):
         output = torch.zeros_like(q) if output is None else output
         return output_projection(output.flatten(2).to(hidden_states.dtype)), None
 
-    def _kernel(self, layer: Layer) -> liger.Settings | str:
-        """What the fused kernels are to be told, or why there is none for such a layer."""
+    def _kernel(self, layer: Layer, known: Mapping[str, tuple[Any, ...]]) -> liger.Settings | str:
+        """What fused kernels that know these values of settings are to be told, or why there is none for such a
+        layer."""
         config, own = self.config, layer.config.model_dump()
-        plain: dict[str, Any] = {"local": "window", "score": "softmax", "readout": "none", "rope": "local"}
-        plain |= {"gate_source": "k", "time_scales": None, "convolution": None, "bonus": False}
         name = "mlstm" if config.structure == "gated_retention" else config.structure
-        if others := [f"{key} {own[key]}" for key, value in plain.items() if own[key] != value]:
-            return f"no kernel for {', '.join(others)}"
-        if name not in liger.GATES | liger.DELTA or config.mixing not in ("fixed", "per_head"):
+        others = [f"{key} {own[key]}" for key, values in known.items() if own[key] not in values]
+        if apart := [other for other in others if not other.startswith("mixing ")]:
+            return f"no kernel for {', '.join(apart)}"
+        if name not in liger.GATES | liger.DELTA or others:
             return f"no kernel for structure {name} with mixing {config.mixing}"
         if self.family.softcap or self.family.null_logits or not self.family.rotates_halves:
             return f"no kernel for the attention of {type(self.original).__name__}"
@@ -180,8 +191,9 @@ class LinearizedAttention(nn.Module):
     def step_settings(self) -> liger.Settings | None:
         """What `ops.step` is to be told: of the whole layer or, with gate "none", of the window alone, where the
         recurrence takes its step by operations; None where the window does as well."""
-        whole = self.kernel
-        if isinstance(whole, str) or whole.gate not in liger.GATES or whole.feature_map not in liger.FEATURES:
+        delta = self.config.structure in liger.DELTA
+        whole, maps = self._kernel(self.layer, DELTA_STEP if delta else STEP), {*liger.FEATURES, *["linear"] * delta}
+        if isinstance(whole, str) or whole.feature_map not in maps:
             return self.plain_window()
         return whole
 
@@ -189,20 +201,53 @@ class LinearizedAttention(nn.Module):
         """With this layer's constants, at fixed addresses."""
         mixing: Any = self.mixing
         settings, decay, weights, device = self.step_settings(), None, torch.zeros(self.num_heads), held.keys.device
+        inputs: list[nn.Parameter] = []
         if settings is not None and settings.gate != "none":
-            weights = getattr(mixing, "weight", mixing.weights())
+            weights = mixing.bias if isinstance(mixing, DataDependent) else getattr(mixing, "weight", mixing.weights())
+            inputs = self.step_inputs()
             if settings.gate == "lightning":
                 decay = -rates(self.layer, device).float()
-        return Moment(clock, held, settings, weights.detach().to(device), decay)
+        return Moment(clock, held, settings, weights.detach().to(device), decay, inputs)
 
-    def step(self, hidden: Tensor, heads: Tensor, rope: liger.Rope, moment: Moment) -> Tensor:
+    def step_inputs(self) -> list[nn.Parameter]:
+        """The weights of the layer's input in what the recurrence and the mixing make of it: first in the mixing, then
+        in the gate, then in the readout, where these make something of it."""
+        recurrence: Any = self.recurrence
+        found = [self.mixing.weight] if isinstance(self.mixing, DataDependent) else []
+        found += [recurrence.gate.learned.first] if self.config.gate_source == "learned" else []
+        return found + ([recurrence.readout.gate.first] if isinstance(recurrence.readout, Gated) else [])
+
+    def beyond(self, made: Tensor) -> stepping.Beyond:
+        """What `ops.step` takes besides, of the products `[B, ...]` of the layer's input with `step_inputs`."""
+        recurrence: Any = self.recurrence
+        parts = iter(made.split([len(weight) for weight in self.step_inputs()], dim=1))
+        maps = mixing = gate = opening = None
+        if self.config.feature_map == "linear":
+            maps = tuple(getattr(x, name) for x in (recurrence.map_q, recurrence.map_k) for name in ("down", "up"))
+        if isinstance(self.mixing, DataDependent):
+            mixing = next(parts)
+        if self.config.gate_source == "learned":
+            gate = recurrence.gate.learned.after(next(parts)).unflatten(1, (self.num_key_value_heads, -1))
+        if isinstance(recurrence.readout, Gated):
+            opening = next(parts), recurrence.readout.gate.up
+        return stepping.Beyond(maps, gate, mixing, EPSILON if isinstance(recurrence.readout, RMS) else None, opening)
+
+    def step(
+        self, hidden: Tensor, heads: Tensor, rope: liger.Rope, moment: Moment, made: Tensor | None = None
+    ) -> Tensor:
         """Both branches for one token of each row: `[B, H, D]`, of the layer's input `[B, 1, hidden]` and `heads`
-        `[B, H + 2 KV, D]`, its q, k and v. By `ops.step` as far as that goes, and by the forward's own operations."""
-        clock, held, settings, mixing, decay, sink_rope, tokens = moment
+        `[B, H + 2 KV, D]`, its q, k and v. By `ops.step` as far as that goes, and by the forward's own operations.
+        `made` `[B, ...]` are the products of the input with the moment's `inputs`, where they are known."""
+        clock, held, settings, mixing, decay, inputs, sink_rope, tokens = moment
         output = normalizer = past = None
         if settings is not None:
             near, far = (None, None) if self.rotate is _unrotated else (rope, sink_rope)
-            output = stepping.step(heads, mixing, settings, near, far, clock, held, decay)
+            beyond = stepping.NOTHING
+            if settings.gate != "none":
+                if made is None:
+                    made = torch.cat([hidden[:, 0, :0], *(F.linear(hidden[:, 0], weight) for weight in inputs)], dim=1)
+                beyond = self.beyond(made)
+            output = stepping.step(heads, mixing, settings, near, far, clock, held, decay, beyond)
             if self.recurrence is None or settings.gate != "none":
                 return output
             output = output[:, None]

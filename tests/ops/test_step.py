@@ -3,22 +3,24 @@
 Without a GPU the kernel runs in Triton's interpreter, in fp32.
 """
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
 import torch
-from tiny import assert_close
+import torch.nn.functional as F
+from tiny import assert_close, relative
 from torch import Tensor
 
-from linearize.ops import liger, step
+from linearize.ops import gated_delta, liger, step
 from linearize.ops.liger import Settings
 from linearize.ops.local import NEVER
-from linearize.ops.step import Clock, Held
+from linearize.ops.step import Beyond, Clock, Held
 
 GPU = torch.cuda.is_available()
 TRITON = find_spec("triton") is not None
 if TRITON and not GPU:
-    import interpreted  # noqa: F401
+    import interpreted
 
 DEVICE = "cuda" if GPU else "cpu"
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
@@ -56,9 +58,17 @@ def rope(T: int, R: int = 16) -> tuple[Tensor, Tensor]:
 
 
 def stepped(
-    run: str, given: list[Tensor], fixed: Settings, angles=None, decay=None, sinks=None, valid=None, start=None
+    run: str,
+    given: list[Tensor],
+    fixed: Settings,
+    angles=None,
+    decay=None,
+    sinks=None,
+    valid=None,
+    start=None,
+    beyond=None,
 ):
-    """All outputs `[B, T, H, D]` and the final state."""
+    """All outputs `[B, T, H, D]` and the final state; in the interpreter, launches are checked."""
     heads, KV, mixing = torch.cat(given[:3], 2).to(DEVICE), given[1].shape[2], given[3].to(DEVICE)
     B, T, _, D = heads.shape
     clock, held = start or nothing(B, KV, D, fixed, fixed.sinks if sinks is None else sinks, heads.dtype)
@@ -66,13 +76,15 @@ def stepped(
     if run == "kernel":
         from linearize.ops.step_triton import run as operator
     outputs = []
-    for t in range(T):
-        turn = None if angles is None else tuple(x[t].to(DEVICE).expand(B, -1) for x in angles)
-        if valid is not None:
-            clock.valid.copy_(valid[:, t])
-        decayed = None if decay is None else decay.to(DEVICE)
-        outputs.append(operator(heads[:, t], mixing, fixed, turn, turn, clock, held, decayed))
-        step.advance(clock)
+    with interpreted.checked(overlaps=True) if run == "kernel" and not GPU else nullcontext():
+        for t in range(T):
+            turn = None if angles is None else tuple(x[t].to(DEVICE).expand(B, -1) for x in angles)
+            if valid is not None:
+                clock.valid.copy_(valid[:, t])
+            decayed = None if decay is None else decay.to(DEVICE)
+            more = step.NOTHING if beyond is None else at(beyond, t)
+            outputs.append(operator(heads[:, t], mixing, fixed, turn, turn, clock, held, decayed, more))
+            step.advance(clock)
     return torch.stack(outputs, 1).cpu(), held.state.cpu()
 
 
@@ -185,6 +197,175 @@ def test_the_window_alone(run):
     assert not state.any()
 
 
+# --- the delta rule, and what the published recurrences have not ---
+
+
+def beyond(T: int, B: int = 2, KV: int = 2, groups: int = 2, D: int = 16, gates: int = 2, rank: int = 16) -> Beyond:
+    """All there is, over T tokens."""
+    H, rank = KV * groups, min(rank, D)
+    shapes = ((H, D, rank), (H, rank, D), (KV, D, rank), (KV, rank, D))
+    maps = tuple(torch.randn(shape) / shape[1] ** 0.5 for shape in shapes)
+    opening = torch.randn(B, T, 16), torch.randn(H * D, 16) / 4
+    return Beyond(maps, torch.randn(B, T, KV, gates), torch.randn(B, T, H), 1e-6, opening)
+
+
+def at(given: Beyond, t: int) -> Beyond:
+    """Of one token, where the kernel finds it."""
+    maps, gate, mixing, epsilon, opening = given
+    maps = None if maps is None else tuple(x.to(DEVICE) for x in maps)
+    gate, mixing = (None if x is None else x[:, t].to(DEVICE) for x in (gate, mixing))
+    opening = None if opening is None else (opening[0][:, t].to(DEVICE), opening[1].to(DEVICE))
+    return Beyond(maps, gate, mixing, epsilon, opening)
+
+
+def truth(given: list[Tensor], fixed: Settings, more: Beyond, angles=None) -> tuple[Tensor, Tensor]:
+    """The equations in float64: `gated_delta.reference` beside the window of `liger.reference`."""
+    q, k, v, mixing = (x.double() for x in given)
+    angles = None if angles is None else tuple(x.double() for x in angles)
+    windowed, _ = liger.reference(
+        q, k, v, torch.zeros_like(mixing), fixed._replace(gate="gla", feature_map="none"), angles
+    )
+    if more.maps is None:
+        query, key = (liger.FEATURES[fixed.feature_map](x) for x in (q, k))
+    else:
+        down_q, up_q, down_k, up_k = (x.double() for x in more.maps)
+        query = q + torch.einsum("bthd,hdr,hre->bthe", q, down_q, up_q)
+        key = k + torch.einsum("bthd,hdr,hre->bthe", k, down_k, up_k)
+    gate = k.mean(-1, keepdim=True) if more.gate is None else more.gate.double()
+    log_g = F.logsigmoid(gate[..., :1]) / fixed.temperature
+    if fixed.gate == "deltanet":
+        log_g = torch.zeros_like(log_g)
+    unit = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+    read, state = gated_delta.reference(
+        *unit, v, log_g, fixed.strength * gate[..., -1:].sigmoid(), liger.no_state(k).double()
+    )
+    if more.epsilon is not None:
+        read = read / (read.square().mean(-1, keepdim=True) + more.epsilon).sqrt()
+    if more.opening is not None:
+        low, up = (x.double() for x in more.opening)
+        read = read * 2 * (low @ up.mT).sigmoid().view_as(read)
+    w = (mixing if more.mixing is None else (mixing + more.mixing.double()).sigmoid())[..., None]
+    return w * read + (1 - w) * windowed, state
+
+
+def assert_is_the_truth(run, given, fixed, more, angles=None, tolerance=1e-5) -> Tensor:
+    start = nothing(len(given[1]), *given[1].shape[2:], fixed, fixed.sinks, given[1].dtype)
+    if run == "kernel":
+        start[1].keys.fill_(torch.nan)  # nothing of what was never written is looked at
+    output, state = stepped(run, given, fixed, angles, start=start, beyond=more)
+    expected, final = truth(given, fixed, more, angles)
+    assert output.dtype == given[0].dtype
+    assert_close(output, expected, tolerance)
+    assert_close(state, final, tolerance)
+    return output
+
+
+def without(more: Beyond, *names: str) -> Beyond:
+    return more._replace(**dict.fromkeys(names))
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("gone", [(), ("opening",), ("epsilon", "opening"), ("mixing",), ("gate",), ("maps",)], ids=str)
+def test_the_delta_rule(gone, run):
+    fixed = settings("gated_deltanet", feature_map="softmax" if "maps" in gone else "linear", temperature=2.0)
+    assert_is_the_truth(run, inputs(10), fixed, without(beyond(10), *gone), rope(10))
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("more", [True, False])
+def test_the_delta_rule_without_a_decay(more, run):
+    """As published, too; eigenvalues down to -1."""
+    fixed = settings("deltanet", feature_map="linear" if more else "none", strength=2.0)
+    assert_is_the_truth(run, inputs(10), fixed, beyond(10, gates=1) if more else Beyond(), rope(10))
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("shape", "kwargs", "rotated"),
+    [
+        ({"groups": 3, "D": 20}, {"window": 1, "sinks": 0}, 8),
+        ({"groups": 1, "KV": 3}, {"window": 4, "sinks": 1}, 16),
+        ({"D": 80, "KV": 1}, {"window": 8, "sinks": 9}, 40),
+        ({"B": 1, "D": 12}, {"temperature": 1.0}, 0),
+        ({"B": 3, "D": 64, "groups": 3}, {"window": 12}, 64),
+        ({"B": 1, "KV": 1, "D": 128}, {"window": 3, "sinks": 2}, 128),
+    ],
+)
+def test_shapes_of_the_delta_rule(shape, kwargs, rotated, run):
+    D = shape.get("D", 16)
+    fixed = settings("gated_deltanet", D, feature_map="linear", **kwargs)
+    given, more = inputs(10, **shape), beyond(10, **shape)
+    assert_is_the_truth(run, given, fixed, more, rope(10, rotated) if rotated else None)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("block", [16, 32])
+def test_value_channels_of_several_programs(block, run, monkeypatch):
+    """Without a root mean square they need nothing of each other."""
+    pytest.importorskip("triton", reason="the kernels are Triton's")
+    from linearize.ops import step_triton
+
+    monkeypatch.setattr(step_triton, "program", lambda *_: (block, 4))
+    fixed = settings("gated_deltanet", 40, feature_map="linear")
+    assert_is_the_truth(run, inputs(10, D=40), fixed, without(beyond(10, D=40), "epsilon"), rope(10, 40))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_each_branch_alone(run):
+    """Mixing weights of 0 and 1: the window, which is the published one's, and the recurrence."""
+    given, more = inputs(10), without(beyond(10), "mixing")
+    fixed, angles = settings("gated_deltanet", feature_map="linear"), rope(10)
+    outputs = []
+    for weight in (0.0, 1.0):
+        given[3].fill_(weight)
+        outputs.append(assert_is_the_truth(run, given, fixed, more, angles))
+    given[3].fill_(0.0)
+    assert_close(outputs[0], stepped(run, given, settings(), angles)[0])
+    assert relative(*outputs) > 0.1
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("log_decay", [0.0, -8.0, -1e4])
+def test_any_decay_of_the_delta_rule(log_decay, run):
+    more = beyond(10)
+    more.gate[:, ::3, :, 0] = log_decay
+    more.gate[:, 1::3, :, 1] = log_decay
+    assert_is_the_truth(run, inputs(10), settings("gated_deltanet", feature_map="linear", temperature=1.0), more)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_padding_is_nothing_to_the_delta_rule(run):
+    """Before a row begins and between its tokens."""
+    given, more, fixed = inputs(16), beyond(16), settings("gated_deltanet", feature_map="linear", window=20)
+    valid = torch.ones(2, 16, dtype=torch.bool)
+    valid[0, :3] = valid[0, 9] = False
+    output, state = stepped(run, given, fixed, valid=valid, beyond=more)
+    real = valid[0]
+    own = more._replace(
+        gate=more.gate[:1, real], mixing=more.mixing[:1, real], opening=(more.opening[0][:1, real], more.opening[1])
+    )
+    expected, final = truth([*(x[:1, real] for x in given[:3]), given[3]], fixed, own)
+    assert_close(output[:1, real], expected)
+    assert_close(state[:1], final)
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("gate", ["gla", "lightning"])
+def test_readout_and_mixing_by_token_with_other_gates(gate, run):
+    given, more = inputs(10), without(beyond(10), "maps", "gate")
+    decay, angles, fixed = -torch.rand(2), rope(10), settings(gate)
+    output, state = stepped(run, given, fixed, angles, decay, beyond=more)
+    q, k, v, mixing = given
+    windowed, _ = liger.reference(q, k, v, torch.zeros(4), fixed, angles, decay=decay)
+    read, final = liger.reference(q, k, v, torch.ones(4), fixed, angles, decay=decay)
+    low, up = (x.double() for x in more.opening)
+    read = F.rms_norm(read, (16,), eps=more.epsilon) * 2 * (low @ up.mT).sigmoid().view_as(read)
+    w = (mixing + more.mixing).double().sigmoid()[..., None]
+    assert_close(output, w * read + (1 - w) * windowed)
+    assert_close(state, final)
+
+
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("D", "groups", "B"), [(64, 3, 2), (128, 4, 3), (80, 1, 1)])
@@ -193,3 +374,15 @@ def test_sixteen_bits(gate, D, groups, B, dtype):
     given = inputs(80, B=B, groups=groups, D=D)
     given = [*(x.to(dtype) for x in given[:3]), given[3]]
     assert_is_the_equation("kernel", given, settings(gate, D, window=64, sinks=4), rope(80, D), tolerance=5e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("D", "groups", "B"), [(16, 1, 2), (64, 3, 2), (128, 4, 3), (80, 1, 1)])
+@pytest.mark.parametrize("gate", liger.DELTA)
+def test_the_delta_rule_in_sixteen_bits(gate, D, groups, B, dtype):
+    gates = 2 if gate == "gated_deltanet" else 1
+    given, more = inputs(80, B=B, groups=groups, D=D), beyond(80, B=B, groups=groups, D=D, gates=gates)
+    given = [*(x.to(dtype) for x in given[:3]), given[3]]
+    fixed = settings(gate, D, feature_map="linear", window=64, sinks=4)
+    assert_is_the_truth("kernel", given, fixed, more, rope(80, D), tolerance=5e-3)

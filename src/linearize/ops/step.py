@@ -1,21 +1,23 @@
 """Liger Attention for the next token of each sequence, in place: a window, sinks and a state at fixed addresses.
 
-The equations are those of `ops.liger`, one token at a time. `heads` `[B, H + 2 KV, D]` are the token's q, k and v, one
-after the other, before RoPE. Nothing here asks a GPU for a value or makes a tensor of varying size, so that a CUDA
-graph can hold it.
+The equations are those of `ops.liger`, one token at a time, the delta rule's among them, and what `Beyond` adds.
+`heads` `[B, H + 2 KV, D]` are the token's q, k and v, one after the other, before RoPE. Nothing here asks a GPU for a
+value or makes a tensor of varying size, so that a CUDA graph can hold it.
 """
 
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from linearize.ops.dispatch import may_look
-from linearize.ops.liger import FEATURES, GATES, Rope, Settings, warn_once, wide
+from linearize.ops.dispatch import may_look, unproven
+from linearize.ops.liger import DELTA, FEATURES, GATES, Rope, Settings, warn_once, wide
 from linearize.ops.local import Past
 
 WIDEST = 128  # window that the kernel takes
+WHOLE = 128  # largest head that one program can have whole
 
 
 class Marks(NamedTuple):
@@ -24,7 +26,6 @@ class Marks(NamedTuple):
     place: Tensor  # [1]: where in `Held` the new token goes
     mask: Tensor  # [B * KV, 1, M + W]: 0 where a token is seen, else -inf
     sink: Tensor | None  # [B, 1, M, 1]: whether the new token is this sink; None if known to be none
-    valid: Tensor | None  # [B, 1, 1]: whether it is real; None if all are known to be
 
 
 class Clock(NamedTuple):
@@ -50,6 +51,20 @@ class Held(NamedTuple):
     late_gates: Tensor | None = None
 
 
+class Beyond(NamedTuple):
+    """What a layer has and Liger Attention as published has not; None where this one has not either. What depends on
+    the token was made of the layer's input, by matrix products."""
+
+    maps: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # of "linear", q's [H, D, R] and [H, R, D], then k's
+    gate: Tensor | None = None  # [B, KV, gates]: P of the delta rule's decay, if it has one, and of β
+    mixing: Tensor | None = None  # [B, H]: with the layer's own added, through σ, the weights
+    epsilon: float | None = None  # of the root mean square that divides the recurrence's output
+    opening: tuple[Tensor, Tensor] | None = None  # [B, R] and [H * D, R], whose product then multiplies it, 2 σ of it
+
+
+NOTHING = Beyond()
+
+
 def advance(clock: Clock) -> None:
     """After every layer took in the token."""
     slot = torch.arange(clock.sink_time.shape[1], device=clock.time.device)
@@ -60,7 +75,9 @@ def advance(clock: Clock) -> None:
     clock.marks.clear()
 
 
-def why_not_fused(heads: Tensor, settings: Settings, rope: Rope | None, held: Held) -> str | None:
+def why_not_fused(
+    heads: Tensor, settings: Settings, rope: Rope | None, held: Held, beyond: Beyond = NOTHING
+) -> str | None:
     """What the kernel lacks for these inputs; None if nothing."""
     D = heads.shape[-1]
     R = 0 if rope is None else rope[0].shape[-1]
@@ -74,9 +91,12 @@ def why_not_fused(heads: Tensor, settings: Settings, rope: Rope | None, held: He
         f"a window of {settings.window}": settings.window > WIDEST,
         f"head size {D}": D > 256,
         f"{R} rotated channels": R % 2 == 1 or R > D,
+        f"a root mean square over {D} channels": D > WHOLE and beyond.epsilon is not None,
         f"{heads.dtype} and a cache in {held.keys.dtype}": heads.dtype != held.keys.dtype,
     }
     reasons = [name for name, true in unsupported.items() if true]
+    if not reasons and (settings.gate in DELTA or any(x is not None for x in beyond)):
+        return unproven("delta_step")
     return f"no kernel for {', '.join(reasons)}" if reasons else None
 
 
@@ -89,6 +109,7 @@ def step(
     clock: Clock,
     held: Held,
     decay: Tensor | None = None,
+    beyond: Beyond = NOTHING,
 ) -> Tensor:
     """`[B, H, D]` in the dtype of `heads`, by the fastest code there is; `held` takes in the token, `clock` stays as it
     is.
@@ -97,12 +118,17 @@ def step(
     (the same, but where distances are clamped); `decay` is lightning's log decay of each head. A gate of "none" leaves
     the window alone.
     """
-    run = plain
-    if (reason := why_not_fused(heads, settings, rope, held)) is None:
+    fixed = rope, sink_rope, clock, held, decay
+    if (reason := why_not_fused(heads, settings, rope, held, beyond)) is None:
         from linearize.ops.step_triton import run
-    elif heads.is_cuda:
+
+        return run(heads, mixing, settings, *fixed, beyond)
+    if heads.is_cuda:
         warn_once(f"decoding steps of Liger Attention run unfused, several times slower: {reason}")
-    return run(heads, mixing, settings, rope, sink_rope, clock, held, decay)
+    if settings.gate == "none":
+        return plain(heads, mixing, settings, *fixed)
+    windowed = step(heads, mixing, settings._replace(gate="none"), *fixed)  # perhaps by the kernel
+    return with_recurrence(windowed, heads, mixing, settings, clock, held, decay, beyond)
 
 
 def plain(
@@ -114,6 +140,7 @@ def plain(
     clock: Clock,
     held: Held,
     decay: Tensor | None = None,
+    beyond: Beyond = NOTHING,
 ) -> Tensor:
     """In PyTorch."""
     (B, KV, _, D), M = held.keys.shape, clock.sink_time.shape[1]
@@ -121,24 +148,62 @@ def plain(
     q, k, v = heads.split([H, KV, KV], dim=1)
     near = heads if rope is None else _turned(heads[:, : H + KV], *rope)
     near_q, near_k = near[:, :H].reshape(pairs, -1, D), near[:, H : H + KV]
-    _, mask, _, valid = keep(near_k, v, settings.window, settings.sinks, clock, held)
+    mask = keep(near_k, v, settings.window, settings.sinks, clock, held).mask
 
     keys = held.keys.view(pairs, -1, D).mT
     scores = torch.baddbmm(mask, near_q, keys, alpha=settings.scale)
     if rope is not None and sink_rope is not None and sink_rope is not rope:
         far_q = _turned(q, *sink_rope).reshape(pairs, -1, D)
         scores[..., :M] = torch.baddbmm(mask[..., :M], far_q, keys[..., :M], alpha=settings.scale)
-    windowed = torch.bmm(scores.softmax(-1), held.values.view(pairs, -1, D))
+    windowed = torch.bmm(scores.softmax(-1), held.values.view(pairs, -1, D)).view(B, H, D)
     if settings.gate == "none":
-        return windowed.view(B, H, D)
+        return windowed
+    return with_recurrence(windowed, heads, mixing, settings, clock, held, decay, beyond)
 
-    key, log_g = (x[:, 0] for x in GATES[settings.gate](wide(k)[:, None], settings, decay))  # [B, KV, D or 1]
-    if valid is not None:
-        key, log_g = key * valid, log_g * valid
-    held.state.mul_(log_g.exp()[..., None]).addcmul_(key[..., None], wide(v)[..., None, :])
-    query = FEATURES[settings.feature_map](wide(q)).reshape(pairs, -1, D)
-    recurrent = torch.bmm(query, held.state.view(pairs, D, D)).to(windowed.dtype)
-    return torch.lerp(windowed.view(B, H, D), recurrent.view(B, H, D), mixing[:, None].to(windowed.dtype))
+
+def with_recurrence(
+    windowed: Tensor,
+    heads: Tensor,
+    mixing: Tensor,
+    settings: Settings,
+    clock: Clock,
+    held: Held,
+    decay: Tensor | None,
+    beyond: Beyond,
+) -> Tensor:
+    """The recurrence takes in the token, in PyTorch, and its output is mixed with the window's `[B, H, D]`."""
+    B, KV, _, D = held.keys.shape
+    H = heads.shape[1] - 2 * KV
+    q, k, v = (wide(x) for x in heads.split([H, KV, KV], dim=1))
+    query = _mapped(q, settings, beyond.maps and beyond.maps[:2])
+    if settings.gate in DELTA:
+        key = _mapped(k, settings, beyond.maps and beyond.maps[2:])
+        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        gate = k.mean(-1, keepdim=True) if beyond.gate is None else wide(beyond.gate)
+        log_g = F.logsigmoid(gate[..., :1]) / settings.temperature * (settings.gate == "gated_deltanet")
+    else:
+        key, log_g = (x[:, 0] for x in GATES[settings.gate](k[:, None], settings, decay))  # [B, KV, D or 1]
+    if not (may_look(clock.valid) and bool(clock.valid.all())):
+        key, log_g = (x * clock.valid[:, None, None] for x in (key, log_g))
+    held.state.mul_(log_g.exp()[..., None])
+    if settings.gate in DELTA:
+        v = settings.strength * gate[..., -1:].sigmoid() * (v - (key[..., None, :] @ held.state)[..., 0, :])
+    held.state.addcmul_(key[..., None], v[..., None, :])
+    read = torch.bmm(query.reshape(B * KV, -1, D), held.state.view(B * KV, D, D)).view(B, H, D)
+    if beyond.epsilon is not None:
+        read = F.rms_norm(read, (D,), eps=beyond.epsilon)
+    if beyond.opening is not None:
+        read = read * 2 * wide(F.linear(*beyond.opening)).sigmoid().view(B, H, D)
+    weights = mixing if beyond.mixing is None else (wide(mixing) + wide(beyond.mixing)).sigmoid()
+    return torch.lerp(windowed, read.to(windowed.dtype), weights[..., None].to(windowed.dtype))
+
+
+def _mapped(x: Tensor, settings: Settings, maps: tuple[Tensor, ...] | None) -> Tensor:
+    """x `[B, heads, D]` after the feature map."""
+    if maps is None:
+        return FEATURES[settings.feature_map](x)
+    down, up = (wide(weight).to(x.dtype) for weight in maps)
+    return x + (x[:, :, None] @ down @ up)[:, :, 0]
 
 
 def past_of(clock: Clock, held: Held) -> tuple[Past, tuple[Tensor, Tensor]]:
@@ -180,10 +245,8 @@ def _marks(clock: Clock, held: Held, window: int, own_sinks: int) -> Marks:
     held.valid.index_copy_(1, slot, clock.valid[:, None].to(torch.uint8))
     mask = torch.zeros(seen.shape, device=device, dtype=held.keys.dtype).masked_fill_(~seen, -torch.inf)
     sink: Tensor | None = ((sinks == clock.real[:, None]) & clock.valid[:, None])[:, None, :, None]
-    valid: Tensor | None = clock.valid[:, None, None]
     if may_look(clock.time):
         sink = sink if bool((clock.real < M).any()) else None
-        valid = None if bool(clock.valid.all()) else valid
     mask = mask.repeat_interleave(held.keys.shape[1], dim=0)[:, None]
-    made = clock.marks[window, own_sinks] = Marks(slot + M, mask, sink, valid)
+    made = clock.marks[window, own_sinks] = Marks(slot + M, mask, sink)
     return made

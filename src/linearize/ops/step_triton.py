@@ -1,8 +1,10 @@
-"""The kernel of a decoding step of Liger Attention: RoPE, window, sinks, feature map, gate, state and mixing in one.
+"""The kernel of a decoding step of Liger Attention: RoPE, window, sinks, feature map, gate, state, readout and mixing
+in one.
 
-A program has one key/value head of one sequence, with all its query heads, and BV of the value channels: it reads the
-whole window's keys, and its own columns of the values and of the state, which it updates in place. The ring's place of
-the new token is never read, since another program may have written it already.
+A program has one key/value head of one sequence, with all its query heads, and BV of the value channels (all of them
+where the readout needs their root mean square): it reads the whole window's keys, and its own columns of the values and
+of the state, which it updates in place. What it reads at the new token's places among window and sinks it makes
+nothing of, since another program may have written them already.
 """
 
 import torch
@@ -10,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linearize.ops.liger import Rope, Settings
-from linearize.ops.liger_triton import feature, key_and_gate, partner_of
-from linearize.ops.step import Clock, Held
+from linearize.ops.liger import DELTA, Rope, Settings
+from linearize.ops.liger_triton import feature, key_and_gate, log_sigmoid, partner_of, sigmoid
+from linearize.ops.step import NOTHING, Beyond, Clock, Held
 
 
 @triton.jit
@@ -24,13 +26,47 @@ def load_angles(cos, sin, start, columns, R: tl.constexpr):
 
 
 @triton.jit
+def mapped(
+    x, head, down, up, columns, D: tl.constexpr, FEATURE: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr
+):  # fmt: skip
+    """x `[1, DP]` after the feature map, or after the learned one of its head, x + x down up."""
+    if FEATURE == "linear":
+        ranks = tl.arange(0, RP)
+        inside = (columns < D)[:, None] & (ranks < RANK)[None, :]
+        weight = tl.load(down + (head * D + columns[:, None]) * RANK + ranks[None, :], mask=inside, other=0.0)
+        low = tl.sum(tl.trans(x) * weight.to(tl.float32), 0)
+        inside = (ranks < RANK)[:, None] & (columns < D)[None, :]
+        weight = tl.load(up + (head * RANK + ranks[:, None]) * D + columns[None, :], mask=inside, other=0.0)
+        x = x + tl.sum(low[:, None] * weight.to(tl.float32), 0)[None, :]
+    else:
+        x = feature(x, columns, D, FEATURE)
+    return x
+
+
+@triton.jit
+def of_length_one(x):
+    """x `[1, DP]` divided by its length; 0 stays 0."""
+    return x / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)[:, None]
+
+
+@triton.jit
+def opened(low, weight, rows, inside, RANK: tl.constexpr):
+    """σ of what the rows of the weight `[H * D, RANK]` make of the RANK values at `low`."""
+    ranks = tl.arange(0, RANK)
+    made = tl.load(weight + rows[:, None] * RANK + ranks[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+    return sigmoid(tl.sum(made * tl.load(low + ranks).to(tl.float32)[None, :], 1))
+
+
+@triton.jit
 def step_kernel(
     q, k, v, stride, cos, sin, rope_stride, sink_cos, sink_sin, sink_rope_stride,
     mixing, decay, time, real, valid, sink_time, keys, values, ring_valid, state, output,
-    KV, scale, rate, lower,
+    down_q, up_q, down_k, up_k, gate, gate_stride, logits, logits_stride, low, low_stride, opening,
+    KV, scale, rate, lower, strength, epsilon,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
     MP: tl.constexpr, SINKS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
-    GATE: tl.constexpr, FEATURE: tl.constexpr,
+    GATE: tl.constexpr, FEATURE: tl.constexpr, ERASE: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
+    GATES: tl.constexpr, LOGITS: tl.constexpr, RMS: tl.constexpr, OPENING: tl.constexpr,
 ):  # fmt: skip
     """One token of one key/value head; see the module and `ops.step`."""
     pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -71,15 +107,29 @@ def step_kernel(
 
     # the recurrence
     if GATE != "none":
-        inside = (tl.zeros((1,), tl.int32) + fresh) != 0
-        fixed = 0.0
-        if GATE == "lightning":
-            fixed = tl.load(decay + h)
-        key, log_g = key_and_gate(new_k[None, :], inside, columns, fixed, rate, lower, D, GATE, FEATURE)
         cell = pair * D * D + columns[:, None] * D + mine[None, :]
         within = wide[:, None] & narrow[None, :]
         memory = tl.load(state + cell, mask=within, other=0.0)
-        memory = memory * tl.trans(tl.exp(log_g)) + tl.trans(key) * new_v[None, :]
+        if ERASE:
+            key = of_length_one(mapped(new_k[None, :], h, down_k, up_k, columns, D, FEATURE, RANK, RP))
+            if GATES > 0:
+                given = gate + b * gate_stride + h * GATES
+                for_decay, for_write = tl.load(given).to(tl.float32), tl.load(given + GATES - 1).to(tl.float32)
+            else:
+                for_decay = tl.sum(new_k, 0) / D
+                for_write = for_decay
+            if GATE == "gated_deltanet":
+                memory = memory * tl.exp(tl.where(fresh != 0, log_sigmoid(for_decay) * rate, 0.0))
+            beta = tl.where(fresh != 0, strength * sigmoid(for_write), 0.0)
+            written = beta * (new_v - tl.sum(tl.trans(key) * memory, 0))
+            memory = memory + tl.trans(key) * written[None, :]
+        else:
+            inside = (tl.zeros((1,), tl.int32) + fresh) != 0
+            fixed = 0.0
+            if GATE == "lightning":
+                fixed = tl.load(decay + h)
+            key, log_g = key_and_gate(new_k[None, :], inside, columns, fixed, rate, lower, D, GATE, FEATURE)
+            memory = memory * tl.trans(tl.exp(log_g)) + tl.trans(key) * new_v[None, :]
         tl.store(state + cell, memory, mask=within)
 
     for g in tl.static_range(G):
@@ -106,9 +156,17 @@ def step_kernel(
             result += tl.sum(sink_weight[:, None] * sink_v, 0)
         result = result / total
         if GATE != "none":
-            query = feature(x[None, :], columns, D, FEATURE)
+            query = mapped(x[None, :], head, down_q, up_q, columns, D, FEATURE, RANK, RP)
+            if ERASE:
+                query = of_length_one(query)
             recurrent = tl.sum(tl.trans(query) * memory, 0)
+            if RMS:
+                recurrent = recurrent / tl.sqrt(tl.sum(recurrent * recurrent, 0) / D + epsilon)
+            if OPENING > 0:
+                recurrent = recurrent * 2.0 * opened(low + b * low_stride, opening, head * D + mine, narrow, OPENING)
             w = tl.load(mixing + head).to(tl.float32)
+            if LOGITS:
+                w = sigmoid(w + tl.load(logits + b * logits_stride + head).to(tl.float32))
             result = w * recurrent + (1.0 - w) * result
         tl.store(output + (b * KV * G + head) * D + mine, result.to(output.dtype.element_ty), mask=narrow)
 
@@ -146,12 +204,15 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return output
 
 
-def value_block(pairs: int, D: int) -> int:
-    """Value channels of a program: many, but for few heads as few as fill the GPU."""
+def program(pairs: int, D: int, whole: bool) -> tuple[int, int]:
+    """Value channels and warps of a program: many channels, but for few heads as few as fill the GPU; all of them if it
+    needs the `whole` head."""
     size = triton.next_power_of_2(D)
+    if whole:
+        return size, 4 if size <= 32 else 8
     while size > 16 and (size > 64 or pairs * triton.cdiv(D, size) < 256):
         size //= 2
-    return size
+    return size, 4
 
 
 def run(
@@ -163,10 +224,10 @@ def run(
     clock: Clock,
     held: Held,
     decay: Tensor | None = None,
-    block: int | None = None,
-    warps: int = 4,
+    beyond: Beyond = NOTHING,
+    launch: tuple[int, int] | None = None,
 ) -> Tensor:
-    """As `step.step`; `block` and `warps` are for tuning."""
+    """As `step.step`; `launch`, in place of what `program` says, is for tuning."""
     heads = heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
     (B, rows, D), KV, M = heads.shape, held.keys.shape[1], clock.sink_time.shape[1]
     H = rows - 2 * KV
@@ -174,16 +235,28 @@ def run(
     output = torch.empty(B, H, D, dtype=heads.dtype, device=heads.device)
     cos, sin = (mixing, mixing) if rope is None else rope  # an argument that nothing reads
     sink_cos, sink_sin = (cos, sin) if sink_rope is None else sink_rope
-    block = block or value_block(B * KV, D)
+    block, warps = launch or program(B * KV, D, beyond.epsilon is not None)
+    rank = 1 if beyond.maps is None else beyond.maps[0].shape[-1]
     step_kernel[(B * KV, triton.cdiv(D, block))](
         q, k, v, heads.stride(0),
         cos, sin, 0 if rope is None else cos.stride(0), sink_cos, sink_sin, 0 if rope is None else sink_cos.stride(0),
         mixing, mixing if decay is None else decay, clock.time, clock.real, clock.valid, clock.sink_time,
-        held.keys, held.values, held.valid, held.state, output,
-        KV, settings.scale, 1.0 / settings.temperature, settings.lower,
+        held.keys, held.values, held.valid, held.state, output, *given(beyond, mixing),
+        KV, settings.scale, 1.0 / settings.temperature, settings.lower, settings.strength, beyond.epsilon or 0.0,
         G=H // KV, D=D, DP=triton.next_power_of_2(D), BV=block, R=0 if rope is None else cos.shape[-1], M=M,
         MP=triton.next_power_of_2(max(M, 1)), SINKS=min(settings.sinks, M), W=settings.window,
         WP=triton.next_power_of_2(settings.window), GATE=settings.gate, FEATURE=settings.feature_map,
+        ERASE=settings.gate in DELTA, RANK=rank, RP=triton.next_power_of_2(rank),
+        GATES=0 if beyond.gate is None else beyond.gate.shape[-1], LOGITS=beyond.mixing is not None,
+        RMS=beyond.epsilon is not None, OPENING=0 if beyond.opening is None else beyond.opening[1].shape[-1],
         num_warps=warps,
     )  # fmt: skip
     return output
+
+
+def given(beyond: Beyond, unread: Tensor) -> tuple[Tensor | int, ...]:
+    """The kernel's arguments of what is `beyond`; `unread` in place of what is not there."""
+    gate, logits = (unread if x is None else x for x in (beyond.gate, beyond.mixing))
+    low, opening = (unread, unread) if beyond.opening is None else beyond.opening
+    maps = (unread,) * 4 if beyond.maps is None else beyond.maps
+    return *maps, gate, gate.stride(0), logits, logits.stride(0), low, low.stride(0), opening
