@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from linearize.train.data import IGNORED
 
+LOGITS = 2**28  # of one model at once on a GPU: half a gigabyte in bf16
+
 
 def relative_error(output: Tensor, target: Tensor) -> Tensor:
     """‖output - target‖² / ‖target‖² over all elements, in fp32."""
@@ -46,41 +48,45 @@ def distillation_loss(
     teacher_head: nn.Module,
     targets: Int[Tensor, "N"],
     kl_weight: float,
-    rows: int = 1024,
+    rows: int | None = None,
 ) -> Tensor:
     """The mean of `distillation_sums` over tokens with a target, without ever holding all logits.
 
-    The heads run on `rows` tokens at a time; the gradient of a chunk is taken at once and its logits are dropped, so
-    that student's and teacher's full logits never exist, and nothing is computed twice.
+    The heads run on `rows` tokens at a time, by default as many as `LOGITS` allows; the gradient of a chunk is taken at
+    once and its logits are dropped, so that student's and teacher's full logits never exist, and nothing is computed
+    twice.
     """
 
     sums = _compiled_sums() if student_hidden.is_cuda else distillation_sums
 
-    def chunk_loss(hidden: Tensor, start: int) -> Tensor:
-        part = slice(start, start + rows)
+    def chunk_loss(hidden: Tensor, part: slice) -> Tensor:
         with torch.no_grad():
             expected = None if teacher_hidden is None else teacher_head(teacher_hidden[part])
-        return sums(student_head(hidden[part]), expected, targets[part], kl_weight) / count
+        return sums(student_head(hidden), expected, targets[part], kl_weight) / count
 
+    if rows is None:
+        vocabulary = max(p.shape[0] for p in student_head.parameters())
+        rows = max(1024, 2 ** (LOGITS // vocabulary).bit_length() // 2) if student_hidden.is_cuda else 1024
     count = (targets != IGNORED).sum().clamp(min=1)
-    starts = range(0, len(targets), rows)
+    parts = [slice(start, start + rows) for start in range(0, len(targets), rows)]
     trainable = [p for p in student_head.parameters() if p.requires_grad]
-    return _ChunkedSum.apply(chunk_loss, starts, student_hidden, *trainable)
+    return _ChunkedSum.apply(chunk_loss, parts, student_hidden, *trainable)
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """Σ f(hidden, start) over chunks, differentiated while it is summed."""
+    """Σ f(hidden[part], part) over parts, differentiated while it is summed."""
 
     @staticmethod
-    def forward(ctx, function: Callable[[Tensor, int], Tensor], starts: Sequence[int], *inputs: Tensor) -> Tensor:
+    def forward(ctx, function: Callable[[Tensor, slice], Tensor], parts: Sequence[slice], *inputs: Tensor) -> Tensor:
         hidden, *parameters = inputs
-        leaf = hidden.detach().requires_grad_()
         gradients = [torch.zeros_like(x) for x in inputs]
         total = hidden.new_zeros((), dtype=torch.float32)
-        for start in starts:
+        for part in parts:
+            leaf = hidden[part].detach().requires_grad_()
             with torch.enable_grad():
-                loss = function(leaf, start)
-            for gradient, new in zip(gradients, torch.autograd.grad(loss, [leaf, *parameters]), strict=True):
+                loss = function(leaf, part)
+            places = gradients[0][part], *gradients[1:]
+            for gradient, new in zip(places, torch.autograd.grad(loss, [leaf, *parameters]), strict=True):
                 gradient += new
             total += loss.detach()
         ctx.save_for_backward(*gradients)
