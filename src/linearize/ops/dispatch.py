@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)  # what kernels are for; in fp32 they are for the interpreter
-UNPROVEN = ("delta_step", "flow", "window")  # right in Triton's interpreter, and not yet compared with anything on a GPU
+UNPROVEN = ("delta_step", "flow", "window")  # right in Triton's interpreter, and never compared with anything on a GPU
 
 
 def no_device(x: Tensor) -> str | None:
