@@ -143,6 +143,18 @@ def test_what_is_not_as_published(settings, steps):
             assert_close(padded[row, pad:], logits(model, tokens[row : row + 1, pad:], use_cache=False)[0])
 
 
+@pytest.mark.parametrize("heads", [1, 12])
+def test_learned_gates_of_few_and_of_many_heads(heads, steps):
+    """By one weight and by two; the readout's by one weight where there are few channels."""
+    shape = {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 16}
+    model, tokens = convert(tiny(**shape), **SETTINGS | WHOLE[1]).to(DEVICE), ids(2, LENGTH).to(DEVICE)
+    for mixer in mixers(model):
+        for parameter in (*mixer.recurrence.gate.parameters(), *mixer.recurrence.readout.parameters()):
+            parameter.data += 0.2 * torch.randn(parameter.shape).to(DEVICE)
+    assert_close(in_parts(model, tokens, one_by_one(9))[0], logits(model, tokens, use_cache=False))
+    assert len(steps) == LENGTH - 9
+
+
 @pytest.mark.skipif(GPU, reason="there the graph itself shows it")
 @pytest.mark.parametrize("settings", [{}, {"structure": "none"}, *WHOLE, *BY_OPERATIONS], ids=str)
 def test_a_step_waits_for_nothing(settings, monkeypatch):
