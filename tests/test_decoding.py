@@ -143,6 +143,18 @@ def test_what_is_not_as_published(settings, steps):
             assert_close(padded[row, pad:], logits(model, tokens[row : row + 1, pad:], use_cache=False)[0])
 
 
+@pytest.mark.parametrize("heads", [1, 12])
+def test_learned_gates_of_few_and_of_many_heads(heads, steps):
+    """By one weight and by two; the readout's by one weight where there are few channels."""
+    shape = {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 16}
+    model, tokens = convert(tiny(**shape), **SETTINGS | WHOLE[1]).to(DEVICE), ids(2, LENGTH).to(DEVICE)
+    for mixer in mixers(model):
+        for parameter in (*mixer.recurrence.gate.parameters(), *mixer.recurrence.readout.parameters()):
+            parameter.data += 0.2 * torch.randn(parameter.shape).to(DEVICE)
+    assert_close(in_parts(model, tokens, one_by_one(9))[0], logits(model, tokens, use_cache=False))
+    assert len(steps) == LENGTH - 9
+
+
 @pytest.mark.skipif(GPU, reason="there the graph itself shows it")
 @pytest.mark.parametrize("settings", [{}, {"structure": "none"}, *WHOLE, *BY_OPERATIONS], ids=str)
 def test_a_step_waits_for_nothing(settings, monkeypatch):
@@ -397,9 +409,10 @@ def test_models_by_the_kernel(family, settings, steps, monkeypatch):
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("settings", [{}, WHOLE[0]], ids=["published", "default"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
-def test_sixteen_bits_on_a_gpu(family, steps):
-    model, tokens = converted(family).bfloat16(), ids(2, LENGTH).to(DEVICE)
+def test_sixteen_bits_on_a_gpu(family, settings, steps):
+    model, tokens = learned(settings, family).bfloat16(), ids(2, LENGTH).to(DEVICE)
     full = logits(model, tokens, use_cache=False)
     assert_close(in_parts(model, tokens, one_by_one(9))[0], full, 3e-2)
     assert all(decoder.graph is not None for decoder in steps)
@@ -411,6 +424,15 @@ def test_all_that_a_graph_holds(settings, steps):
     model, tokens = learned(settings), ids(2, LENGTH).to(DEVICE)
     assert_close(in_parts(model, tokens, one_by_one(9))[0], logits(model, tokens, use_cache=False))
     assert len(steps) == LENGTH - 9
+    assert all(decoder.graph is not None for decoder in steps)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("settings", [{}, WHOLE[0]], ids=["published", "default"])
+def test_a_model_on_another_device_than_the_current_one(settings, steps):
+    model, tokens = learned(settings).bfloat16().to("cuda:1"), ids(2, LENGTH).to("cuda:1")
+    full = logits(model, tokens, use_cache=False)
+    assert_close(in_parts(model, tokens, one_by_one(9))[0], full, 3e-2)
     assert all(decoder.graph is not None for decoder in steps)
 
 

@@ -150,7 +150,8 @@ class Decoder:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None
         if weight.is_cuda:
-            self.capture()
+            with torch.cuda.device_of(weight):
+                self.capture()
 
     def fits(self, model: PreTrainedModel, batch: int) -> bool:
         """Whether it is for as many rows and for the weights that the model has now."""
@@ -192,7 +193,8 @@ class Decoder:
         if self.graph is None:
             return self.run()
         assert self.logits is not None
-        self.graph.replay()
+        with torch.cuda.device_of(self.ids):
+            self.graph.replay()
         return self.logits.clone()  # the next step writes over them
 
     @torch.no_grad()
@@ -378,7 +380,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
     if gate_up.is_cuda:
         from linearize.ops.step_triton import swiglu as kernel
 
-        return kernel(gate_up)
+        with torch.cuda.device_of(gate_up):  # kernels run on the current device
+            return kernel(gate_up)
     gate, up = gate_up.chunk(2, dim=1)
     return F.silu(gate).mul_(up)
 

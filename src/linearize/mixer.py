@@ -193,7 +193,9 @@ class LinearizedAttention(nn.Module):
         recurrence takes its step by operations; None where the window does as well."""
         delta = self.config.structure in liger.DELTA
         whole, maps = self._kernel(self.layer, DELTA_STEP if delta else STEP), {*liger.FEATURES, *["linear"] * delta}
-        if isinstance(whole, str) or whole.feature_map not in maps:
+        readout: Any = None if self.recurrence is None else self.recurrence.readout
+        few = isinstance(readout, Gated) and readout.gate.first is readout.gate.up  # channels, and so one weight
+        if isinstance(whole, str) or whole.feature_map not in maps or few:
             return self.plain_window()
         return whole
 

@@ -72,11 +72,11 @@ def stepped(
     heads, KV, mixing = torch.cat(given[:3], 2).to(DEVICE), given[1].shape[2], given[3].to(DEVICE)
     B, T, _, D = heads.shape
     clock, held = start or nothing(B, KV, D, fixed, fixed.sinks if sinks is None else sinks, heads.dtype)
-    operator = step.plain
+    operator = step.step if run == "dispatched" else step.plain
     if run == "kernel":
         from linearize.ops.step_triton import run as operator
     outputs = []
-    with interpreted.checked(overlaps=True) if run == "kernel" and not GPU else nullcontext():
+    with interpreted.checked(overlaps=True) if run != "plain" and not GPU else nullcontext():
         for t in range(T):
             turn = None if angles is None else tuple(x[t].to(DEVICE).expand(B, -1) for x in angles)
             if valid is not None:
@@ -308,6 +308,39 @@ def test_value_channels_of_several_programs(block, run, monkeypatch):
     monkeypatch.setattr(step_triton, "program", lambda *_: (block, 4))
     fixed = settings("gated_deltanet", 40, feature_map="linear")
     assert_is_the_truth(run, inputs(10, D=40), fixed, without(beyond(10, D=40), "epsilon"), rope(10, 40))
+
+
+@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+def test_the_window_is_a_kernel_where_the_recurrence_is_not(monkeypatch):
+    """As where the whole layer's is not proven."""
+    asked = []
+
+    def why_not(heads, settings, *_):
+        asked.append(settings.gate)
+        return None if settings.gate == "none" else "it is not proven"
+
+    monkeypatch.setattr(step, "why_not_fused", why_not)
+    fixed = settings("gated_deltanet", feature_map="linear")
+    assert_is_the_truth("dispatched", inputs(10), fixed, beyond(10), rope(10))
+    assert asked == ["gated_deltanet", "none"] * 10
+
+
+@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+def test_what_was_never_on_a_gpu_waits(monkeypatch):
+    given, more = inputs(1), beyond(1)
+    _, held = nothing(2, 2, 16, settings(), 3)
+    cases = [("gla", step.NOTHING), ("none", step.NOTHING), ("gated_deltanet", step.NOTHING), ("gla", at(more, 0))]
+
+    class OnGPU:
+        shape, dtype, device, is_cuda = given[0][:, 0].shape, torch.float32, "cuda", True
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("LINEARIZE_KERNELS")
+    reasons = [step.why_not_fused(OnGPU(), settings(gate), None, held, beyond) for gate, beyond in cases]
+    assert [reason and "delta_step" in reason for reason in reasons] == [None, None, True, True]
+    monkeypatch.setenv("LINEARIZE_KERNELS", "all")
+    assert not any(step.why_not_fused(OnGPU(), settings(gate), None, held, beyond) for gate, beyond in cases)
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -66,7 +66,8 @@ def fused(
     in fp32, where q, k and their gradients may be."""
     from linearize.ops import gated_delta_fused
 
-    return gated_delta_fused.run(q, k, v, log_g, beta, state, document)
+    with torch.cuda.device_of(q):  # kernels run on the current device
+        return gated_delta_fused.run(q, k, v, log_g, beta, state, document)
 
 
 def reference(

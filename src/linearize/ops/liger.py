@@ -92,7 +92,8 @@ def fused(
     from linearize.ops import liger_delta, liger_fused
 
     call, initial = liger_fused.call_of(q, k, v, mixing, settings, rope, state, first, decay)
-    return (liger_delta if settings.gate in DELTA else liger_fused).run(call, initial)
+    with torch.cuda.device_of(q):  # kernels run on the current device; backward, autograd sees to it
+        return (liger_delta if settings.gate in DELTA else liger_fused).run(call, initial)
 
 
 def windowed(
@@ -106,7 +107,8 @@ def windowed(
     """The softmax window alone, by its Triton kernels, which `why_not_windowed` must have nothing against."""
     from linearize.ops import liger_window
 
-    return liger_window.run(q, k, v, settings, rope, first)
+    with torch.cuda.device_of(q):
+        return liger_window.run(q, k, v, settings, rope, first)
 
 
 def reference(

@@ -122,7 +122,8 @@ def step(
     if (reason := why_not_fused(heads, settings, rope, held, beyond)) is None:
         from linearize.ops.step_triton import run
 
-        return run(heads, mixing, settings, *fixed, beyond)
+        with torch.cuda.device_of(heads):  # kernels run on the current device
+            return run(heads, mixing, settings, *fixed, beyond)
     if heads.is_cuda:
         warn_once(f"decoding steps of Liger Attention run unfused, several times slower: {reason}")
     if settings.gate == "none":

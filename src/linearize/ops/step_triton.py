@@ -1,5 +1,4 @@
-"""The kernel of a decoding step of Liger Attention: RoPE, window, sinks, feature map, gate, state, readout and mixing
-in one.
+"""The kernel of a decoding step: RoPE, window, sinks, feature map, gate, state, readout and mixing in one.
 
 A program has one key/value head of one sequence, with all its query heads, and BV of the value channels (all of them
 where the readout needs their root mean square): it reads the whole window's keys, and its own columns of the values and
