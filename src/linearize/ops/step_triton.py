@@ -25,35 +25,44 @@ def load_angles(cos, sin, start, columns, R: tl.constexpr):
 
 
 @triton.jit
-def mapped(
-    x, head, down, up, columns, D: tl.constexpr, FEATURE: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr
-):  # fmt: skip
-    """x `[1, DP]` after the feature map, or after the learned one of its head, x + x down up."""
-    if FEATURE == "linear":
+def load_map(down, up, head, columns, D: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr):
+    """A head's learned map `[DP, RP]` and `[RP, DP]`; zeros where maps are not learned and have no RANK."""
+    first, second = 0.0, 0.0
+    if RANK > 0:
         ranks = tl.arange(0, RP)
         inside = (columns < D)[:, None] & (ranks < RANK)[None, :]
-        weight = tl.load(down + (head * D + columns[:, None]) * RANK + ranks[None, :], mask=inside, other=0.0)
-        low = tl.sum(tl.trans(x) * weight.to(tl.float32), 0)
+        first = tl.load(down + (head * D + columns[:, None]) * RANK + ranks[None, :], mask=inside, other=0.0)
         inside = (ranks < RANK)[:, None] & (columns < D)[None, :]
-        weight = tl.load(up + (head * RANK + ranks[:, None]) * D + columns[None, :], mask=inside, other=0.0)
-        x = x + tl.sum(low[:, None] * weight.to(tl.float32), 0)[None, :]
+        second = tl.load(up + (head * RANK + ranks[:, None]) * D + columns[None, :], mask=inside, other=0.0)
+        first, second = first.to(tl.float32), second.to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def mapped(x, first, second, columns, D: tl.constexpr, FEATURE: tl.constexpr, RANK: tl.constexpr):
+    """x `[1, DP]` after the feature map, or after the learned one, x + x first second."""
+    if RANK > 0:
+        low = tl.sum(tl.trans(x) * first, 0)
+        x = x + tl.sum(low[:, None] * second, 0)[None, :]
     else:
         x = feature(x, columns, D, FEATURE)
     return x
 
 
 @triton.jit
-def of_length_one(x):
-    """x `[1, DP]` divided by its length; 0 stays 0."""
-    return x / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)[:, None]
+def load_query(q, head, columns, partner, D: tl.constexpr, R: tl.constexpr):
+    """A head's query, and the channels that each is rotated with."""
+    x = tl.load(q + head * D + columns, mask=columns < D, other=0.0).to(tl.float32)
+    other = x
+    if R > 0:
+        other = tl.load(q + head * D + partner, mask=columns < D, other=0.0).to(tl.float32)
+    return x, other
 
 
 @triton.jit
-def opened(low, weight, rows, inside, RANK: tl.constexpr):
-    """σ of what the rows of the weight `[H * D, RANK]` make of the RANK values at `low`."""
-    ranks = tl.arange(0, RANK)
-    made = tl.load(weight + rows[:, None] * RANK + ranks[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
-    return sigmoid(tl.sum(made * tl.load(low + ranks).to(tl.float32)[None, :], 1))
+def of_length_one(x):
+    """x `[1, DP]` divided by its length; 0 stays 0."""
+    return x / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)[:, None]
 
 
 @triton.jit
@@ -103,6 +112,15 @@ def step_kernel(
         sink_k = tl.load(keys + place + columns[None, :], mask=there & wide[None, :], other=0.0).to(tl.float32)
         sink_v = tl.load(values + place + mine[None, :], mask=there & narrow[None, :], other=0.0).to(tl.float32)
         gone = tl.load(sink_time + b * M + sinks, mask=sinks < SINKS, other=t) <= t - W
+        if R > 0:
+            sink_c, sink_s = load_angles(sink_cos, sink_sin, b * sink_rope_stride, columns, R)
+
+    # the first query; a load waits long, so what is read begins while something else is worked on
+    x, other = load_query(q + b * stride, h * G, columns, partner, D, R)
+    first, second = load_map(down_q, up_q, h * G, columns, D, RANK, RP)
+    if OPENING > 0:
+        ranks = tl.arange(0, OPENING)
+        for_opening = tl.load(low + b * low_stride + ranks).to(tl.float32)
 
     # the recurrence
     if GATE != "none":
@@ -110,13 +128,14 @@ def step_kernel(
         within = wide[:, None] & narrow[None, :]
         memory = tl.load(state + cell, mask=within, other=0.0)
         if ERASE:
-            key = of_length_one(mapped(new_k[None, :], h, down_k, up_k, columns, D, FEATURE, RANK, RP))
+            key_first, key_second = load_map(down_k, up_k, h, columns, D, RANK, RP)
             if GATES > 0:
                 given = gate + b * gate_stride + h * GATES
                 for_decay, for_write = tl.load(given).to(tl.float32), tl.load(given + GATES - 1).to(tl.float32)
             else:
                 for_decay = tl.sum(new_k, 0) / D
                 for_write = for_decay
+            key = of_length_one(mapped(new_k[None, :], key_first, key_second, columns, D, FEATURE, RANK))
             if GATE == "gated_deltanet":
                 memory = memory * tl.exp(tl.where(fresh != 0, log_sigmoid(for_decay) * rate, 0.0))
             beta = tl.where(fresh != 0, strength * sigmoid(for_write), 0.0)
@@ -133,14 +152,19 @@ def step_kernel(
 
     for g in tl.static_range(G):
         head = h * G + g
-        row = q + b * stride + head * D
-        x = tl.load(row + columns, mask=wide, other=0.0).to(tl.float32)
+        if g + 1 < G:
+            next_x, next_other = load_query(q + b * stride, head + 1, columns, partner, D, R)
+            next_first, next_second = load_map(down_q, up_q, head + 1, columns, D, RANK, RP)
+        w = tl.load(mixing + head).to(tl.float32)
+        if LOGITS:
+            w = sigmoid(w + tl.load(logits + b * logits_stride + head).to(tl.float32))
+        if OPENING > 0:
+            rows_of = (head * D + mine[:, None]) * OPENING + ranks[None, :]
+            opens = tl.load(opening + rows_of, mask=narrow[:, None], other=0.0).to(tl.float32)
         near, far = x, x
         if R > 0:
-            other = tl.load(row + partner, mask=wide, other=0.0).to(tl.float32)
             near = x * c + other * s
             if SINKS > 0:
-                sink_c, sink_s = load_angles(sink_cos, sink_sin, b * sink_rope_stride, columns, R)
                 far = x * sink_c + other * sink_s
         score = tl.where(seen, tl.sum(window_k * near[None, :], 1) * scale, -float("inf"))
         highest = tl.max(score, 0)
@@ -155,19 +179,18 @@ def step_kernel(
             result += tl.sum(sink_weight[:, None] * sink_v, 0)
         result = result / total
         if GATE != "none":
-            query = mapped(x[None, :], head, down_q, up_q, columns, D, FEATURE, RANK, RP)
+            query = mapped(x[None, :], first, second, columns, D, FEATURE, RANK)
             if ERASE:
                 query = of_length_one(query)
             recurrent = tl.sum(tl.trans(query) * memory, 0)
             if RMS:
                 recurrent = recurrent / tl.sqrt(tl.sum(recurrent * recurrent, 0) / D + epsilon)
             if OPENING > 0:
-                recurrent = recurrent * 2.0 * opened(low + b * low_stride, opening, head * D + mine, narrow, OPENING)
-            w = tl.load(mixing + head).to(tl.float32)
-            if LOGITS:
-                w = sigmoid(w + tl.load(logits + b * logits_stride + head).to(tl.float32))
+                recurrent = recurrent * 2.0 * sigmoid(tl.sum(opens * for_opening[None, :], 1))
             result = w * recurrent + (1.0 - w) * result
         tl.store(output + (b * KV * G + head) * D + mine, result.to(output.dtype.element_ty), mask=narrow)
+        if g + 1 < G:
+            x, other, first, second = next_x, next_other, next_first, next_second
 
     # what stays: values by columns, keys once
     token = (pair * (M + W) + M + slot) * D
@@ -235,7 +258,7 @@ def run(
     cos, sin = (mixing, mixing) if rope is None else rope  # an argument that nothing reads
     sink_cos, sink_sin = (cos, sin) if sink_rope is None else sink_rope
     block, warps = launch or program(B * KV, D, beyond.epsilon is not None)
-    rank = 1 if beyond.maps is None else beyond.maps[0].shape[-1]
+    rank = 0 if beyond.maps is None else beyond.maps[0].shape[-1]
     step_kernel[(B * KV, triton.cdiv(D, block))](
         q, k, v, heads.stride(0),
         cos, sin, 0 if rope is None else cos.stride(0), sink_cos, sink_sin, 0 if rope is None else sink_cos.stride(0),
@@ -245,7 +268,7 @@ def run(
         G=H // KV, D=D, DP=triton.next_power_of_2(D), BV=block, R=0 if rope is None else cos.shape[-1], M=M,
         MP=triton.next_power_of_2(max(M, 1)), SINKS=min(settings.sinks, M), W=settings.window,
         WP=triton.next_power_of_2(settings.window), GATE=settings.gate, FEATURE=settings.feature_map,
-        ERASE=settings.gate in DELTA, RANK=rank, RP=triton.next_power_of_2(rank),
+        ERASE=settings.gate in DELTA, RANK=rank, RP=triton.next_power_of_2(max(rank, 1)),
         GATES=0 if beyond.gate is None else beyond.gate.shape[-1], LOGITS=beyond.mixing is not None,
         RMS=beyond.epsilon is not None, OPENING=0 if beyond.opening is None else beyond.opening[1].shape[-1],
         num_warps=warps,
