@@ -26,7 +26,7 @@ def fake(monkeypatch):
         def forward(input_ids, use_cache):
             return type("Output", (), {"last_hidden_state": answer(input_ids)})
 
-        monkeypatch.setattr(module, "decoder", lambda model: forward)
+        monkeypatch.setattr("linearize.evaluate.perplexity.decoder", lambda model: forward)
         monkeypatch.setattr(module, "Head", lambda model: lambda logits: logits)
         return tiny.tiny()
 

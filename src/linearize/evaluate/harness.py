@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from linearize.convert import decoder
+from linearize.evaluate.perplexity import last_hidden
 from linearize.families import Head
 
 AT_ONCE = {"cuda": 32768, "cpu": 4096}  # tokens of a batch
@@ -82,7 +82,7 @@ class InMemory(TemplateLM):
         """For each pair of a row of `batch` and what follows the input there: its score."""
         device, longest = self.model.device, len(batch[0])
         rows = [[*ids, *[self.eot_token_id] * (longest - len(ids))] for ids in batch]
-        hidden = decoder(self.model)(input_ids=torch.tensor(rows, device=device), use_cache=False).last_hidden_state
+        hidden = last_hidden(self.model, torch.tensor(rows, device=device))
         spans = [hidden[row, len(batch[row]) - len(end) : len(batch[row])] for row, end in asked]
         targets = torch.tensor([token for _, end in asked for token in end], device=device)
         parts = []

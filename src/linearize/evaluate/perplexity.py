@@ -1,6 +1,7 @@
 """Loss by position and greedy agreement on held-out text."""
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,14 @@ class Scores(NamedTuple):
     greedy: Int[Tensor, "N T-1"]  # the most likely next token
 
 
+def last_hidden(model: PreTrainedModel, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T hidden"]:
+    """What the head reads, in the model's dtype; made in bf16 on a GPU, as in training, where fused kernels run."""
+    gpu = ids.device.type == "cuda"
+    with torch.autocast("cuda", torch.bfloat16) if gpu else nullcontext():
+        hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden.to(model.dtype)  # in bf16, logits would often be equal
+
+
 @torch.no_grad()
 def score(model: PreTrainedModel, sequences: Int[Tensor, "N T"], label: str = "", rows: int = 1024) -> Scores:
     """Losses and greedy choices of `model`; logits exist for `rows` tokens at a time. A bar needs a label."""
@@ -28,7 +37,7 @@ def score(model: PreTrainedModel, sequences: Int[Tensor, "N T"], label: str = ""
     losses, choices = [], []
     for ids in tqdm(sequences, desc=f"evaluate {label}", unit="sequence", delay=1, disable=not label):
         ids = ids.to(device)
-        hidden = decoder(model)(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
+        hidden = last_hidden(model, ids[None])[0, :-1]
         loss, choice = [], []
         for part, targets in zip(hidden.split(rows), ids[1:].split(rows), strict=True):
             logits = head(part).float()

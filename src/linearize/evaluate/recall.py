@@ -8,7 +8,6 @@ due, and whether greedy decoding would give exactly the right one.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from itertools import takewhile
 from typing import NamedTuple
@@ -19,8 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from linearize.convert import decoder
 from linearize.errors import LinearizeError, unknown
+from linearize.evaluate.perplexity import last_hidden
 from linearize.families import Head
 from linearize.measures import RecallScore
 
@@ -266,9 +265,7 @@ def _cut(ids: list[int], length: int) -> list[int]:
 def _asked(model: PreTrainedModel, ids: Tensor, most: int, back: int | None) -> tuple[Tensor, Tensor]:
     """For the last `most` tokens of each row the logits that predict them; and greedy guesses, `back` tokens before."""
     device, head = model.device, Head(model)
-    with torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else nullcontext():
-        hidden = decoder(model)(input_ids=ids.to(device), use_cache=False).last_hidden_state
-    hidden = hidden.to(model.dtype)  # in bf16, logits would often be equal
+    hidden = last_hidden(model, ids.to(device))
     logits = head(hidden[:, -most - 1 : -1]).float().cpu()
     if back is None:
         return logits, torch.zeros(len(ids), 0, dtype=torch.long)

@@ -8,7 +8,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from linearize.convert import attention_of, decoder
-from linearize.mixer import LinearizedAttention
 
 SHAPES = 64  # compilations of one module: with and without gradients, by stage and batch; torch's own limit is 8
 
@@ -18,9 +17,9 @@ def compiled_layers(*models: PreTrainedModel, whole: bool = True) -> Iterator[No
     """The layers of `models` compiled meanwhile; nothing on a CPU, where that would take longer than it saves.
 
     Layers are alike, so that one compilation serves all of one model: some 10 s each for the first step. The kernels
-    of Liger Attention are operators that are called from what is compiled. If not `whole`, norms, MLPs and mixers are
-    compiled one by one: alignment listens to the teacher's attention and runs mixers without their layers. Where
-    compiling fails, `train.graph` goes on without.
+    of Liger Attention are operators that are called from what is compiled. If not `whole`, norms and MLPs are compiled
+    one by one: alignment listens to the teacher's attention and runs mixers without their layers. Where compiling
+    fails, `train.graph` goes on without.
     """
     found = [part for model in models if model.device.type == "cuda" for part in _parts(model, whole)]
     if not found:
@@ -39,10 +38,7 @@ def compiled_layers(*models: PreTrainedModel, whole: bool = True) -> Iterator[No
 
 def _parts(model: PreTrainedModel, whole: bool) -> Iterator[nn.Module]:
     for index, layer in enumerate(decoder(model).layers):
-        attention = attention_of(model, index)
         if whole:
             yield layer
         else:
-            yield from (
-                part for part in layer.children() if part is not attention or isinstance(part, LinearizedAttention)
-            )
+            yield from (part for part in layer.children() if part is not attention_of(model, index))
