@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -306,12 +307,13 @@ def add_sink_gradients(call: Call, dk: Tensor, dv: Tensor, dsink_key: Tensor, ds
     # [B, chunks, sinks, KV, D], of a group's heads together
     dkey, dvalues = (x.unflatten(1, (KV, -1)).sum(2).permute(0, 2, 3, 1, 4) for x in (dsink_key, dsink_values))
     if call.packed:
-        begin = call.first[:, ::CHUNK]
+        begin = call.first[:, ::CHUNK].long()
+        dkey, dvalues = (_sums_at_first_chunks(x, begin) for x in (dkey, dvalues))
     else:
-        dkey, dvalues = dkey.sum(1, keepdim=True), dvalues.sum(1, keepdim=True)
         begin = torch.zeros(B, 1, dtype=torch.long, device=dk.device)
+        dkey, dvalues = dkey.sum(1, keepdim=True), dvalues.sum(1, keepdim=True)
     # [B, chunks * sinks]; a slot past the sequence, or past a short document, has a gradient of 0
-    index = (begin[:, :, None] + torch.arange(call.sinks, device=dk.device)).flatten(1).clamp(max=T - 1).long()
+    index = (begin[:, :, None] + torch.arange(call.sinks, device=dk.device)).flatten(1).clamp(max=T - 1)
     dkey, dvalues = dkey.flatten(1, 2), dvalues.flatten(1, 2)
     if call.rotary > 0:
         cos, sin = (x.expand(B, -1, -1) if x.dim() == 3 else x.expand(B, *x.shape) for x in (call.cos, call.sin))
@@ -320,13 +322,17 @@ def add_sink_gradients(call: Call, dk: Tensor, dv: Tensor, dsink_key: Tensor, ds
         turned, rest = dkey.split([call.rotary, D - call.rotary], dim=-1)
         left, right = (turned * sin).chunk(2, dim=-1)
         dkey = torch.cat([turned * cos + torch.cat([right, -left], dim=-1), rest], dim=-1)
-    row = torch.arange(B, device=dk.device)[:, None].expand_as(index)
     for total, part in ((dk, dkey), (dv, dvalues)):
-        sums = torch.zeros(B, T, KV, D, device=dk.device) if call.packed else None
-        if sums is None:
-            total[:, : call.sinks] += part[:, : min(call.sinks, T)].to(total.dtype)
-        else:
-            total += sums.index_put_((row, index), part, accumulate=True).to(total.dtype)
+        # of what meets at a token, all but one is 0: no order of additions can be felt
+        total.scatter_add_(1, index[:, :, None, None].expand_as(part), part.to(total.dtype))
+
+
+def _sums_at_first_chunks(x: Tensor, begin: Tensor) -> Tensor:
+    """x `[B, chunks, ...]` added up over each document's chunks, in the first of them; 0 in the others."""
+    leads = F.pad(begin[:, 1:] != begin[:, :-1], (1, 0), value=True)
+    adds = leads[:, :, None] & (begin[:, :, None] == begin[:, None, :])
+    with torch.autocast(x.device.type, enabled=False):
+        return (adds.to(x.dtype) @ x.flatten(2)).view_as(x)
 
 
 class LigerAttention(torch.autograd.Function):
