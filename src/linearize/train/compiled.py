@@ -2,32 +2,36 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linearize.convert import attention_of, decoder
 from linearize.mixer import LinearizedAttention
 
 SHAPES = 64  # compilations of one module: with and without gradients, by stage and batch; torch's own limit is 8
+INDUCTOR = "inductor"  # torch's own compiler
 
 
 @contextmanager
-def compiled_layers(*models: PreTrainedModel, whole: bool = True) -> Iterator[None]:
+def compiled_layers(*models: PreTrainedModel, whole: bool = True, backend: Any = INDUCTOR) -> Iterator[None]:
     """The layers of `models` compiled meanwhile; nothing on a CPU, where that would take longer than it saves.
 
     Layers are alike, so that one compilation serves all of one model: some 10 s each for the first step. The kernels
     of Liger Attention are operators that are called from what is compiled. If not `whole`, norms, MLPs and mixers are
     compiled one by one: alignment listens to the teacher's attention and runs mixers without their layers. Where
-    compiling fails, `train.graph` goes on without.
+    compiling fails, `train.graph` goes on without. Another `backend`, as `torch.compile` has them, is for CPUs too.
     """
-    found = [part for model in models if model.device.type == "cuda" for part in _parts(model, whole)]
-    if not found:
+    models = tuple(model for model in models if model.device.type == "cuda" or backend != INDUCTOR)
+    if not models:
         yield
         return
+    found = [part for model in models for part in _parts(model, whole)]
+    hooks = [model.get_input_embeddings().register_forward_hook(_as_between_layers) for model in models]
     for part in found:
-        part.compile(dynamic=False)
+        part.compile(dynamic=False, backend=backend)
     try:
         with torch._dynamo.config.patch(recompile_limit=SHAPES, suppress_errors=True):
             yield
@@ -35,6 +39,14 @@ def compiled_layers(*models: PreTrainedModel, whole: bool = True) -> Iterator[No
         torch.compiler.set_stance("default")  # `train.graph` may have changed it
         for part in found:
             part._compiled_call_impl = None  # torch has no public way back
+        for hook in hooks:
+            hook.remove()
+
+
+def _as_between_layers(_: nn.Module, __: Any, output: Tensor) -> None:
+    """What is compiled for the first layer then serves those whose input has a gradient."""
+    if torch.is_grad_enabled():
+        output.requires_grad_()
 
 
 def _parts(model: PreTrainedModel, whole: bool) -> Iterator[nn.Module]:
