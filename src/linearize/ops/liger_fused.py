@@ -1,5 +1,6 @@
-"""Liger Attention by its Triton kernels: launch settings and the autograd function."""
+"""Liger Attention by its Triton kernels: launch settings, and what runs forward and backward."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -184,8 +185,8 @@ def prepare(call: Call) -> Operands:
     return made
 
 
-def forward(call: Call, initial: Tensor) -> tuple[Tensor, Tensor, Operands, Tensor, Tensor]:
-    """Output, final state, operands, the state before every chunk, and the window's log-sum-exp."""
+def forward(call: Call, initial: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Output, final state, and what `kept` names."""
     B, T, H, _ = call.q.shape
     made, told = prepare(call), call.heads()
     told_states = {name: value for name, value in told.items() if name != "GROUPS"}
@@ -200,7 +201,19 @@ def forward(call: Call, initial: Tensor) -> tuple[Tensor, Tensor, Operands, Tens
         call.q, call.k, call.v, call.mixing, call.first, call.decay, made.totals, output, T, call.rate, call.lower,
         PACKED=call.packed, **told, **call.gating(), **launch("add_output", call),
     )  # fmt: skip
-    return output, final, made, states, lse
+    turned = [made.turned_query, made.turned_key] if call.rotary > 0 else []
+    return output, final, [made.near_query, made.near_key, made.totals, states, lse, *turned]
+
+
+def kept(call: Call) -> list[Tensor]:
+    """Tensors as those that a backward pass needs: queries and keys for the recurrence, the decay of every chunk, the
+    state before it, the window's log-sum-exp, and queries and keys after RoPE, where there is RoPE."""
+    B, T, H, D = call.q.shape
+    near, turned = ([torch.empty_like(x, dtype=call.dtype) for x in (call.q, call.k)] for _ in range(2))
+    totals = call.q.new_empty(call.pairs, call.chunks, D, dtype=torch.float32)
+    states = call.q.new_empty(call.pairs, call.chunks, D, D, dtype=call.dtype)
+    lse = call.q.new_empty(B, H, T, dtype=torch.float32)
+    return [*near, totals, states, lse, *(turned if call.rotary > 0 else [])]
 
 
 def window(call: Call, output: Tensor, lse: Tensor | None = None) -> None:
@@ -265,11 +278,12 @@ def states_before(call: Call, initial: Tensor, segments: int, size: int) -> Tens
     return starts
 
 
-def backward(
-    call: Call, made: Operands, states: Tensor, lse: Tensor, doutput: Tensor, dfinal: Tensor
-) -> tuple[Tensor, ...]:
-    """The gradients of q, k, v, the mixing weights and the initial state."""
+def backward(call: Call, made_before: Sequence[Tensor], doutput: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of q, k, v, the mixing weights and the initial state, from what `kept` names."""
     B, T, H, D = call.q.shape
+    near_query, near_key, totals, states, lse, *turned = made_before
+    turned_query, turned_key = turned or (call.q, call.k)
+    made = Operands(near_query, turned_query, near_key, turned_key, totals)
     dq, dk, dv = torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v)
     delta, dmixing = torch.empty_like(lse), lse.new_empty(B, H, call.chunks)
     sinks = [lse.new_empty(B, H, call.chunks, call.sinks, D) for _ in range(2)]
@@ -335,25 +349,6 @@ def _sums_at_first_chunks(x: Tensor, begin: Tensor) -> Tensor:
         return (adds.to(x.dtype) @ x.flatten(2)).view_as(x)
 
 
-class LigerAttention(torch.autograd.Function):
-    """(q, k, v, mixing, initial state, call without those) to (output, final state)."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, initial: Tensor, call: Call) -> Any:
-        call = call._replace(q=q, k=k, v=v, mixing=mixing)
-        output, final, made, states, lse = forward(call, initial)
-        ctx.save_for_backward(q, k, v, mixing, *made, states, lse)
-        nothing: Any = None
-        ctx.call = call._replace(q=nothing, k=nothing, v=nothing, mixing=nothing)
-        return output, final
-
-    @staticmethod
-    def backward(ctx: Any, doutput: Tensor, dfinal: Tensor) -> Any:
-        q, k, v, mixing, *made, states, lse = ctx.saved_tensors
-        call = ctx.call._replace(q=q, k=k, v=v, mixing=mixing)
-        return (*backward(call, Operands(*made), states, lse, doutput.contiguous(), dfinal.contiguous()), None)
-
-
 def call_of(
     q: Tensor,
     k: Tensor,
@@ -381,8 +376,5 @@ def call_of(
 
 
 def run(call: Call, initial: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and final state."""
-    given = call.q, call.k, call.v, call.mixing, initial
-    if unproven("flow") or (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
-        return LigerAttention.apply(*given, call)
-    return flow(call, initial)
+    """Output and final state, where there is no backward pass."""
+    return forward(call, initial)[:2] if unproven("flow") else flow(call, initial)
