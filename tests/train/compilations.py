@@ -11,7 +11,8 @@ from test_losses import LENGTHS, batch
 from tiny import tiny
 from torch._dynamo.utils import counters
 
-from linearize import convert
+from linearize import convert, mixer
+from linearize.ops import gated_delta, liger
 from linearize.recipe import LoraSettings
 from linearize.train.align import align_loss
 from linearize.train.compiled import compiled_layers
@@ -20,15 +21,17 @@ from linearize.train.trainer import shared_copy, with_lora
 
 DEFAULT = {"structure": "gated_deltanet", "feature_map": "linear", "gate_source": "learned", "readout": "rms"}
 DEFAULT |= {"mixing": "data_dependent", "mixing_weight": 0.4, "window": 4}
+SETTINGS = {"default": DEFAULT, "gla": {"structure": "gla"}, "lightning": {"structure": "lightning", "window": 4}}
 LOSSES = {"align": align_loss, "distill": distill_loss}
 
 
 class Step:
     """Of a student with LoRA on its teacher's parameters, or of one that is trained whole."""
 
-    def __init__(self, stage: str, layers: int = 3, lora: bool = True) -> None:
+    def __init__(self, stage: str, layers: int = 3, lora: bool = True, settings: str = "default") -> None:
         self.teacher = tiny(num_hidden_layers=layers)
-        self.student = convert(shared_copy(self.teacher) if lora else tiny(num_hidden_layers=layers), **DEFAULT)
+        student = shared_copy(self.teacher) if lora else tiny(num_hidden_layers=layers)
+        self.student = convert(student, **SETTINGS[settings])
         trained = with_lora(self.student, LoraSettings(r=4)) if lora else self.student
         self.parameters = [p for p in trained.train().parameters() if p.requires_grad]
         self.stage, self.given = stage, batch(*LENGTHS)
@@ -43,9 +46,20 @@ class Step:
         return [loss.detach(), *(x for x in found if x is not None)]
 
 
-def graphs(stage: str, layers: str, trained: str) -> dict[str, int]:
-    """Of two steps, and of one afterwards that is not compiled."""
-    step = Step(stage, int(layers), trained == "lora")
+def interpret() -> None:
+    """Switch the kernels on, which Triton's interpreter runs."""
+    import interpreted  # noqa: F401
+
+    for module in (mixer, gated_delta):
+        module.kernel_dtype = lambda _: torch.float32
+    liger.why_not_fused = liger.why_not_windowed = gated_delta.why_not_fused = lambda *_: None
+
+
+def graphs(stage: str, layers: str, trained: str, settings: str, by: str) -> dict[str, int]:
+    """Of two steps, and of one afterwards that is not compiled; `by` "kernels" where these are to run."""
+    if by == "kernels":
+        interpret()
+    step = Step(stage, int(layers), trained == "lora", settings)
     with compiled_layers(step.student, step.teacher, whole=stage == "distill", backend="aot_eager"):
         step.gradients()
         step.gradients()

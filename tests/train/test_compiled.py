@@ -42,16 +42,22 @@ def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
         assert_close(x, y)
 
 
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+
+
 @pytest.mark.parametrize(
-    ("stage", "layers", "trained", "expected"),
+    ("expected", "case"),
     [
-        ("distill", 3, "all", 2),  # the teacher's layer, and the student's
-        ("distill", 4, "lora", 2),
-        ("align", 3, "lora", 3),  # a norm, an MLP and a mixer
+        (2, "distill 3 all default operations"),  # the teacher's layer, and the student's
+        (2, "distill 4 lora default operations"),
+        (3, "align 3 lora default operations"),  # a norm, an MLP and a mixer
+        (3, "distill 3 lora lightning operations"),  # each mixer is another, and left out
+        pytest.param(2, "distill 2 lora default kernels", marks=interpreted),
+        pytest.param(2, "distill 2 lora gla kernels", marks=interpreted),
     ],
 )
-def test_layers_share_graphs(stage, layers, trained, expected):
-    command = [sys.executable, HERE / "compilations.py", stage, str(layers), trained]
+def test_layers_share_graphs(expected, case):
+    command = [sys.executable, HERE / "compilations.py", *case.split()]
     path = os.pathsep.join(map(str, [HERE.parent, *sys.path]))
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, check=True)
     assert json.loads(done.stdout) == {"graphs": expected, "breaks": 0, "afterwards": 0}

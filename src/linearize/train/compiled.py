@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from linearize.convert import attention_of, decoder
 from linearize.mixer import LinearizedAttention
+from linearize.structures import STRUCTURES
 
 SHAPES = 64  # compilations of one module: with and without gradients, by stage and batch; torch's own limit is 8
 INDUCTOR = "inductor"  # torch's own compiler
@@ -21,8 +22,9 @@ def compiled_layers(*models: PreTrainedModel, whole: bool = True, backend: Any =
 
     Layers are alike, so that one compilation serves all of one model: some 10 s each for the first step. The kernels
     of Liger Attention are operators that are called from what is compiled. If not `whole`, norms, MLPs and mixers are
-    compiled one by one: alignment listens to the teacher's attention and runs mixers without their layers. Where
-    compiling fails, `train.graph` goes on without. Another `backend`, as `torch.compile` has them, is for CPUs too.
+    compiled one by one: alignment listens to the teacher's attention and runs mixers without their layers. Mixers whose
+    constants differ from layer to layer are left out, since each would be compiled for itself. Where compiling fails,
+    `train.graph` goes on without. Another `backend`, as `torch.compile` has them, is for CPUs too.
     """
     models = tuple(model for model in models if model.device.type == "cuda" or backend != INDUCTOR)
     if not models:
@@ -52,9 +54,9 @@ def _as_between_layers(_: nn.Module, __: Any, output: Tensor) -> None:
 def _parts(model: PreTrainedModel, whole: bool) -> Iterator[nn.Module]:
     for index, layer in enumerate(decoder(model).layers):
         attention = attention_of(model, index)
-        if whole:
+        mixer = attention if isinstance(attention, LinearizedAttention) else None
+        alike = mixer is None or mixer.config.structure == "none" or not STRUCTURES[mixer.config.structure].by_depth
+        if whole and alike:
             yield layer
         else:
-            yield from (
-                part for part in layer.children() if part is not attention or isinstance(part, LinearizedAttention)
-            )
+            yield from (part for part in layer.children() if part is not attention or (mixer is not None and alike))
