@@ -5,7 +5,7 @@ import torch
 from tiny import assert_close
 
 from linearize.config import MixerConfig
-from linearize.gates import Gate, pooled
+from linearize.gates import Gate, few_outputs, pooled
 from linearize.structures import STRUCTURES
 from linearize.structures.base import Layer, absent
 
@@ -47,3 +47,13 @@ def test_a_learned_gate_is_its_own_map_of_the_input():
     assert_close(gate(hidden, q, k, k), expected)
     scalar = Gate(STRUCTURES["mlstm"], layer._replace(config=MixerConfig(structure="mlstm", gate_source="learned")), 8)
     assert [p.shape for p in scalar.parameters()] == [(4, 48)]  # no more than 16 values: no detour
+
+
+@pytest.mark.parametrize("outputs", [1, 6, 8, 9])
+def test_few_outputs_are_those_of_the_weight(outputs):
+    x, weight = torch.randn(2, 5, 12, requires_grad=True), torch.randn(outputs, 12, requires_grad=True)
+    ours, expected = few_outputs(x, weight), x @ weight.T
+    torch.testing.assert_close(ours, expected)
+    given = torch.randn_like(expected)
+    for found, other in zip(*(torch.autograd.grad(y, [x, weight], given) for y in (ours, expected)), strict=True):
+        torch.testing.assert_close(found, other)

@@ -156,7 +156,7 @@ class LinearizedAttention(nn.Module):
             return f"no kernel for structure {name} with mixing {config.mixing}"
         if self.family.softcap or self.family.null_logits or not self.family.rotates_halves:
             return f"no kernel for the attention of {type(self.original).__name__}"
-        lower = layer.layer_idx / layer.num_layers
+        lower = layer.layer_idx / layer.num_layers if name == "hgrn2" else 0.0  # else layers share what is compiled
         fixed = self.scaling, config.gate_temperature, config.feature_map, config.window, config.sinks
         return liger.Settings(name, *fixed, lower, 1.0 + config.negative_eigenvalues)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization
 
+from linearize.gates import few_outputs
 from linearize.structures.base import Layer
 
 CLOSED = 1e-4  # how near to 0 and 1 a learned weight may start
@@ -70,7 +71,7 @@ class DataDependent(Fixed):
 
     def forward(self, recurrent: Tensor, local: Tensor, hidden: Tensor, log_ratio: Tensor | None) -> Tensor:
         """As `Fixed`."""
-        w = nn.functional.linear(hidden, self.weight, self.bias).sigmoid()[..., None].to(local.dtype)
+        w = (few_outputs(hidden, self.weight) + self.bias).sigmoid()[..., None].to(local.dtype)
         return w * recurrent + (1 - w) * local
 
 

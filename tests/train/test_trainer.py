@@ -141,7 +141,7 @@ def test_mixing_weights_have_a_learning_rate_of_their_own(tmp_path, lora):
 def test_weight_decay_spares_the_mixing_weights(tmp_path):
     job = Job(tmp_path)
     arguments = TrainingArguments(str(tmp_path), weight_decay=0.1, use_cpu=True, report_to="none")
-    trainer = LinearizeTrainer(Pair(job.student, job.teacher, job.loss), arguments, 0.5)
+    trainer = LinearizeTrainer(Pair(job.student, job.teacher, job.loss), arguments, 0.5, clip=1.0)
     others, mixing = trainer.create_optimizer().param_groups
     assert (others["weight_decay"], mixing["weight_decay"], mixing["lr"]) == (0.1, 0.0, 0.5)
     assert len(mixing["params"]) == 3

@@ -19,7 +19,8 @@ def operator(
     which `torch.compile` does not open."""
     call = _call(q, k, v, state, first)
     output = torch.empty_like(call.q)
-    final, made = add_recurrence(call, beta, log_g, state, output, keep=keep)
+    with torch.cuda.device_of(q):  # kernels run on the current device; backward, autograd sees to it
+        final, made = add_recurrence(call, beta, log_g, state, output, keep=keep)
     kept = (made.key, made.written, made.erased, made.solved, made.states)
     key, written, erased, solved, states = kept if keep else (x.new_empty(0) for x in kept)
     return output, final, key, written, erased, solved, states

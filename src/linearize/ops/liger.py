@@ -89,11 +89,10 @@ def fused(
 
     `decay` is lightning's log decay of each head.
     """
-    from linearize.ops import liger_delta, liger_fused
+    from linearize.ops import liger_fused, liger_operator
 
     call, initial = liger_fused.call_of(q, k, v, mixing, settings, rope, state, first, decay)
-    with torch.cuda.device_of(q):  # kernels run on the current device; backward, autograd sees to it
-        return (liger_delta if settings.gate in DELTA else liger_fused).run(call, initial)
+    return liger_operator.run(call, initial)
 
 
 def windowed(
@@ -107,8 +106,7 @@ def windowed(
     """The softmax window alone, by its Triton kernels, which `why_not_windowed` must have nothing against."""
     from linearize.ops import liger_window
 
-    with torch.cuda.device_of(q):
-        return liger_window.run(q, k, v, settings, rope, first)
+    return liger_window.run(q, k, v, settings, rope, first)
 
 
 def reference(

@@ -1,5 +1,6 @@
 """Liger Attention with the delta rule by its Triton kernels: the window, then the recurrence, which adds itself."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -100,19 +101,29 @@ def add_gradients(call: Call, made: Solved, doutput: Tensor, dfinal: Tensor, sum
     return dinitial
 
 
-def forward(call: Call, initial: Tensor, keep: bool) -> tuple[Tensor, Tensor, Solved, Tensor]:
-    """Output, final state, what it was made of, and the window's log-sum-exp; some of that is not there if not
-    `keep`."""
+def forward(call: Call, initial: Tensor, keep: bool = True) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Output, final state, and what `kept` names, some of that only if `keep`."""
     B, T, H, _ = call.q.shape
     output, lse = torch.empty_like(call.q), initial.new_empty(B, H, T)
     window(call, output, lse if keep else None)
     beta, log_g = initial.new_empty(call.pairs, T), initial.new_empty(call.pairs, T)
     final, made = add_recurrence(call, beta, log_g, initial, output, keep)
-    return output, final, made, lse
+    return output, final, [*made, lse]
 
 
-def backward(call: Call, made: Solved, lse: Tensor, doutput: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of q, k, v, the mixing weights and the initial state."""
+def kept(call: Call) -> list[Tensor]:
+    """Tensors as those that a backward pass needs: `Solved`, and the window's log-sum-exp."""
+    B, T, H, D = call.q.shape
+    key, written, erased = (torch.empty_like(call.k, dtype=call.dtype) for _ in range(3))
+    solved, states = (key.new_empty(call.pairs, call.chunks, size, size) for size in (CHUNK, D))
+    beta, log_g = (call.k.new_empty(call.pairs, T, dtype=torch.float32) for _ in range(2))
+    lse = call.k.new_empty(B, H, T, dtype=torch.float32)
+    return [*Solved(key, written, erased, solved, beta, log_g, states), lse]
+
+
+def backward(call: Call, made_before: Sequence[Tensor], doutput: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of q, k, v, the mixing weights and the initial state, from what `kept` names."""
+    made, lse = Solved(*made_before[:-1]), made_before[-1]
     dq, dk, dv, dmixing, sinks = window_gradients(call, lse, doutput)
     unread = made.beta, made.log_g  # gates come from the key, and so do their gradients
     dinitial = add_gradients(call, made, doutput, dfinal, Gradients(dq, dk, dv, dmixing, *unread))
@@ -121,28 +132,6 @@ def backward(call: Call, made: Solved, lse: Tensor, doutput: Tensor, dfinal: Ten
     return dq, dk, dv, dmixing.sum((0, 2)), dinitial
 
 
-class LigerDelta(torch.autograd.Function):
-    """(q, k, v, mixing, initial state, call without those) to (output, final state)."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, initial: Tensor, call: Call) -> Any:
-        call = call._replace(q=q, k=k, v=v, mixing=mixing)
-        output, final, made, lse = forward(call, initial, keep=True)
-        ctx.save_for_backward(q, k, v, mixing, lse, *made)
-        nothing: Any = None
-        ctx.call = call._replace(q=nothing, k=nothing, v=nothing, mixing=nothing)
-        return output, final
-
-    @staticmethod
-    def backward(ctx: Any, doutput: Tensor, dfinal: Tensor) -> Any:
-        q, k, v, mixing, lse, *made = ctx.saved_tensors
-        call = ctx.call._replace(q=q, k=k, v=v, mixing=mixing)
-        return (*backward(call, Solved(*made), lse, doutput.contiguous(), dfinal.contiguous()), None)
-
-
 def run(call: Call, initial: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and final state."""
-    given = call.q, call.k, call.v, call.mixing, initial
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
-        return LigerDelta.apply(*given, call)
+    """Output and final state, where there is no backward pass."""
     return forward(call, initial, keep=False)[:2]

@@ -1,8 +1,10 @@
-"""Liger Attention by its Triton kernels: launch settings and the autograd function."""
+"""Liger Attention by its Triton kernels: launch settings, and what runs forward and backward."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -183,8 +185,8 @@ def prepare(call: Call) -> Operands:
     return made
 
 
-def forward(call: Call, initial: Tensor) -> tuple[Tensor, Tensor, Operands, Tensor, Tensor]:
-    """Output, final state, operands, the state before every chunk, and the window's log-sum-exp."""
+def forward(call: Call, initial: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Output, final state, and what `kept` names."""
     B, T, H, _ = call.q.shape
     made, told = prepare(call), call.heads()
     told_states = {name: value for name, value in told.items() if name != "GROUPS"}
@@ -199,7 +201,19 @@ def forward(call: Call, initial: Tensor) -> tuple[Tensor, Tensor, Operands, Tens
         call.q, call.k, call.v, call.mixing, call.first, call.decay, made.totals, output, T, call.rate, call.lower,
         PACKED=call.packed, **told, **call.gating(), **launch("add_output", call),
     )  # fmt: skip
-    return output, final, made, states, lse
+    turned = [made.turned_query, made.turned_key] if call.rotary > 0 else []
+    return output, final, [made.near_query, made.near_key, made.totals, states, lse, *turned]
+
+
+def kept(call: Call) -> list[Tensor]:
+    """Tensors as those that a backward pass needs: queries and keys for the recurrence, the decay of every chunk, the
+    state before it, the window's log-sum-exp, and queries and keys after RoPE, where there is RoPE."""
+    B, T, H, D = call.q.shape
+    near, turned = ([torch.empty_like(x, dtype=call.dtype) for x in (call.q, call.k)] for _ in range(2))
+    totals = call.q.new_empty(call.pairs, call.chunks, D, dtype=torch.float32)
+    states = call.q.new_empty(call.pairs, call.chunks, D, D, dtype=call.dtype)
+    lse = call.q.new_empty(B, H, T, dtype=torch.float32)
+    return [*near, totals, states, lse, *(turned if call.rotary > 0 else [])]
 
 
 def window(call: Call, output: Tensor, lse: Tensor | None = None) -> None:
@@ -264,11 +278,12 @@ def states_before(call: Call, initial: Tensor, segments: int, size: int) -> Tens
     return starts
 
 
-def backward(
-    call: Call, made: Operands, states: Tensor, lse: Tensor, doutput: Tensor, dfinal: Tensor
-) -> tuple[Tensor, ...]:
-    """The gradients of q, k, v, the mixing weights and the initial state."""
+def backward(call: Call, made_before: Sequence[Tensor], doutput: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of q, k, v, the mixing weights and the initial state, from what `kept` names."""
     B, T, H, D = call.q.shape
+    near_query, near_key, totals, states, lse, *turned = made_before
+    turned_query, turned_key = turned or (call.q, call.k)
+    made = Operands(near_query, turned_query, near_key, turned_key, totals)
     dq, dk, dv = torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v)
     delta, dmixing = torch.empty_like(lse), lse.new_empty(B, H, call.chunks)
     sinks = [lse.new_empty(B, H, call.chunks, call.sinks, D) for _ in range(2)]
@@ -306,12 +321,13 @@ def add_sink_gradients(call: Call, dk: Tensor, dv: Tensor, dsink_key: Tensor, ds
     # [B, chunks, sinks, KV, D], of a group's heads together
     dkey, dvalues = (x.unflatten(1, (KV, -1)).sum(2).permute(0, 2, 3, 1, 4) for x in (dsink_key, dsink_values))
     if call.packed:
-        begin = call.first[:, ::CHUNK]
+        begin = call.first[:, ::CHUNK].long()
+        dkey, dvalues = (_sums_at_first_chunks(x, begin) for x in (dkey, dvalues))
     else:
-        dkey, dvalues = dkey.sum(1, keepdim=True), dvalues.sum(1, keepdim=True)
         begin = torch.zeros(B, 1, dtype=torch.long, device=dk.device)
+        dkey, dvalues = dkey.sum(1, keepdim=True), dvalues.sum(1, keepdim=True)
     # [B, chunks * sinks]; a slot past the sequence, or past a short document, has a gradient of 0
-    index = (begin[:, :, None] + torch.arange(call.sinks, device=dk.device)).flatten(1).clamp(max=T - 1).long()
+    index = (begin[:, :, None] + torch.arange(call.sinks, device=dk.device)).flatten(1).clamp(max=T - 1)
     dkey, dvalues = dkey.flatten(1, 2), dvalues.flatten(1, 2)
     if call.rotary > 0:
         cos, sin = (x.expand(B, -1, -1) if x.dim() == 3 else x.expand(B, *x.shape) for x in (call.cos, call.sin))
@@ -320,32 +336,17 @@ def add_sink_gradients(call: Call, dk: Tensor, dv: Tensor, dsink_key: Tensor, ds
         turned, rest = dkey.split([call.rotary, D - call.rotary], dim=-1)
         left, right = (turned * sin).chunk(2, dim=-1)
         dkey = torch.cat([turned * cos + torch.cat([right, -left], dim=-1), rest], dim=-1)
-    row = torch.arange(B, device=dk.device)[:, None].expand_as(index)
     for total, part in ((dk, dkey), (dv, dvalues)):
-        sums = torch.zeros(B, T, KV, D, device=dk.device) if call.packed else None
-        if sums is None:
-            total[:, : call.sinks] += part[:, : min(call.sinks, T)].to(total.dtype)
-        else:
-            total += sums.index_put_((row, index), part, accumulate=True).to(total.dtype)
+        # of what meets at a token, all but one is 0: no order of additions can be felt
+        total.scatter_add_(1, index[:, :, None, None].expand_as(part), part.to(total.dtype))
 
 
-class LigerAttention(torch.autograd.Function):
-    """(q, k, v, mixing, initial state, call without those) to (output, final state)."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, initial: Tensor, call: Call) -> Any:
-        call = call._replace(q=q, k=k, v=v, mixing=mixing)
-        output, final, made, states, lse = forward(call, initial)
-        ctx.save_for_backward(q, k, v, mixing, *made, states, lse)
-        nothing: Any = None
-        ctx.call = call._replace(q=nothing, k=nothing, v=nothing, mixing=nothing)
-        return output, final
-
-    @staticmethod
-    def backward(ctx: Any, doutput: Tensor, dfinal: Tensor) -> Any:
-        q, k, v, mixing, *made, states, lse = ctx.saved_tensors
-        call = ctx.call._replace(q=q, k=k, v=v, mixing=mixing)
-        return (*backward(call, Operands(*made), states, lse, doutput.contiguous(), dfinal.contiguous()), None)
+def _sums_at_first_chunks(x: Tensor, begin: Tensor) -> Tensor:
+    """x `[B, chunks, ...]` added up over each document's chunks, in the first of them; 0 in the others."""
+    leads = F.pad(begin[:, 1:] != begin[:, :-1], (1, 0), value=True)
+    adds = leads[:, :, None] & (begin[:, :, None] == begin[:, None, :])
+    with torch.autocast(x.device.type, enabled=False):
+        return (adds.to(x.dtype) @ x.flatten(2)).view_as(x)
 
 
 def call_of(
@@ -375,8 +376,5 @@ def call_of(
 
 
 def run(call: Call, initial: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and final state."""
-    given = call.q, call.k, call.v, call.mixing, initial
-    if unproven("flow") or (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
-        return LigerAttention.apply(*given, call)
-    return flow(call, initial)
+    """Output and final state, where there is no backward pass."""
+    return forward(call, initial)[:2] if unproven("flow") else flow(call, initial)

@@ -41,7 +41,8 @@ def operator(
     """The output and, if `keep`, its log-sum-exp `[B, H, T]`; as one operator, which `torch.compile` does not open."""
     call = _call(q, k, v, cos, sin, first, scale, width, sinks)
     output, lse = torch.empty_like(call.q), call.mixing.new_empty(_kept(q, keep))
-    window(call, output, lse if keep else None)
+    with torch.cuda.device_of(q):  # kernels run on the current device; backward, autograd sees to it
+        window(call, output, lse if keep else None)
     return output, lse
 
 

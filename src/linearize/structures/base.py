@@ -100,6 +100,7 @@ class Structure(NamedTuple):
     own_keys: bool = False  # whether it writes under keys of its own making, whatever k is
     weighs: bool = True  # whether the output is a sum of values by weights as positive as q and k are
     own_features: bool = False  # whether q and k come as they are, because it has features of its own
+    by_depth: bool = False  # whether it has constants that differ from layer to layer
 
     def state_bytes(self, config: MixerConfig, key_size: int, value_size: int, heads: int) -> int:
         """Bytes of one sequence's states in one layer, in fp32."""

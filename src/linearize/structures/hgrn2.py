@@ -15,4 +15,4 @@ def inputs(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, layer: Layer) -> Input
     return Inputs(q, key, v, torch.log1p(-key))
 
 
-HGRN2 = Structure(inputs, gated_linear, own_keys=True)
+HGRN2 = Structure(inputs, gated_linear, own_keys=True, by_depth=True)

@@ -80,4 +80,6 @@ def sums_of_features(config: MixerConfig, key_size: int, value_size: int) -> tup
     return math.comb(SIZE + DEGREE, DEGREE), value_size + 2
 
 
-KRONECKER = Structure(inputs, kronecker, absent, state_shape=sums_of_features, weighs=False, own_features=True)
+KRONECKER = Structure(
+    inputs, kronecker, absent, state_shape=sums_of_features, weighs=False, own_features=True, by_depth=True
+)

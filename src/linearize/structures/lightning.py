@@ -26,4 +26,4 @@ def inputs(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, layer: Layer) -> Input
     return Inputs(q, k, v, log_g[:, None].expand(*k.shape[:3], 1))
 
 
-LIGHTNING = Structure(inputs, gated_linear, absent)
+LIGHTNING = Structure(inputs, gated_linear, absent, by_depth=True)

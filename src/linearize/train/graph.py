@@ -32,7 +32,8 @@ class Graphed:
         if self.graph is None and not self.failed:
             self._record(batch)
         if self.failed:
-            return self.loss(**batch)
+            with _recast():  # as in the runs before the recording: what was compiled there serves here
+                return self.loss(**batch)
         if any(batch[name].shape != kept.shape for name, kept in self.batch.items()):
             with torch.compiler.set_stance("force_eager"):  # for a batch or two, compiling takes longer than it saves
                 return self.loss(**batch)
@@ -48,10 +49,7 @@ class Graphed:
 
     def _record(self, batch: Batch) -> None:
         kept = {name: value.clone() for name, value in batch.items()}
-        dtype = torch.get_autocast_dtype("cuda")
-        # a cast that was kept from before the recording would go on with the weights of then
-        cast = torch.autocast("cuda", dtype, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False)
-        with cast, torch.enable_grad():
+        with _recast(), torch.enable_grad():
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -86,6 +84,13 @@ class Graphed:
     def _run(self, batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
         loss = self.loss(**batch)
         return loss.detach(), list(torch.autograd.grad(loss, self.parameters, allow_unused=True))
+
+
+def _recast() -> torch.autocast:
+    """Autocast as it is, with each cast made anew: one kept from before a recording would go on with the weights of
+    then."""
+    dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+    return torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False)
 
 
 class _Replay(torch.autograd.Function):

@@ -79,7 +79,7 @@ class LinearizeTrainer(Trainer):
     """Trainer with a learning rate for added parameters, checkpoints that are whole or absent, and a stop at NaN."""
 
     def __init__(
-        self, pair: Pair, arguments: TrainingArguments, mixing_learning_rate: float, clip: float = 1.0, **kwargs: Any
+        self, pair: Pair, arguments: TrainingArguments, mixing_learning_rate: float, clip: float, **kwargs: Any
     ) -> None:
         super().__init__(pair, arguments, **kwargs)
         self.pop_callback(PrinterCallback)
@@ -114,7 +114,8 @@ class LinearizeTrainer(Trainer):
 
     def locate(self, batch: Batch) -> None:
         """Raise FloatingPointError where the pair's loss first is not a number, if operations say."""
-        with torch.no_grad(), self.compute_loss_context_manager():
+        once = torch.compiler.set_stance("force_eager")  # compiling takes longer
+        with torch.no_grad(), self.compute_loss_context_manager(), once:
             self._pair().eager(**batch)  # a graph does not say where
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -26,8 +26,9 @@ class Step(NamedTuple):
 class Watch(TrainerCallback):
     """Clips gradients, writes each step's loss into the trainer's history, and stops at what is not a number.
 
-    On a GPU a step's values are looked at when the next step has been queued, so that there is always one for the GPU
-    to do. What is not a number does not reach the weights meanwhile: the optimizer reads `bad` on the GPU.
+    With a fused optimizer, as on a GPU, a step's values are looked at when the next step has been queued, so that there
+    is always one for the GPU to do. What is not a number does not reach the weights meanwhile: the optimizer reads
+    `bad`, on the GPU.
     """
 
     def __init__(self, clip: float, locate: Callable[[Batch], Any]) -> None:
@@ -40,10 +41,9 @@ class Watch(TrainerCallback):
         self.bad: Tensor | None = None  # 1 from the first gradient on that is not a number, else 0
 
     def guard(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let a fused `optimizer` read `bad`, under the name that the gradient scaler of mixed precision uses."""
-        device = optimizer.param_groups[0]["params"][0].device
-        if device.type == "cuda":
-            self.bad = torch.zeros((), device=device)
+        """Let a fused `optimizer` read `bad`, under the name that mixed precision's gradient scaler uses."""
+        if optimizer.defaults["fused"]:
+            self.bad = torch.zeros((), device=optimizer.param_groups[0]["params"][0].device)
             optimizer.found_inf = self.bad  # type: ignore[attr-defined]
 
     def saw(self, loss: Tensor, batch: Batch) -> None:
@@ -60,12 +60,13 @@ class Watch(TrainerCallback):
         arrived = None
         if self.bad is not None:
             self.bad.copy_(self.bad.maximum((~torch.isfinite(values)).any().float()))
+        if values.is_cuda:
             values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
         self.steps.append(Step(state.global_step + 1, state.max_steps, list(gradients), values, arrived, self.batches))
         self.losses, self.batches = [], []
-        self.look(state, late=0 if arrived is None else 1)
+        self.look(state, late=0 if self.bad is None else 1)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The last step's values too."""

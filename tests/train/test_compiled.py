@@ -1,0 +1,103 @@
+"""Layers that are compiled: how often, what comes out, and what happens where that fails."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from compilations import Step
+from tiny import assert_close
+from torch._dynamo.utils import counters
+
+from linearize.train.compiled import compiled_layers
+from linearize.train.graph import Graphed
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def unchecked():
+    """Shapes are not checked, which cannot be compiled; nothing is left of what was."""
+    torch._dynamo.reset()
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+    torch._dynamo.reset()
+
+
+def fails(*_):
+    raise RuntimeError("the compiler fails")
+
+
+def makes_what_fails(*_):
+    return fails
+
+
+def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    for x, y in zip(ours, theirs, strict=True):
+        assert_close(x, y)
+
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+
+
+@pytest.mark.parametrize(
+    ("expected", "case"),
+    [
+        (2, "distill 3 all default operations"),  # the teacher's layer, and the student's
+        (2, "distill 4 lora default operations"),
+        (3, "align 3 lora default operations"),  # a norm, an MLP and a mixer
+        (3, "distill 3 lora lightning operations"),  # each mixer is another, and left out
+        pytest.param(2, "distill 2 lora default kernels", marks=interpreted),
+        pytest.param(2, "distill 2 lora gla kernels", marks=interpreted),
+    ],
+)
+def test_layers_share_graphs(expected, case):
+    command = [sys.executable, HERE / "compilations.py", *case.split()]
+    path = os.pathsep.join(map(str, [HERE.parent, *sys.path]))
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, check=True)
+    assert json.loads(done.stdout) == {"graphs": expected, "breaks": 0, "afterwards": 0}
+
+
+@pytest.mark.parametrize("stage", ["align", "distill"])
+@pytest.mark.usefixtures("unchecked")
+def test_compiled_layers_give_the_same(stage):
+    step = Step(stage)
+    expected = step.gradients()
+    with compiled_layers(step.student, step.teacher, whole=stage == "distill", backend="aot_eager"):
+        assert_same(step.gradients(), expected)
+        assert_same(step.gradients(), expected)
+    assert_same(step.gradients(), expected)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_layers_that_cannot_be_compiled_run_as_they_are():
+    step = Step("distill")
+    expected = step.gradients()
+    with compiled_layers(step.student, step.teacher, backend=fails):
+        assert_same(step.gradients(), expected)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_training_goes_on_where_what_was_compiled_fails():
+    step = Step("distill")
+    expected = step.gradients()
+    graphed = Graphed(step.loss, step.parameters)
+    with compiled_layers(step.student, step.teacher, backend=makes_what_fails):
+        with pytest.raises(RuntimeError, match="the compiler fails"):
+            step.gradients()
+        with pytest.warns(match="training steps are not compiled and take longer: the compiler fails"):
+            graphed._run_compiled(step.given)
+        graphed._run_compiled(step.given)  # a second warning would be an error
+        assert_same(step.gradients(), expected)
+
+
+def test_nothing_is_compiled_on_a_cpu_by_itself():
+    step, before = Step("distill"), counters["stats"]["unique_graphs"]
+    with compiled_layers(step.student, step.teacher):
+        step.gradients()
+    assert counters["stats"]["unique_graphs"] == before
