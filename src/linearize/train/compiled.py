@@ -22,8 +22,8 @@ def compiled_layers(*models: PreTrainedModel, whole: bool = True, backend: Any =
 
     Layers are alike, so that one compilation serves all of one model: some 10 s each for the first step. The kernels
     of Liger Attention are operators that are called from what is compiled. If not `whole`, norms and MLPs are compiled
-    one by one: alignment listens to the teacher's attention and runs mixers without their layers. So are those of layers
-    whose mixers' constants differ by depth, since each would be compiled for itself. Where compiling fails,
+    one by one: alignment listens to the teacher's attention and runs mixers without their layers. So are those
+    of layers whose mixers' constants differ by depth, since each would be compiled for itself. Where compiling fails,
     `train.graph` goes on without. Another `backend`, as `torch.compile` has them, is for CPUs too.
     """
     models = tuple(model for model in models if model.device.type == "cuda" or backend != INDUCTOR)
