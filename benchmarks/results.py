@@ -9,22 +9,46 @@ from typing import Any
 
 from linearize.evaluate import hardware
 from linearize.files import write_text
+from linearize.results import Report
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 
 def provenance() -> dict[str, Any]:
     """Commit, device and versions."""
-    versions = {"python": platform.python_version()}
+    found = {"python": platform.python_version()}
     for name in ("torch", "triton", "transformers", "peft", "accelerate"):
         try:
-            versions[name] = version(name)
+            found[name] = version(name)
         except PackageNotFoundError:
             continue
     command = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return {"commit": commit or "unknown", "hardware": hardware(), "versions": versions}
+    return {"commit": commit or "unknown", "hardware": hardware(), "versions": found}
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
     """Write `results` as JSON that diffs well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(results, indent=1) + "\n")
+
+
+def measured(name: str) -> dict[str, Any] | None:
+    """The raw results called `name`; None where there are none yet."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def made_on(data: dict[str, Any]) -> str:
+    """Device, versions and commit of raw results."""
+    return f"{data['hardware']}, {versions(data['versions'])}, commit {data['commit']}"
+
+
+def report_made_on(report: Report) -> str:
+    """Device and versions of a run, and how much was measured."""
+    return f"{report.hardware}, {versions(report.versions)}; {report.eval_tokens:,} held-out tokens."
+
+
+def versions(of: dict[str, str]) -> str:
+    """Those that a reader asks for."""
+    return ", ".join(f"{name} {of[name]}" for name in ("torch", "transformers", "triton") if name in of)
