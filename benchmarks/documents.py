@@ -17,6 +17,7 @@ from benchmarks import documents_recovery as recovery
 from benchmarks import documents_speed as speed
 from benchmarks.results import RESULTS, versions
 from linearize.config import MixerConfig, MixerSettings
+from linearize.drawing import to_svg
 from linearize.evaluate.state_tracking import table as tracking_table
 from linearize.evaluate.tracker import Result, Settings
 from linearize.families import FAMILIES, Family
@@ -45,13 +46,16 @@ SKIPPED = {"__pycache__", "linearize.egg-info", "results", "images"}
 
 
 def main() -> None:
-    """Write every part, and the README's picture."""
+    """Write every part, and the pictures."""
     for page in PAGES:
         path = ROOT / page
         path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")
-    picture = ROOT / "docs" / "images" / "loss_by_position.svg"
-    picture.parent.mkdir(exist_ok=True)
-    picture.write_text(figures(read_report(RESULTS / "demo.json"))["loss_by_position"], encoding="utf-8")
+    images = ROOT / "docs" / "images"
+    images.mkdir(exist_ok=True)
+    pictures = {"loss_by_position": figures(read_report(RESULTS / "demo.json"))["loss_by_position"]}
+    pictures |= {name: to_svg(figure, name) for name, figure in recovery.pictures().items()}
+    for name, svg in pictures.items():
+        (images / f"{name}.svg").write_text(svg, encoding="utf-8")
 
 
 def rendered(page: str) -> str:
@@ -242,7 +246,12 @@ def _kind(option: dict[str, Any]) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "tree": tree,
     "demo": recovery.demo_table,
-    "default": recovery.default_table,
+    "claim": recovery.claim,
+    "three-layers": recovery.three_layers,
+    "recalled": recovery.recalled,
+    "tokens": recovery.tokens,
+    "state-size": recovery.state_size,
+    "changes": recovery.changes,
     "screening": recovery.screening,
     "recurrences": recovery.recurrences,
     "recovered": recovery.recovered,

@@ -1,10 +1,26 @@
 """Parts of the documents about what comes back and what the recurrence adds, made from raw results."""
 
 import json
+from typing import Any
 
-from benchmarks.results import RESULTS, made_on, report_made_on, versions
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.results import RESULTS, made_on, measured, report_made_on, versions
+from linearize import drawing
+from linearize.drawing import LABELS
+from linearize.evaluate.late_gap import closed, pooled
+from linearize.figures import recall
+from linearize.measures import Interval, LateGap, Suite
 from linearize.report import table, verdict
+from linearize.results import Report
 from linearize.results import read as read_report
+
+SEEDS = (0, 1)
+MILLIONS = (2, 5, 10, 20)
+SHARES = {"window-5M": 0.0, "quarter": 0.25, "half": 0.5, "default-5M": 1.0}  # of the layers that have a state
+ORDER = ("teacher", "window_only", "window_equal_memory", "converted", "recurrence_off", "window_off")
+BASELINES = ("window_only", "window_equal_memory")
 
 
 def demo_table() -> str:
@@ -13,10 +29,157 @@ def demo_table() -> str:
     return f"{table(report)}\n\n{verdict(report)}\n\n{report_made_on(report)}"
 
 
-def default_table() -> str:
-    """The default recipe's table and verdict."""
-    report = read_report(RESULTS / "default.json")
-    return f"{table(report)}\n\n{verdict(report)}\n\n{report_made_on(report)}"
+def claim() -> str:
+    """Late losses of the default recipe and its baselines by length, over both seeds, and the shares closed."""
+    reports = [_report(f"default-seed-{seed}") for seed in SEEDS]
+    gaps = [pooled(found) for found in zip(*(_suite(report).late for report in reports), strict=True)]
+    return "\n".join([*_by_length(gaps, LABELS), "", report_made_on(reports[0])])
+
+
+def recovered() -> str:
+    """The first column of `claim`."""
+    reports = [_report(f"default-seed-{seed}") for seed in SEEDS]
+    gap = pooled([_suite(report).late[0] for report in reports])
+    lines = [
+        "| model | late loss | closed of the gap of window only | of equal memory |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name in ORDER[:4]:
+        shares = [_interval(gap.closed[base]) if name == "converted" else "–" for base in BASELINES]
+        lines.append(f"| {LABELS[name]} | {np.mean(gap.losses[name]):.3f} | {' | '.join(shares)} |")
+    return "\n".join([*lines, "", report_made_on(reports[0])])
+
+
+def three_layers() -> str:
+    """With three layers left as softmax attention: beside the same three alone, and beside no full layer."""
+    report = _report("three-layers")
+    ours, plain = _suite(report).late, _suite(_report("default-seed-0")).late
+    names = {name: label if name == "teacher" else f"{label}, three full layers" for name, label in LABELS.items()}
+    cells = []
+    for gap, other in zip(ours, plain, strict=True):
+        found = closed(other.losses["window_only"], gap.losses["converted"], gap.losses["teacher"], gap.articles)
+        assert found is not None
+        assert gap.articles == other.articles
+        cells.append(_interval(found))
+    lines = [*_by_length(ours, names), f"| closed of the gap of window only, no full layer | {' | '.join(cells)} |"]
+    return "\n".join([*lines, "", report_made_on(report)])
+
+
+def _by_length(gaps: list[LateGap], names: dict[str, str]) -> list[str]:
+    lines = ["| | " + " | ".join(f"T = {gap.length:,}" for gap in gaps) + " |", "| --- |" + " ---: |" * len(gaps)]
+    texts = [f"{len(gap.articles)} ({len(set(gap.articles))})" for gap in gaps]
+    lines.append("| sequences (of articles) | " + " | ".join(texts) + " |")
+    for name in ORDER:
+        lines.append(f"| {names[name]} | " + " | ".join(f"{np.mean(gap.losses[name]):.4f}" for gap in gaps) + " |")
+    for base in BASELINES:
+        cells = " | ".join(_interval(gap.closed[base]) for gap in gaps)
+        lines.append(f"| closed of the gap of {names[base]} | {cells} |")
+    return lines
+
+
+def recalled() -> str:
+    """Answers found by distance, without a full layer and with three."""
+    found = {}
+    for kind, name in (("no full layer", "default-seed-0"), ("three full layers", "three-layers")):
+        for model, scores in _suite(_report(name)).recall.items():
+            if model in ORDER[:4]:
+                label = LABELS[model] if model == "teacher" else f"{LABELS[model]}, {kind}"
+                found[label] = {(score.task, score.distance): score for score in scores}
+    distances = sorted({distance for scores in found.values() for _, distance in scores})
+    lines = ["| task | model | " + " | ".join(f"{distance:,}" for distance in distances) + " |"]
+    lines.append("| --- | --- |" + " ---: |" * len(distances))
+    for task in ("needle", "multi_key", "lookup"):
+        for label, cells in found.items():
+            shares = " | ".join(f"{cells[task, distance].accuracy:.0%}" for distance in distances)
+            lines.append(f"| {task} | {label} | {shares} |")
+    trials = next(iter(next(iter(found.values())).values())).trials
+    return "\n".join([*lines, "", f"{trials} trials each; chance is 10 %."])
+
+
+def tokens() -> str:
+    """What more training tokens bring, and what a window of equal memory has by then."""
+    rows, data = _rows("scaling")
+    lines = ["| tokens | window only | window of 128 | default | closed of window only | closed of window of 128 |"]
+    lines.append("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    for millions in MILLIONS:
+        ours = rows[f"default-{millions}M"]
+        window, longer = (rows.get(f"{name}-{millions}M") for name in ("window", "window-128"))
+        losses = " | ".join(f"{row['late_loss']:.4f}" if row else "–" for row in (window, longer, ours))
+        shares = " | ".join(_interval(_closed(row, ours, data)) if row else "–" for row in (window, longer))
+        lines.append(f"| {millions} M | {losses} | {shares} |")
+    return "\n".join([*lines, "", f"Teacher {data['teacher']['late_loss']:.4f}. {made_on(data)}."])
+
+
+def state_size() -> str:
+    """What states in some of the layers bring."""
+    rows, data = _rows("scaling")
+    lines = ["| layers with a state | late loss | closed of window only | bytes of cache at 1,024 tokens |"]
+    lines.append("| ---: | ---: | ---: | ---: |")
+    for name, share in SHARES.items():
+        row = rows[name]
+        found = "–" if share == 0 else _interval(_closed(rows["window-5M"], row, data))
+        lines.append(f"| {share:.0%} | {row['late_loss']:.4f} | {found} | {row['cache_bytes']:,} |")
+    return "\n".join([*lines, "", f"{made_on(data)}."])
+
+
+def changes() -> str:
+    """Each row that differs from the default at 5 million tokens in one thing."""
+    rows, data = _rows("scaling")
+    base = rows["default-5M"]
+    lines = ["| row | change | late loss | worse than `default-5M` by, nats | of which parameters are new |"]
+    lines.append("| --- | --- | ---: | ---: | ---: |")
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["late_loss"]):
+        if name in SHARES or name.startswith(("default", "window")):
+            continue
+        own = ", ".join(f"`{setting}`" for setting in row["set"] if setting not in base["set"])
+        mean, error = _difference(row["late"]["1024"], base["late"]["1024"])
+        lines.append(
+            f"| {name} | {own} | {row['late_loss']:.4f} | {mean:+.4f} ± {error:.4f} | {row['new_parameters']:,} |"
+        )
+    return "\n".join([*lines, "", f"The error is one standard error over sequences. {made_on(data)}."])
+
+
+def pictures() -> dict[str, Figure]:
+    """How the share closed grows, and recall by distance."""
+    found = {"scaling": _scaling()}
+    for name, picture in (("default-seed-0", "recall"), ("three-layers", "recall_three_layers")):
+        figure = recall(_report(name))
+        assert figure is not None
+        found[picture] = figure
+    return found
+
+
+def _scaling() -> Figure:
+    rows, data = _rows("scaling")
+    figure, ends = drawing.canvas(drawing.WIDE, 3.0), []
+    ax = drawing.panel(figure, (0.06, 0.16, 0.36, 0.72), "Late gap closed, by training", "tokens", "")
+    ax.set_xscale("log")
+    for base, name, said in (
+        ("window", "window_only", "of window only"),
+        ("window-128", "window_equal_memory", "of equal memory"),
+    ):
+        have = [n for n in MILLIONS if f"{base}-{n}M" in rows]
+        shares = [_closed(rows[f"{base}-{n}M"], rows[f"default-{n}M"], data) for n in have]
+        _with_intervals(ax, [n * 1e6 for n in have], shares, name)
+        ends.append((shares[-1].value, said, name))
+    drawing.ticks(ax.xaxis, [n * 1e6 for n in MILLIONS], lambda value: f"{value / 1e6:.0f} M")
+    drawing.label_right(ax, ends)
+    ax = drawing.panel(figure, (0.64, 0.16, 0.33, 0.72), "By states, after 5 M tokens", "layers with a state", "")
+    measured_at = {name: share for name, share in SHARES.items() if share > 0}
+    shares = [_closed(rows["window-5M"], rows[name], data) for name in measured_at]
+    _with_intervals(ax, list(measured_at.values()), shares, "window_only")
+    ax.set_xlim(0, 1.05)
+    drawing.ticks(ax.xaxis, list(SHARES.values()), lambda value: f"{100 * value:.0f} %")
+    return figure
+
+
+def _with_intervals(ax: Any, x: list[float], shares: list[Interval], name: str) -> None:
+    values = np.array([share.value for share in shares])
+    below, above = values - [share.low for share in shares], [share.high for share in shares] - values
+    drawing.line(ax, np.array(x), values, name, marker="o")
+    ax.errorbar(x, values, yerr=[below, above], fmt="none", ecolor=drawing.COLORS[name], elinewidth=0.9, capsize=2)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    ax.set_ylim(0, 0.7)
 
 
 def screening() -> str:
@@ -39,6 +202,36 @@ def screening() -> str:
     lines.append(f"| teacher | – | {teacher['perplexity']:.2f} | {teacher['late_loss']:.4f} | – | – | – |")
     common = ", ".join(f"`{setting}`" for setting in data["common"])
     return "\n".join([*lines, "", f"All rows: {common}. {data['hardware']}, {versions(data['versions'])}."])
+
+
+def recurrences() -> str:
+    """Rows of different recurrences, against the window that was trained in the same way."""
+    data = json.loads((RESULTS / "recurrences.json").read_text(encoding="utf-8"))
+    rows = {name: row for name, row in data["rows"].items() if "late_loss" in row}
+    common = [
+        setting for setting in next(iter(rows.values()))["set"] if all(setting in r["set"] for r in rows.values())
+    ]
+    window, teacher = rows["window-full-3e-4"], data["teacher"]
+    base, best = window["late"]["1024"], teacher["late"]["1024"]
+    gap = sum(base) - sum(best)
+    lines = [
+        "| row | set | perplexity | late loss | recurrence off | of the gap of `window-full-3e-4` | new parameters |"
+    ]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, row in sorted(rows.items(), key=lambda item: -item[1]["late_loss"]):
+        gains = [len(base) * (b - x) / gap for b, x in zip(base, row["late"]["1024"], strict=True)]
+        mean = sum(gains) / len(gains)
+        error = (sum((g - mean) ** 2 for g in gains) / (len(gains) - 1) / len(gains)) ** 0.5
+        off = row.get("late_loss_recurrence_off")
+        own = ", ".join(f"`{setting}`" for setting in row["set"] if setting not in common)
+        new = row["new_parameters"] // (1 if "lora=null" in row["set"] else 2)  # PEFT keeps a copy of what it trains
+        lines.append(
+            f"| {name} | {own} | {row['perplexity']:.2f} | {row['late_loss']:.4f} | {f'{off:.4f}' if off else '–'} | "
+            f"{mean:+.1%} ± {error:.1%} | {new:,} |"
+        )
+    lines.append(f"| teacher | – | {teacher['perplexity']:.2f} | {teacher['late_loss']:.4f} | – | – | – |")
+    made = made_on(data)
+    return "\n".join([*lines, "", f"All rows: {', '.join(f'`{setting}`' for setting in common)}. {made}."])
 
 
 def selection() -> str:
@@ -75,47 +268,33 @@ def training_text() -> str:
     return "\n".join([*lines, "", f"Documents left out as held out: {refused}. Packages left out: {missing}."])
 
 
-def recurrences() -> str:
-    """Rows of different recurrences, against the window that was trained in the same way."""
-    data = json.loads((RESULTS / "recurrences.json").read_text(encoding="utf-8"))
-    rows = {name: row for name, row in data["rows"].items() if "late_loss" in row}
-    common = [
-        setting for setting in next(iter(rows.values()))["set"] if all(setting in r["set"] for r in rows.values())
-    ]
-    window, teacher = rows["window-full-3e-4"], data["teacher"]
-    base, best = window["late"]["1024"], teacher["late"]["1024"]
-    gap = sum(base) - sum(best)
-    lines = [
-        "| row | set | perplexity | late loss | recurrence off | of the gap of `window-full-3e-4` | new parameters |"
-    ]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    for name, row in sorted(rows.items(), key=lambda item: -item[1]["late_loss"]):
-        gains = [len(base) * (b - x) / gap for b, x in zip(base, row["late"]["1024"], strict=True)]
-        mean = sum(gains) / len(gains)
-        error = (sum((g - mean) ** 2 for g in gains) / (len(gains) - 1) / len(gains)) ** 0.5
-        off = row.get("late_loss_recurrence_off")
-        own = ", ".join(f"`{setting}`" for setting in row["set"] if setting not in common)
-        new = row["new_parameters"] // (1 if "lora=null" in row["set"] else 2)  # PEFT keeps a copy of what it trains
-        lines.append(
-            f"| {name} | {own} | {row['perplexity']:.2f} | {row['late_loss']:.4f} | {f'{off:.4f}' if off else '–'} | "
-            f"{mean:+.1%} ± {error:.1%} | {new:,} |"
-        )
-    lines.append(f"| teacher | – | {teacher['perplexity']:.2f} | {teacher['late_loss']:.4f} | – | – | – |")
-    made = made_on(data)
-    return "\n".join([*lines, "", f"All rows: {', '.join(f'`{setting}`' for setting in common)}. {made}."])
+def _rows(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    data = measured(name)
+    assert data is not None
+    return data["rows"], data
 
 
-def recovered() -> str:
-    """The default recipe's row among those of `recurrences`, the window it is to beat, and the teacher."""
-    data = json.loads((RESULTS / "recurrences.json").read_text(encoding="utf-8"))
-    rows = {
-        "teacher": data["teacher"],
-        "window only, all parameters trained": data["rows"]["window-full-3e-4"],
-        "the same with the delta rule (`gdn-full-3e-4`)": data["rows"]["gdn-full-3e-4"],
-        "the delta rule with data-dependent mixing (LoRA)": data["rows"]["gdn-dd"],
-    }
-    lines = ["| model | perplexity | loss, first 128 | late loss |", "| --- | ---: | ---: | ---: |"]
-    lines += [
-        f"| {n} | {r['perplexity']:.2f} | {r['early_loss']:.3f} | {r['late_loss']:.3f} |" for n, r in rows.items()
-    ]
-    return "\n".join([*lines, "", f"{data['hardware']}, {versions(data['versions'])}, commit {data['commit']}."])
+def _report(name: str) -> Report:
+    return read_report(RESULTS / f"{name}.json")
+
+
+def _suite(report: Report) -> Suite:
+    assert report.suite is not None
+    return report.suite
+
+
+def _closed(base: dict[str, Any], ours: dict[str, Any], data: dict[str, Any], length: str = "1024") -> Interval:
+    losses = [[row["late"][length]] for row in (base, ours, data["teacher"])]
+    found = closed(*losses, ours["articles"][length])
+    assert found is not None
+    return found
+
+
+def _difference(ours: list[float], base: list[float]) -> tuple[float, float]:
+    """The mean of ours - base, and its standard error over sequences."""
+    found = np.array(ours) - np.array(base)
+    return float(found.mean()), float(found.std(ddof=1) / len(found) ** 0.5)
+
+
+def _interval(found: Interval) -> str:
+    return f"{found.value:.0%} ({found.low:.0%} to {found.high:.0%})"
