@@ -50,8 +50,8 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton
     [
         (2, "distill 3 all default operations"),  # the teacher's layer, and the student's
         (2, "distill 4 lora default operations"),
-        (3, "align 3 lora default operations"),  # a norm, an MLP and a mixer
-        (3, "distill 3 lora lightning operations"),  # each mixer is another, and left out
+        (2, "align 3 lora default operations"),  # a norm and an MLP, the teacher's
+        (3, "distill 3 lora lightning operations"),  # the teacher's layer; each mixer is another, and left out
         pytest.param(2, "distill 2 lora default kernels", marks=interpreted),
         pytest.param(2, "distill 2 lora gla kernels", marks=interpreted),
     ],
