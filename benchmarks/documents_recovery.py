@@ -284,8 +284,8 @@ def _suite(report: Report) -> Suite:
 
 
 def _closed(base: dict[str, Any], ours: dict[str, Any], data: dict[str, Any], length: str = "1024") -> Interval:
-    losses = [[row["late"][length]] for row in (base, ours, data["teacher"])]
-    found = closed(*losses, ours["articles"][length])
+    baseline, mine, best = ([row["late"][length]] for row in (base, ours, data["teacher"]))
+    found = closed(baseline, mine, best, ours["articles"][length])
     assert found is not None
     return found
 
