@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearize.evaluate.ablation import ablations, recurrence_off, window_off
-from linearize.evaluate.decoding import decode_parity, decode_speed
+from linearize.evaluate.decoding import as_merged, decode_parity, decode_speed
 from linearize.evaluate.layers import layer_statistics
 from linearize.evaluate.perplexity import score, summarize
 from linearize.recipe import Recipe
@@ -51,7 +51,8 @@ def evaluate(
 
     speed, size = {}, {}
     for name, model in (("teacher", teacher), ("converted", ours)):
-        speed[name], size[name] = decode_speed(model, settings.contexts, settings.decode_tokens, name)
+        with as_merged(model):
+            speed[name], size[name] = decode_speed(model, settings.contexts, settings.decode_tokens, name)
     return Report(
         model=recipe.model,
         structure=", ".join(recipe.mixer.values("structure")),

@@ -1,0 +1,31 @@
+"""What decoding costs is measured on the model as it will be used: with its adapters merged."""
+
+import tiny
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from linearize import convert
+from linearize.checkpoint import unwrapped
+from linearize.decoding import why_not
+from linearize.evaluate.decoding import as_merged, decode_speed
+from linearize.recipe import LoraSettings
+from linearize.train.trainer import with_lora
+
+
+def test_speed_is_that_of_the_merged_model():
+    student = with_lora(convert(tiny.tiny(), window=4, mixing="data_dependent"), LoraSettings(r=2)).eval()
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model, ids = unwrapped(student), torch.randint(0, 50, (1, 12))
+    with torch.no_grad():
+        before = model(ids, use_cache=False).logits
+        with as_merged(model):
+            assert why_not(model) is None, "there is a decoder for it"
+            assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+            assert not torch.equal(model(ids, use_cache=False).logits, before), "its values are not the merged ones"
+            speed, size = decode_speed(model, (8, 16), 3)
+        assert "LoRA" in str(why_not(model))
+        assert torch.equal(model(ids, use_cache=False).logits, before)
+    assert min(speed.values()) > 0
+    assert size[8] == size[16]
