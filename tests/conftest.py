@@ -8,7 +8,6 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-os.environ["LINEARIZE_KERNELS"] = "all"
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it products count as not deterministic; read on first use
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; read when Triton is imported

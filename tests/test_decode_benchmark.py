@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks import decode, decode_checks, documents, prompt
+from benchmarks import decode, decode_checks, prompt, results
+from benchmarks import documents_speed as speed
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="sizes are for a CPU")
 
@@ -37,10 +38,10 @@ def test_rows_are_measured_once_and_told(run, monkeypatch, tmp_path, capsys):
     data["rows"] = [row | {"model": "Llama-3-8B"} for row in data["rows"]]
     data["rows"][2]["original"] = {form: {"seconds": [], "error": "out of memory"} for form in ("static", "unmasked")}
     (tmp_path / "decode_h100.json").write_text(json.dumps(data))
-    monkeypatch.setattr(documents, "RESULTS", tmp_path)
-    assert documents.decoding().count("| Llama-3-8B | ") == 3
-    assert "out of memory" in documents.decoding()
-    assert documents.generation().count(" GB |") == 3  # of two lengths, one of them too long for the original
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert speed.decoding().count("| Llama-3-8B | ") == 3
+    assert "out of memory" in speed.decoding()
+    assert speed.generation().count(" GB |") == 3  # of two lengths, one of them too long for the original
 
 
 def test_a_file_is_of_one_structure(run):
@@ -80,5 +81,5 @@ def test_a_prompt_in_chunks(monkeypatch, tmp_path):
     assert len({row["cache_bytes"] for row in data["rows"]}) == 1
     assert data["finite"]
     assert max(data["other_chunks"]) < 0.05  # bf16
-    monkeypatch.setattr(documents, "RESULTS", tmp_path)
-    assert documents.long_prompt().count("\n| ") == 5  # 64, 128, 256, 300 and the line below the names
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert speed.long_prompt().count("\n| ") == 5  # 64, 128, 256, 300 and the line below the names

@@ -312,12 +312,12 @@ def test_value_channels_of_several_programs(block, run, monkeypatch):
 
 @pytest.mark.skipif(not TRITON, reason="triton is not installed")
 def test_the_window_is_a_kernel_where_the_recurrence_is_not(monkeypatch):
-    """As where the whole layer's is not proven."""
+    """As under a root mean square over heads that no program has whole."""
     asked = []
 
     def why_not(heads, settings, *_):
         asked.append(settings.gate)
-        return None if settings.gate == "none" else "it is not proven"
+        return None if settings.gate == "none" else "heads are large"
 
     monkeypatch.setattr(step, "why_not_fused", why_not)
     fixed = settings("gated_deltanet", feature_map="linear")
@@ -326,21 +326,23 @@ def test_the_window_is_a_kernel_where_the_recurrence_is_not(monkeypatch):
 
 
 @pytest.mark.skipif(not TRITON, reason="triton is not installed")
-def test_what_was_never_on_a_gpu_waits(monkeypatch):
-    given, more = inputs(1), beyond(1)
-    _, held = nothing(2, 2, 16, settings(), 3)
-    cases = [("gla", step.NOTHING), ("none", step.NOTHING), ("gated_deltanet", step.NOTHING), ("gla", at(more, 0))]
-
-    class OnGPU:
-        shape, dtype, device, is_cuda = given[0][:, 0].shape, torch.float32, "cuda", True
-
+def test_what_the_kernel_lacks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.delenv("LINEARIZE_KERNELS")
-    reasons = [step.why_not_fused(OnGPU(), settings(gate), None, held, beyond) for gate, beyond in cases]
-    assert [reason and "delta_step" in reason for reason in reasons] == [None, None, True, True]
-    monkeypatch.setenv("LINEARIZE_KERNELS", "all")
-    assert not any(step.why_not_fused(OnGPU(), settings(gate), None, held, beyond) for gate, beyond in cases)
+
+    def reason(D, beyond=step.NOTHING, dtype=torch.float32, **kwargs):
+        class OnGPU:
+            shape = (2, 8, D)
+            device, is_cuda = torch.device("cuda"), True
+
+        OnGPU.dtype = dtype
+        fixed = settings("gated_deltanet", D, **kwargs)
+        return step.why_not_fused(OnGPU(), fixed, None, nothing(2, 2, D, fixed, 3)[1], beyond)
+
+    more = at(beyond(1), 0)
+    assert reason(16) is reason(16, more) is reason(256) is None
+    assert "a root mean square over 256 channels" in reason(256, more)
+    assert "a window of 129" in reason(16, window=129)
+    assert "torch.float16 and a cache in torch.float32" in reason(16, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -1,6 +1,5 @@
 """What decides between Triton kernels and PyTorch."""
 
-import os
 import warnings
 from functools import cache
 from importlib.util import find_spec
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)  # what kernels are for; in fp32 they are for the interpreter
-UNPROVEN = ("delta_step", "flow", "window")  # right in Triton's interpreter, and never compared with anything on a GPU
 
 
 def no_device(x: Tensor) -> str | None:
@@ -26,14 +24,6 @@ def _too_little(device: torch.device) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "the device is older than compute capability 8.0"
     return None
-
-
-@torch.compiler.assume_constant_result
-def unproven(kernels: str) -> str | None:
-    """Why a GPU does not run these kernels by itself; None where it does, or is told to."""
-    if kernels not in UNPROVEN or not torch.cuda.is_available() or os.environ.get("LINEARIZE_KERNELS") == "all":
-        return None
-    return f"its kernels ({kernels}) were never tested on a GPU; LINEARIZE_KERNELS=all in the environment runs them"
 
 
 def kernel_dtype(x: Tensor) -> torch.dtype | None:

@@ -14,7 +14,6 @@ from linearize.ops import liger_flow_triton as flows
 from linearize.ops import liger_forward_triton as kernels
 from linearize.ops import liger_steep_triton as steep
 from linearize.ops import liger_window_triton as windows
-from linearize.ops.dispatch import unproven
 from linearize.ops.liger import Rope, Settings, no_state
 
 CHUNK = 64
@@ -226,8 +225,8 @@ def window(call: Call, output: Tensor, lse: Tensor | None = None) -> None:
     )  # fmt: skip
 
 
-def flow(call: Call, initial: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and final state, without what a backward pass needs."""
+def run(call: Call, initial: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and final state, where there is no backward pass: nothing that one needs is written."""
     B, T, H, D = call.q.shape
     told, gate = call.heads() | {"PACKED": call.packed}, (call.rate, call.lower)
     output, totals = torch.empty_like(call.q), initial.new_empty(call.pairs, call.chunks, D)
@@ -373,8 +372,3 @@ def call_of(
         gate=settings.gate, feature_map=settings.feature_map, packed=first is not None,
     )  # fmt: skip
     return call, initial
-
-
-def run(call: Call, initial: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and final state, where there is no backward pass."""
-    return forward(call, initial)[:2] if unproven("flow") else flow(call, initial)

@@ -5,14 +5,13 @@ The equations are those of `ops.liger`, one token at a time, the delta rule's am
 value or makes a tensor of varying size, so that a CUDA graph can hold it.
 """
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linearize.ops.dispatch import may_look, unproven
+from linearize.ops.dispatch import may_look, no_device
 from linearize.ops.liger import DELTA, FEATURES, GATES, Rope, Settings, warn_once, wide
 from linearize.ops.local import Past
 
@@ -81,12 +80,6 @@ def why_not_fused(
     """What the kernel lacks for these inputs; None if nothing."""
     D = heads.shape[-1]
     R = 0 if rope is None else rope[0].shape[-1]
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    if not heads.is_cuda:
-        return "the tensors are not on a CUDA device"
-    if torch.version.hip is None and torch.cuda.get_device_capability(heads.device) < (8, 0):
-        return "the device is older than compute capability 8.0"
     unsupported = {
         f"a window of {settings.window}": settings.window > WIDEST,
         f"head size {D}": D > 256,
@@ -95,9 +88,7 @@ def why_not_fused(
         f"{heads.dtype} and a cache in {held.keys.dtype}": heads.dtype != held.keys.dtype,
     }
     reasons = [name for name, true in unsupported.items() if true]
-    if not reasons and (settings.gate in DELTA or any(x is not None for x in beyond)):
-        return unproven("delta_step")
-    return f"no kernel for {', '.join(reasons)}" if reasons else None
+    return no_device(heads) or (f"no kernel for {', '.join(reasons)}" if reasons else None)
 
 
 def step(
