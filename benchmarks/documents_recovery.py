@@ -126,7 +126,7 @@ def changes() -> str:
     """Each row that differs from the default at 5 million tokens in one thing."""
     rows, data = _rows("scaling")
     base = rows["default-5M"]
-    lines = ["| row | change | late loss | worse than `default-5M` by, nats | of which parameters are new |"]
+    lines = ["| row | change | late loss | worse than `default-5M` by, nats | new parameters |"]
     lines.append("| --- | --- | ---: | ---: | ---: |")
     for name, row in sorted(rows.items(), key=lambda item: item[1]["late_loss"]):
         if name in SHARES or name.startswith(("default", "window")):
