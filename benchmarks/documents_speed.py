@@ -168,7 +168,11 @@ def _training_goals(rows: list[dict[str, Any]], length: int) -> Iterator[tuple[s
         return
     ours, window, original = (sides[name] for name in ("default", "window only", "original attention"))
     faster, least = _students(original) / _students(ours), 1 if length < 32768 else 4
-    yield f"{length:,} tokens: the student's part {least}.0 times the original attention's speed", f"{faster:.2f}", faster >= least
+    yield (
+        f"{length:,} tokens: the student's part {least}.0 times the original attention's speed",
+        f"{faster:.2f}",
+        faster >= least,
+    )
     if length < 32768:
         share = _speed(ours) / _speed(window)
         yield f"{length:,} tokens: 0.9 of the tokens/s of the window alone", f"{share:.2f}", share >= 0.9
