@@ -260,7 +260,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "training-text": recovery.training_text,
     "operators": speed.operators,
     "kernels": speed.kernels,
-    "decoding": speed.decoding,
+    "errors": speed.errors,
+    "delta-times": speed.delta_times,
+    "decoding": partial(speed.decoding, "decode_h100"),
+    "decoding-default": partial(speed.decoding, "decode_default_h100"),
     "decoding-at-16k": speed.decoding_at_16k,
     "generation": speed.generation,
     "decoding-cpu": speed.decoding_cpu,
@@ -275,6 +278,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "state-tracking-settings": tracking_settings,
     "state-tracking-cpu": partial(tracking, "state-tracking-cpu"),
     "state-tracking": partial(tracking, "state-tracking"),
+    "state-tracking-arithmetic": partial(tracking, "state-tracking-arithmetic"),
 }
 
 

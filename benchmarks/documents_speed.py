@@ -2,11 +2,13 @@
 
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.decode import SHAPES, fastest, floor, ratio
 from benchmarks.operators import median
 from benchmarks.results import RESULTS, made_on, measured, versions
+from linearize.ops.liger import DELTA
 
 
 def operators() -> str:
@@ -61,38 +63,126 @@ def _milliseconds(row: dict[str, Any] | None, base: dict[str, Any] | None = None
     return f"{1000 * ours:.2f}" + (f" ({median(base['seconds']) / ours:.1f}×)" if base else "")
 
 
-TRAINED = {  # how a step was run, by the file with what was measured then
-    "train_eager_h100": "operation by operation",
-    "train_graph_h100": "one CUDA graph",
-    "train_h100": "one CUDA graph, whole layers compiled",
+ERRORS = {  # columns, and whose worst errors stand in them; where there are several, a slash parts them
+    "forward": (("output",), ("state",)),
+    "gradients": (
+        ("dq", "dk", "dv"),
+        ("dmixing", "dlog_g", "dbeta"),
+        ("dstate",),
+    ),
 }
+SIZES = (64, 128)
+
+
+def errors() -> str:
+    """The kernels against float64 on a GPU: the worst relative errors by inputs and head size."""
+    found = [measured(name) for name in ("errors_forward_h100", "errors_h100", "delta_h100", "decode_smoke_h100")]
+    if None in found:
+        return "Not measured yet."
+    forward, fused, alone, step = (data for data in found if data is not None)
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in [*forward["rows"], *fused["rows"]]:
+        rule = "Liger Attention, delta rule" if row["gate"] in DELTA else "Liger Attention, decay"
+        groups.setdefault((rule, f"{row['T']:,} tokens" if row["T"] > 1000 else row["kind"]), []).append(row)
+    for row in alone["errors"]:
+        groups.setdefault(("delta rule, any gates", row["kind"]), []).append(row)
+    lines = ["| kernels | inputs | " + " | ".join(f"{what}, D = {D}" for what in ERRORS for D in SIZES) + " |"]
+    lines.append("| --- | --- |" + " ---: |" * len(ERRORS) * len(SIZES))
+    for (rule, kind), rows in groups.items():
+        cells = [_worst([row for row in rows if row["D"] == D], names) for names in ERRORS.values() for D in SIZES]
+        lines.append(f"| {rule} | {kind} | {' | '.join(cells)} |")
+    steps = [1000 * max(error for name, error in step["found"].items() if f" D={D} " in name) for D in SIZES]
+    lines.append(f"| decoding step, every gate | ten steps | {' | '.join(f'{x:.1f}' for x in steps)} | – | – |")
+    gates = {
+        side: sorted({row["gate"] for row in [*forward["rows"], *fused["rows"]] if row["backward"] == back})
+        for side, back in (("without a backward pass", False), ("with one", True))
+    }
+    said = "; ".join(f"{side} {', '.join(f'`{gate}`' for gate in names)}" for side, names in gates.items())
+    commits = ", ".join(dict.fromkeys(data["commit"] for data in (forward, fused, alone, step)))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Thousandths of the norm, the worst of all gates: {said}. {fused['hardware']}, "
+            f"{versions(fused['versions'])}, commits {commits}.",
+        ]
+    )
+
+
+def _worst(rows: list[dict[str, Any]], names: tuple[tuple[str, ...], ...]) -> str:
+    """In thousandths."""
+    found = [[row[name] for row in rows for name in some if name in row] for some in names]
+    return " / ".join(f"{1000 * max(some):.1f}" for some in found) if all(found) else "–"
+
+
+def delta_times() -> str:
+    """Milliseconds of the delta rule of one layer in training, by its kernels and by PyTorch's chunks."""
+    if (data := measured("delta_h100")) is None:
+        return "Not measured yet."
+    rows = [row for row in data["times"] if "error" not in row]
+    times = {(row["D"], row["backward"], row["operator"]): 1000 * median(row["seconds"]) for row in rows}
+    lines = ["| B × T, D | pass | PyTorch's chunks | kernels |", "| --- | --- | ---: | ---: |"]
+    for row in (row for row in rows if row["operator"] == "kernels"):
+        ours, theirs = (times[row["D"], row["backward"], name] for name in ("kernels", "chunked"))
+        lines.append(
+            f"| {row['B']} × {row['T']:,}, {row['D']} | {'forward + backward' if row['backward'] else 'forward'} | "
+            f"{theirs:.3f} | {ours:.3f} ({theirs / ours:.1f}×) |"
+        )
+    return "\n".join([*lines, "", f"Milliseconds, median; {made_on(data)}."])
 
 
 def training() -> str:
-    """Tokens per second of distillation: as it was, with steps as CUDA graphs, with whole layers compiled as well."""
-    lines = [
-        "| student | steps | batch × T | tokens/s | GPU idle | peak, GiB |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
-    commits = []
-    for name, kind in TRAINED.items():
-        if (found := measured(name)) is None:
-            continue
-        data = found
-        commits.append(f"{kind}: commit {data['commit']}")
-        for row in (row for row in data["rows"] if "error" not in row):
-            speed = row["batch"] * row["length"] / median(row["seconds"])
-            lines.append(
-                f"| {row['side']} | {kind} | {row['batch']} × {row['length']:,} | {speed:,.0f} | {row['idle']:.0%} | "
-                f"{row['peak_bytes'] / 2**30:.1f} |"
-            )
-    made = f"{data['hardware']}, {versions(data['versions'])}"
-    return "\n".join([*lines, "", f"`python -m benchmarks.train`, medians; {made}; {'; '.join(commits)}."])
+    """Distillation: tokens per second, beside the window alone and the original attention, and the goals."""
+    if (data := measured("train_h100")) is None:
+        return "Not measured yet."
+    lines = ["| student | batch × T | step, ms | teacher's forward | tokens/s | GPU idle | peak, GiB |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    rows = [row for row in data["rows"] if "error" not in row]
+    for row in rows:
+        lines.append(
+            f"| {row['side']} | {row['batch']} × {row['length']:,} | {1000 * median(row['seconds']):.1f} | "
+            f"{1000 * median(row['teacher_seconds']):.1f} | {_speed(row):,.0f} | {row['idle']:.1%} | "
+            f"{row['peak_bytes'] / 2**30:.1f} |"
+        )
+    lines += ["", "| goal of the default recipe | reached | met |", "| --- | ---: | :-: |"]
+    goals = [goal for length in (2048, 32768) for goal in _training_goals(rows, length)]
+    lines += [f"| {goal} | {reached} | {'✓' if met else '–'} |" for goal, reached, met in goals]
+    return "\n".join([*lines, "", f"`python -m benchmarks.train`, medians; {made_on(data)}."])
 
 
-def decoding() -> str:
-    """A step's milliseconds, converted and as it was, beside the floor and the goal."""
-    if (data := measured("decode_h100")) is None:
+def _speed(row: dict[str, Any]) -> float:
+    """Tokens per second."""
+    return row["batch"] * row["length"] / median(row["seconds"])
+
+
+def _students(row: dict[str, Any]) -> float:
+    """The student's part of a step: all but the teacher's forward pass."""
+    return median(row["seconds"]) - median(row["teacher_seconds"])
+
+
+def _training_goals(rows: list[dict[str, Any]], length: int) -> Iterator[tuple[str, str, bool]]:
+    """Each goal, what was reached, and whether that is enough."""
+    sides = {row["side"]: row for row in rows if row["length"] == length}
+    if not {"default", "window only", "original attention"} <= sides.keys():
+        yield f"{length:,} tokens: all of it", "not measured", False
+        return
+    ours, window, original = (sides[name] for name in ("default", "window only", "original attention"))
+    faster, least = _students(original) / _students(ours), 1 if length < 32768 else 4
+    yield (
+        f"{length:,} tokens: the student's part {least}.0 times the original attention's speed",
+        f"{faster:.2f}",
+        faster >= least,
+    )
+    if length < 32768:
+        share = _speed(ours) / _speed(window)
+        yield f"{length:,} tokens: 0.9 of the tokens/s of the window alone", f"{share:.2f}", share >= 0.9
+        yield f"{length:,} tokens: 150,000 tokens/s", f"{_speed(ours):,.0f}", _speed(ours) >= 150_000
+    yield f"{length:,} tokens: GPU idle for less than 10 % of a step", f"{ours['idle']:.1%}", ours["idle"] < 0.1
+
+
+def decoding(name: str) -> str:
+    """A step's milliseconds, converted and as it was, beside the floor and the goal, of the results called `name`."""
+    if (data := measured(name)) is None:
         return "Not measured yet."
     lines = ["| model | batch | context | floor | linearized | original | its GB/s | faster | goal | met |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | :-: |")
@@ -106,8 +196,8 @@ def decoding() -> str:
 
 def decoding_at_16k() -> str:
     """The rows of `decoding` with 16 sequences of 16,384 tokens."""
-    rows = [line for line in decoding().splitlines() if " | 16 | 16,384 | " in line]
-    return "\n".join([*decoding().splitlines()[:2], *rows, "", decoding().splitlines()[-1]])
+    lines = decoding("decode_h100").splitlines()
+    return "\n".join([*lines[:2], *(line for line in lines if " | 16 | 16,384 | " in line), "", lines[-1]])
 
 
 def _decoding_row(row: dict[str, Any], copy: float) -> str:

@@ -34,7 +34,7 @@ from benchmarks.results import provenance, write
 from linearize.assets import TEXTS, asset_file, cache_folder, resolve_model
 from linearize.errors import LinearizeError
 from linearize.files import check_writable, sha256, write_bytes
-from linearize.train.data import _leads_of_others, load_documents, tokenize
+from linearize.train.data import leads_of_others, load_documents, tokenize
 
 SHORTEST = 400  # characters of a document
 PARAGRAPH = 40  # characters of a paragraph; shorter ones are mostly labels and links
@@ -162,7 +162,7 @@ def leads(heldout: Sequence[str]) -> Iterator[str]:
     """First paragraphs of encyclopedia articles under their titles, of none of the held-out ones."""
     found = json.loads(asset_file(TEXTS["wiki leads"]).read_text(encoding="utf-8")).values()
     titles = {lead["extract"]: lead["title"] for lead in found}
-    for extract in _leads_of_others(found, list(heldout)):
+    for extract in leads_of_others(found, list(heldout)):
         yield f"{titles[extract]}\n\n{extract}"
 
 

@@ -39,8 +39,8 @@ def test_rows_are_measured_once_and_told(run, monkeypatch, tmp_path, capsys):
     data["rows"][2]["original"] = {form: {"seconds": [], "error": "out of memory"} for form in ("static", "unmasked")}
     (tmp_path / "decode_h100.json").write_text(json.dumps(data))
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    assert speed.decoding().count("| Llama-3-8B | ") == 3
-    assert "out of memory" in speed.decoding()
+    assert speed.decoding("decode_h100").count("| Llama-3-8B | ") == 3
+    assert "out of memory" in speed.decoding("decode_h100")
     assert speed.generation().count(" GB |") == 3  # of two lengths, one of them too long for the original
 
 

@@ -213,7 +213,7 @@ def test_leads_of_heldout_articles_are_left_out():
         "Astronomy": "Kept: another word.",
     }
     rows = [{"title": title, "extract": extract} for title, extract in leads.items()]
-    kept = data._leads_of_others(rows, articles)
+    kept = data.leads_of_others(rows, articles)
     assert [text.split(":")[0] for text in kept] == ["Kept"] * 4
 
 

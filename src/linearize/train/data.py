@@ -261,7 +261,7 @@ def _wiki(split: str) -> list[str]:
     if split == "heldout":
         return heldout
     leads = json.loads(asset_file(TEXTS["wiki leads"]).read_text(encoding="utf-8"))
-    return training + _leads_of_others(leads.values(), heldout)
+    return training + leads_of_others(leads.values(), heldout)
 
 
 def _articles() -> list[str]:
@@ -270,7 +270,7 @@ def _articles() -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def _leads_of_others(leads: Iterable[dict[str, str]], articles: list[str]) -> list[str]:
+def leads_of_others(leads: Iterable[dict[str, str]], articles: list[str]) -> list[str]:
     """The first paragraphs that are of none of `articles`, which bear no titles; in doubt one is left out.
 
     An article's subject is its words before the first verb or bracket ("Andre Kirk Agassi ("). A title matches if,
