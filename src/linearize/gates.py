@@ -12,9 +12,11 @@ RANK = 16  # of learned maps from the layer's input: few parameters beside the p
 
 
 def few_outputs(x: Tensor, weight: Tensor) -> Tensor:
-    """`F.linear`, by a multiple of eight outputs: of other numbers, in half the precision, GPUs make none of their fast
-    products."""
+    """`F.linear`; on a GPU by a multiple of eight outputs: of other numbers, in half the precision, GPUs make none of
+    their fast products."""
     outputs = len(weight)
+    if not x.is_cuda:
+        return F.linear(x, weight)
     return F.linear(x, F.pad(weight, (0, 0, 0, -outputs % 8)))[..., :outputs]
 
 
