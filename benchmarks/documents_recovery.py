@@ -236,10 +236,8 @@ def recurrences() -> str:
 
 def selection() -> str:
     """What the layers that each selector chose can do, left full in an untrained conversion."""
-    path = RESULTS / "selection.json"
-    if not path.exists():
+    if (data := measured("selection")) is None:
         return "Not measured yet."
-    data = json.loads(path.read_text(encoding="utf-8"))
     window, teacher = data["rows"]["window"], data["rows"]["teacher"]
     lines = ["| layers by | full layers | late loss | late gap closed | needles found | log-probability | seconds |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
@@ -256,10 +254,8 @@ def selection() -> str:
 
 def training_text() -> str:
     """What the rebuilt training text is made of."""
-    path = RESULTS / "training_text.json"
-    if not path.exists():
+    if (data := measured("training_text")) is None:
         return "Not made yet."
-    data = json.loads(path.read_text(encoding="utf-8"))
     lines = ["| source | documents | characters | tokens |", "| --- | ---: | ---: | ---: |"]
     for name, row in (*data["sources"].items(), ("in all", data["total"])):
         lines.append(f"| {name} | {row['documents']:,} | {row['characters']:,} | {row['tokens']:,} |")
