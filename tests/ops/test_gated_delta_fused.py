@@ -13,24 +13,11 @@ from linearize.ops.gated_delta import fused, gated_delta, reference
 
 pytest.importorskip("triton", reason="the kernels are Triton's")
 GPU = torch.cuda.is_available()
-if not GPU:
-    import interpreted
 
 needs_interpreter = pytest.mark.skipif(GPU, reason="Triton's interpreter is for machines without a GPU")
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 DEVICE = "cuda" if GPU else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def _checked():
-    """What is allocated and not written is NaN; in the interpreter, launches are checked too."""
-    if not GPU:
-        with interpreted.checked():
-            yield
-    else:
-        torch.use_deterministic_algorithms(True, warn_only=GPU)
-        yield
-        torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("checked_kernels")
 
 
 def inputs(T: int, B: int = 1, KV: int = 1, groups: int = 2, D: int = 16, correlation: float = 0.0) -> list[Tensor]:

@@ -20,26 +20,13 @@ from linearize.structures.base import Layer
 
 GPU = torch.cuda.is_available()
 TRITON = find_spec("triton") is not None
-if TRITON and not GPU:
-    import interpreted
 
 needs_triton = pytest.mark.skipif(not TRITON, reason="triton is not installed")
 needs_interpreter = pytest.mark.skipif(GPU or not TRITON, reason="Triton's interpreter is for machines without a GPU")
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 DEVICE = "cuda" if GPU else "cpu"
+pytestmark = pytest.mark.usefixtures("checked_kernels")
 ALL = [*liger.GATES, *liger.DELTA]
-
-
-@pytest.fixture(autouse=True)
-def _checked():
-    """What is allocated and not written is NaN; in the interpreter, launches are checked too."""
-    if not GPU and TRITON:
-        with interpreted.checked():
-            yield
-    else:
-        torch.use_deterministic_algorithms(True, warn_only=GPU)
-        yield
-        torch.use_deterministic_algorithms(False)
 
 
 def settings(gate: str = "gla", D: int = 16, **kwargs) -> Settings:
