@@ -31,7 +31,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Sta
 from benchmarks.kernels import copy_speed, times
 from benchmarks.results import provenance, write
 from linearize import convert, revert
+from linearize.config import MixerSettings
 from linearize.decoding import Decoder
+from linearize.inspect import recurrent_bytes
 from linearize.recipe import read
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -64,6 +66,7 @@ REST = (
     *((16, context) for context in (1024, 2048, 4096, 8192, 32768, 65536)),  # the paper's batch
     *((batch, context) for batch in BATCHES for context in CONTEXTS if batch != 16),
 )
+COMPILED = {"none": (), "telling": TELLING[:2], "all": (*TELLING, *REST)}
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 
@@ -81,7 +84,9 @@ def main() -> None:
     parser.add_argument("--prompt", action="store_true", help="read a prompt of a million tokens in chunks")
     parser.add_argument("--tokens", type=int, default=2**20, help="of that prompt")
     parser.add_argument("--tune", action="store_true", help="time the step's kernel with other launch settings")
-    parser.add_argument("--no-compile", action="store_true", help="leave the compiled form of the original out")
+    parser.add_argument(
+        "--compile", choices=COMPILED, default="telling", help="where the original is timed in its compiled form, too"
+    )
     arguments = parser.parse_args()
     stop = time.perf_counter() + arguments.seconds
     torch.manual_seed(0)
@@ -121,9 +126,11 @@ def key_value_bytes(config: Any, tokens: int) -> int:
     return 4 * tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
 
-def state_bytes(config: Any) -> int:
-    """Of one row's states in fp32."""
-    return 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim**2
+def state_bytes(config: Any, settings: dict[str, Any]) -> int:
+    """Of one row's states."""
+    mixer = MixerSettings(settings)
+    layers = [mixer.layer(index, config.num_hidden_layers) for index in range(config.num_hidden_layers)]
+    return sum(recurrent_bytes(layer, config.num_key_value_heads, config.head_dim) for layer in layers)
 
 
 def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -191,13 +198,14 @@ def compare(out: Path, names: list[str], stop: float, arguments: argparse.Namesp
             start = time.perf_counter()
             model = random_model(name)
             print(f"{name}: made in {time.perf_counter() - start:.1f} s", flush=True)
-            ours = converted_steps(model, CONVERTED[arguments.structure], todo, stop)
+            settings = CONVERTED[arguments.structure]
+            ours = converted_steps(model, settings, todo, stop)
             for batch, context in todo:
                 if time.perf_counter() > stop or (batch, context) not in ours:
                     print(f"no time for {name}, batch {batch}, context {context}", flush=True)
                     continue
-                compiled = not arguments.no_compile and (batch, context) in TELLING[:2]
-                row = {"model": name, "batch": batch, "context": context, **sizes(model, batch, context)}
+                compiled = (batch, context) in COMPILED[arguments.compile]
+                row = {"model": name, "batch": batch, "context": context, **sizes(model, settings, batch, context)}
                 row["linearized"] = ours[batch, context]
                 row["original"] = original_steps(model, batch, context, compiled)
                 rows.append(row)
@@ -208,7 +216,7 @@ def compare(out: Path, names: list[str], stop: float, arguments: argparse.Namesp
     print("done" if time.perf_counter() < stop else "time is up; the same command goes on from here")
 
 
-def sizes(model: PreTrainedModel, batch: int, context: int) -> dict[str, int]:
+def sizes(model: PreTrainedModel, settings: dict[str, Any], batch: int, context: int) -> dict[str, int]:
     """Bytes: of weights, all and those read, of keys and values over the context and over the window, and of states."""
     config = model.config
     return {
@@ -216,7 +224,7 @@ def sizes(model: PreTrainedModel, batch: int, context: int) -> dict[str, int]:
         "weights_read": weight_bytes(model, read=True),
         "key_value": batch * key_value_bytes(config, context),
         "window": batch * key_value_bytes(config, 64 + 4),
-        "states": batch * state_bytes(config),
+        "states": batch * state_bytes(config, settings),
     }
 
 

@@ -21,7 +21,9 @@ def run(monkeypatch, tmp_path):
 
     def command(*arguments: str, name: str = "decode_h100") -> dict:
         out = tmp_path / f"{name}.json"
-        monkeypatch.setattr(sys, "argv", ["decode", "--model", "tiny", "--no-compile", "--out", str(out), *arguments])
+        monkeypatch.setattr(
+            sys, "argv", ["decode", "--model", "tiny", "--compile", "none", "--out", str(out), *arguments]
+        )
         decode.main()
         return json.loads(out.read_text())
 

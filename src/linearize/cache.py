@@ -14,9 +14,9 @@ _TENSORS = (*_WINDOW, "state", "recent", "late_keys", "late_gates")
 
 
 class Memory(NamedTuple):
-    """What a recurrence carries to the next token, in fp32; keys and gates wait where it runs behind the window."""
+    """What a recurrence carries to the next token; keys and gates wait where it runs behind the window."""
 
-    state: Tensor
+    state: Tensor  # in fp32, or in a cache as its layer's state_dtype says
     recent: Tensor | None = None  # [B, size - 1, 2 KV, D]: the last keys and values, for a short convolution
     late_keys: Tensor | None = None  # [B, W, KV, K]: of the tokens in the window, oldest first
     late_gates: Tensor | None = None  # [B, W, KV, K or 1]

@@ -30,8 +30,9 @@ class MixerConfig(BaseModel):
         "softmax", description="weights of the window; softplus_reweighted is LSSAR's"
     )
     score_power: int = Field(3, ge=1, description="the power of softplus_reweighted; the paper has 3 and 15")
-    feature_map: Literal["softmax", "hedgehog", "linear", "l2", "relu", "elu", "none"] = Field(
-        "softmax", description="of q and k in the recurrence, over the head size; hedgehog and linear are learned"
+    feature_map: Literal["softmax", "hedgehog", "linear", "quadratic", "l2", "relu", "elu", "none"] = Field(
+        "softmax",
+        description="of q and k in the recurrence, over the head size; hedgehog, linear and quadratic are learned",
     )
     readout: Literal["none", "rms", "denominator", "gated"] = Field(
         "none",
@@ -50,6 +51,9 @@ class MixerConfig(BaseModel):
         "paper", description="of lightning's fixed decays, by head and layer"
     )
     negative_eigenvalues: bool = Field(False, description="of the delta rule's transition: beta in [0, 2]")
+    state_dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="in which a cache keeps states; they are read, changed and trained in float32"
+    )
     convolution: int | None = Field(
         None, ge=2, description="tokens of a short causal convolution over the recurrence's k and v; null: none"
     )

@@ -17,11 +17,11 @@ from linearize.files import MARKER
 from linearize.results import byte_size
 from linearize.structures import STRUCTURES
 
-CACHE_DTYPE_BYTES = 2  # keys and values are kept in bf16 where memory matters; states always in fp32
+CACHE_DTYPE_BYTES = 2  # keys and values are kept in bf16 where memory matters; states as state_dtype says
 
 
 class Memory(NamedTuple):
-    """Bytes of cache in one layer, keys and values in bf16 and states in fp32."""
+    """Bytes of cache in one layer, keys and values in bf16 and states in their state_dtype."""
 
     per_token: int  # what each further token adds
     window: int  # keys and values of window and sinks, which a sequence keeps however long it is
@@ -110,9 +110,9 @@ def show(name: str, contexts: list[int]) -> None:
         span = str(first) if first == last else f"{first}-{last}"
         table.add_row(span, name, f"{new.per_token:,}", f"{old.per_token:,}", f"{new.window:,}", f"{new.states:,}")
     console.print(table)
-    table = Table(
-        "context", "cache", "original", "ratio", title="one sequence; keys and values in bf16, states in fp32"
-    )
+    dtypes = dict.fromkeys(mixer.config.state_dtype for mixer in mixers(model) if mixer.config.structure != "none")
+    title = ", ".join(["one sequence; keys and values in bf16", *(f"states in {dtype}" for dtype in dtypes)])
+    table = Table("context", "cache", "original", "ratio", title=title)
     for context in contexts:
         new_bytes, old_bytes = found.cache_bytes(context), found.cache_bytes(context, original=True)
         row = (byte_size(new_bytes), byte_size(old_bytes), f"{old_bytes / new_bytes:.1f} times")

@@ -14,7 +14,7 @@ from linearize.families import Family, base_model_type, rotation
 from linearize.mixing import MIXINGS, DataDependent
 from linearize.ops import liger
 from linearize.ops import step as stepping
-from linearize.ops.dispatch import kernel_dtype
+from linearize.ops.dispatch import kernel_dtype, narrowed
 from linearize.ops.local import NEVER, Past, Scoring, Sinks, local_attention
 from linearize.readouts import EPSILON, RMS, Gated
 from linearize.recurrence import Recurrence
@@ -140,7 +140,8 @@ class LinearizedAttention(nn.Module):
         if cache is not None:
             kept = (k[:, :0], v[:, :0]) if sinks is None else (sinks.k.detach(), sinks.v.detach())
             window = 0 if sinks is None else self.config.window
-            cache.store(rotated[1], v, tokens.valid, window, (*kept, tokens.sink_time), tokens.real, memory)
+            carried = None if memory is None else self.carried(memory)
+            cache.store(rotated[1], v, tokens.valid, window, (*kept, tokens.sink_time), tokens.real, carried)
         output = torch.zeros_like(q) if output is None else output
         return output_projection(output.flatten(2).to(hidden_states.dtype)), None
 
@@ -266,7 +267,7 @@ class LinearizedAttention(nn.Module):
         if self.recurrence is not None:
             memory = Memory(*(getattr(held, name) for name in Memory._fields))
             read, after = self.recurrence(hidden, q, k, v, rotated, tokens, memory, past)
-            for kept, new in zip(memory, after, strict=True):
+            for kept, new in zip(memory, self.carried(after), strict=True):
                 if kept is not None and new is not None:
                     kept.copy_(new)
             output = self.mixed(read, output, normalizer, hidden)
@@ -283,7 +284,12 @@ class LinearizedAttention(nn.Module):
         hidden = like.new_zeros(batch, 1, self.layer.hidden_size)
         q, k, v = (like.new_zeros(batch, 1, heads, self.head_dim) for heads in (self.num_heads, KV, KV))
         _, memory = self.recurrence(hidden, q, k, v, (q, k), tokens, None, None)
-        return Memory._make(None if x is None else torch.zeros_like(x) for x in memory)
+        return Memory._make(None if x is None else torch.zeros_like(x) for x in self.carried(memory))
+
+    def carried(self, memory: Memory) -> Memory:
+        """As a cache keeps it."""
+        dtype: torch.dtype = getattr(torch, self.config.state_dtype)
+        return memory if dtype == torch.float32 else memory._replace(state=narrowed(memory.state, dtype))
 
     def scoring(self) -> Scoring:
         """How queries and keys of the softmax branch become weights: as in the original, unless `score` says else."""

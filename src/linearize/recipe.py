@@ -43,6 +43,9 @@ class DataSettings(Settings):
     )
     heldout: str = Field("wiki", description="text to measure on, which must be another")
     sequence_length: int = Field(1024, ge=8, description="tokens that are packed into one sequence")
+    repeats: float = Field(
+        0.0, ge=0, le=0.9, description="share of the training tokens that are passages of the document, said again"
+    )
     self_tokens: Tokens | None = Field(
         None, description="to sample where train is self; null: as many as the longest stage takes"
     )

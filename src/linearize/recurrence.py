@@ -13,6 +13,7 @@ from linearize.convolution import ShortConvolution
 from linearize.features import feature_map, feature_size
 from linearize.gates import Gate
 from linearize.ops import gated_linear
+from linearize.ops.liger import wide
 from linearize.ops.local import Past
 from linearize.readouts import READOUTS, Read
 from linearize.structures import STRUCTURES
@@ -66,7 +67,7 @@ class Recurrence(nn.Module):
         operator = self.structure.operator
         if hasattr(self, "bonus"):
             operator = partial(gated_linear.with_bonus, bonus=self.bonus.float())
-        state = None if memory is None else memory.state
+        state = None if memory is None else wide(memory.state)
         read = self.readout(lambda given: operator(*given, state=state, document=tokens.document), inputs, hidden)
         return read, Memory(read.state, recent, keys, gates)
 

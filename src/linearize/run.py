@@ -327,7 +327,8 @@ def train_stage(
     recipe: Recipe, stage: str, name: str, settings: StageSettings, loss: Loss, student: Student, base: Base, work: Path
 ) -> Curve:
     """One stage of one variant; all of them read the same text from its beginning."""
-    sequences = pack(_documents(recipe, base), recipe.data.sequence_length, settings.tokens)
+    data = recipe.data
+    sequences = pack(_documents(recipe, base), data.sequence_length, settings.tokens, repeats=data.repeats)
     return train(stage, name, student, base.teacher, loss, sequences, settings, work / f"{name}-{stage}", recipe.seed)
 
 

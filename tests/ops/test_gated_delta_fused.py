@@ -68,6 +68,12 @@ def test_sequences_heads_and_head_sizes():
 
 
 @needs_interpreter
+def test_keys_that_are_longer_than_values():
+    q, k, v, log_g, beta, state = inputs(70, KV=2, D=32)
+    assert_is_the_equation([q, k, v[..., :12], log_g, beta, state[..., :12]])
+
+
+@needs_interpreter
 @pytest.mark.parametrize("log_decay", [0.0, -0.01, -8.0, -20.0, -1e4])
 def test_any_decay(log_decay):
     given = inputs(130)

@@ -421,3 +421,34 @@ def test_the_delta_rule_in_sixteen_bits(gate, D, groups, B, dtype):
     given = [*(x.to(dtype) for x in given[:3]), given[3]]
     fixed = settings(gate, D, feature_map="linear", window=64, sinks=4)
     assert_is_the_truth("kernel", given, fixed, more, rope(80, D), tolerance=5e-3)
+
+
+# --- states of half the precision ---
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gate", ["gla", "mamba2", "gated_deltanet"])
+def test_a_state_of_half_the_precision(gate, dtype, run):
+    """Each step is that of a state in fp32, which is then rounded."""
+    given, fixed = inputs(1), settings(gate)
+    expected, narrow = (nothing(2, 2, 16, fixed, 3) for _ in range(2))
+    narrow = narrow[0], narrow[1]._replace(state=torch.randn(2, 2, 16, 16).to(DEVICE, dtype))
+    expected[1].state.copy_(narrow[1].state)
+    output, state = stepped(run, given, fixed, start=narrow)
+    right, whole = stepped(run, given, fixed, start=expected)
+    assert state.dtype == dtype
+    assert_close(output, right)
+    exact = run == "plain" or GPU  # the interpreter cuts bf16's bits off
+    assert_close(state, whole.to(dtype), 1e-5 if exact else torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_state_too_large_for_its_dtype_stays_at_the_most_it_can_say(run):
+    given, fixed = inputs(1), settings("mlstm", temperature=1e6, feature_map="none")
+    start = nothing(2, 2, 16, fixed, 3)
+    most = torch.finfo(torch.float16).max
+    start = start[0], start[1]._replace(state=torch.full((2, 2, 16, 16), most).to(DEVICE, torch.float16))
+    given[1], given[2] = torch.full_like(given[1], 100.0), torch.full_like(given[2], 100.0)
+    _, state = stepped(run, given, fixed, start=start)
+    assert (state == most).all()

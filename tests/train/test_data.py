@@ -376,3 +376,24 @@ def test_heldout_too_short():
         heldout_sequences(documents(9, 3), sequence_length=10, count=1)
     with pytest.raises(LinearizeError, match="must be 1 or more"):
         heldout_sequences(documents(9), sequence_length=4, count=0)
+
+
+def test_passages_that_are_said_again():
+    """Some tokens give way to passages from before in the same document; all else stays, and targets follow."""
+    texts = [np.arange(start, start + length) for start, length in ((0, 90), (1000, 700), (2000, 500))]
+    plain, changed = (pack(texts, 1290, 1290, repeats=repeats)[0] for repeats in (0.0, 0.4))
+    assert pack(texts, 1290, 1290, repeats=0.4)[0]["input_ids"].equal(changed["input_ids"])
+    assert plain["position_ids"].equal(changed["position_ids"])
+    ids, before = changed["input_ids"], plain["input_ids"]
+    again = ids != before
+    assert 0.25 < again.double().mean() < 0.55
+    assert (ids[again] < before[again]).all()  # tokens rise within a document
+    assert (ids[again] // 1000 == before[again] // 1000).all()
+    starts = torch.nonzero(again & ~again.roll(1))[:, 0].tolist()
+    assert len(starts) > 5
+    for start in starts:
+        passage = ids[start : start + 8]
+        assert (ids[:start].unfold(0, 8, 1) == passage).all(1).any()
+    inside = changed["targets"] != -100
+    assert inside.equal(plain["targets"] != -100)
+    assert changed["targets"][inside].equal(ids[1:][inside[:-1]])

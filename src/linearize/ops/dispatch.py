@@ -34,6 +34,12 @@ def kernel_dtype(x: Tensor) -> torch.dtype | None:
     return next((dtype for dtype in (x.dtype, autocast) if dtype in HALF), None) if x.is_cuda else None
 
 
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in another floating dtype, held within what that one can say."""
+    most = torch.finfo(dtype).max
+    return x.clamp(-most, most).to(dtype)
+
+
 def may_look(x: Tensor) -> bool:
     """Whether asking for a value of x waits for nothing."""
     return not x.is_cuda

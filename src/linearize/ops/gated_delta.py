@@ -45,7 +45,7 @@ def why_not_fused(
     """What the kernels lack for these inputs; None if nothing."""
     K, V = k.shape[3], v.shape[3]
     unsupported = {
-        f"values of size {V} under keys of size {K}": K != V,
+        f"values of size {V} under keys of size {K}": V > K,
         f"head size {K}": K > 128,
         f"{q.numel()} numbers in q": q.numel() >= 2**31,
     }
@@ -54,19 +54,22 @@ def why_not_fused(
 
 
 def fused(
-    q: Float[Tensor, "B T H D"],
-    k: Float[Tensor, "B T KV D"],
-    v: Float[Tensor, "B T KV D"],
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T KV K"],
+    v: Float[Tensor, "B T KV V"],
     log_g: Float[Tensor, "B T KV 1"],
     beta: Float[Tensor, "B T KV 1"],
-    state: Float[Tensor, "B KV D D"],
+    state: Float[Tensor, "B KV K V"],
     document: Int[Tensor, "B T"] | None = None,
 ) -> Output:
     """By the Triton kernels, which `why_not_fused` must have nothing against: operands of products in bf16, unless v is
     in fp32, where q, k and their gradients may be."""
     from linearize.ops import gated_delta_fused
 
-    return gated_delta_fused.run(q, k, v, log_g, beta, state, document)
+    size = v.shape[3]
+    v, state = (F.pad(x, (0, k.shape[3] - size)) for x in (v, state))  # the kernels' states are square
+    output, final = gated_delta_fused.run(q, k, v, log_g, beta, state, document)
+    return output[..., :size], final[..., :size]
 
 
 def reference(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linearize.ops.dispatch import may_look, no_device
+from linearize.ops.dispatch import may_look, narrowed, no_device
 from linearize.ops.liger import DELTA, FEATURES, GATES, Rope, Settings, warn_once, wide
 from linearize.ops.local import Past
 
@@ -44,7 +44,7 @@ class Held(NamedTuple):
     keys: Tensor  # [B, KV, M + W, D]; neither sinks nor ring where there is no window
     values: Tensor  # [B, KV, M + W, D]
     valid: Tensor  # [B, W], uint8: 1 where the ring has a real token; one tensor for all layers of this window
-    state: Tensor  # [B, KV, D, D] in fp32, or another structure's; [0] without a recurrence
+    state: Tensor  # [B, KV, D, D], or another structure's; [0] without a recurrence
     recent: Tensor | None = None
     late_keys: Tensor | None = None
     late_gates: Tensor | None = None
@@ -177,11 +177,14 @@ def with_recurrence(
         key, log_g = (x[:, 0] for x in GATES[settings.gate](k[:, None], settings, decay))  # [B, KV, D or 1]
     if not (may_look(clock.valid) and bool(clock.valid.all())):
         key, log_g = (x * clock.valid[:, None, None] for x in (key, log_g))
-    held.state.mul_(log_g.exp()[..., None])
+    state = wide(held.state)
+    state.mul_(log_g.exp()[..., None])
     if settings.gate in DELTA:
-        v = settings.strength * gate[..., -1:].sigmoid() * (v - (key[..., None, :] @ held.state)[..., 0, :])
-    held.state.addcmul_(key[..., None], v[..., None, :])
-    read = torch.bmm(query.reshape(B * KV, -1, D), held.state.view(B * KV, D, D)).view(B, H, D)
+        v = settings.strength * gate[..., -1:].sigmoid() * (v - (key[..., None, :] @ state)[..., 0, :])
+    state.addcmul_(key[..., None], v[..., None, :])
+    if state is not held.state:
+        held.state.copy_(narrowed(state, held.state.dtype))
+    read = torch.bmm(query.reshape(B * KV, -1, D), state.view(B * KV, D, D)).view(B, H, D)
     if beyond.epsilon is not None:
         read = F.rms_norm(read, (D,), eps=beyond.epsilon)
     if beyond.opening is not None:

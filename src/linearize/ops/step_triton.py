@@ -74,7 +74,7 @@ def step_kernel(
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
     MP: tl.constexpr, SINKS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
     GATE: tl.constexpr, FEATURE: tl.constexpr, ERASE: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
-    GATES: tl.constexpr, LOGITS: tl.constexpr, RMS: tl.constexpr, OPENING: tl.constexpr,
+    GATES: tl.constexpr, LOGITS: tl.constexpr, RMS: tl.constexpr, OPENING: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """One token of one key/value head; see the module and `ops.step`."""
     pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -126,7 +126,7 @@ def step_kernel(
     if GATE != "none":
         cell = pair * D * D + columns[:, None] * D + mine[None, :]
         within = wide[:, None] & narrow[None, :]
-        memory = tl.load(state + cell, mask=within, other=0.0)
+        memory = tl.load(state + cell, mask=within, other=0.0).to(tl.float32)
         if ERASE:
             key_first, key_second = load_map(down_k, up_k, h, columns, D, RANK, RP)
             if GATES > 0:
@@ -148,7 +148,10 @@ def step_kernel(
                 fixed = tl.load(decay + h)
             key, log_g = key_and_gate(new_k[None, :], inside, columns, fixed, rate, lower, D, GATE, FEATURE)
             memory = memory * tl.trans(tl.exp(log_g)) + tl.trans(key) * new_v[None, :]
-        tl.store(state + cell, memory, mask=within)
+        kept = memory
+        if MOST > 0:
+            kept = tl.minimum(tl.maximum(kept, -MOST), MOST)
+        tl.store(state + cell, kept.to(state.dtype.element_ty), mask=within)
 
     for g in tl.static_range(G):
         head = h * G + g
@@ -271,6 +274,7 @@ def run(
         ERASE=settings.gate in DELTA, RANK=rank, RP=triton.next_power_of_2(max(rank, 1)),
         GATES=0 if beyond.gate is None else beyond.gate.shape[-1], LOGITS=beyond.mixing is not None,
         RMS=beyond.epsilon is not None, OPENING=0 if beyond.opening is None else beyond.opening[1].shape[-1],
+        MOST=torch.finfo(torch.float16).max if held.state.dtype == torch.float16 else 0.0,
         num_warps=warps,
     )  # fmt: skip
     return output

@@ -103,5 +103,6 @@ class Structure(NamedTuple):
     by_depth: bool = False  # whether it has constants that differ from layer to layer
 
     def state_bytes(self, config: MixerConfig, key_size: int, value_size: int, heads: int) -> int:
-        """Bytes of one sequence's states in one layer, in fp32."""
-        return 4 * heads * math.prod(self.state_shape(config, key_size, value_size))
+        """Bytes of one sequence's states in one layer."""
+        size = 4 if config.state_dtype == "float32" else 2
+        return size * heads * math.prod(self.state_shape(config, key_size, value_size))

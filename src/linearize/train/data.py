@@ -20,6 +20,7 @@ from linearize.errors import LinearizeError, unknown
 SPLITS = ("train", "heldout")
 SELF = "self"  # a source that is not read: the teacher samples it (`train.sample`)
 TRAIN_ARTICLES = 20  # of the 30 embedded ones; the others are held out
+PASSAGES = 8, 64  # tokens of a passage that is said again
 IGNORED = -100  # what cross_entropy takes for "no target here"
 FIELDS = ("text", "messages")  # of a row, of which the first that is there is its document
 BATCH = 64  # documents tokenised at once: enough for the tokenizer's threads, few enough to stop early
@@ -358,13 +359,14 @@ def _ended(ids: list[int], eos: int | None) -> np.ndarray:
 
 
 def pack(
-    documents: Sequence[np.ndarray], sequence_length: int, tokens: int, source: str = "the text"
+    documents: Sequence[np.ndarray], sequence_length: int, tokens: int, source: str = "the text", repeats: float = 0.0
 ) -> list[dict[str, Int64[Tensor, "T"]]]:
     """Cut the documents, one after the other, into sequences of `sequence_length` tokens, at least `tokens` in all.
 
     Text shorter than that starts over. Each sequence has `input_ids`; `position_ids`, which start from 0 at every
     document's beginning and at the sequence's own (which is how a mixer knows where to forget its state); and
-    `targets`, the next token of the same document within the sequence, or -100 where there is none.
+    `targets`, the next token of the same document within the sequence, or -100 where there is none. A share `repeats`
+    of the tokens, about, gives way to passages that the document had before (`repeated`).
     Raises `LinearizeError` for lengths below 2, budgets below 1, and text shorter than one sequence.
     """
     if sequence_length < 2 or tokens < 1:
@@ -375,24 +377,47 @@ def pack(
     ids = np.concatenate([np.asarray(document, dtype=np.int64) for document in documents])
     begins = np.concatenate([np.arange(len(document)) == 0 for document in documents])
     sequences = -(-tokens // sequence_length)
-    return [
-        _cut(ids, begins, start, sequence_length) for start in range(0, sequences * sequence_length, sequence_length)
-    ]
+    starts = range(0, sequences * sequence_length, sequence_length)
+    return [_cut(ids, begins, start, sequence_length, repeats) for start in starts]
 
 
-def _cut(ids: np.ndarray, begins: np.ndarray, start: int, length: int) -> dict[str, Int64[Tensor, "T"]]:
+def _cut(ids: np.ndarray, begins: np.ndarray, start: int, length: int, repeats: float) -> dict[str, Int64[Tensor, "T"]]:
     """One sequence: `length` tokens from `start` on, counted round and round; `begins`: a document begins here."""
     place = np.arange(start, start + length) % len(ids)
-    begin = begins[place]
+    begin, ids = begins[place], ids[place]
     begin[0] = True
+    if repeats:
+        ids = repeated(ids, np.flatnonzero(begin), repeats, np.random.default_rng(start))
     count = np.arange(length)
     targets = np.full(length, IGNORED)
-    targets[:-1] = np.where(begin[1:], IGNORED, ids[place[1:]])
+    targets[:-1] = np.where(begin[1:], IGNORED, ids[1:])
     return {
-        "input_ids": torch.from_numpy(ids[place]),
+        "input_ids": torch.from_numpy(ids),
         "position_ids": torch.from_numpy(count - np.maximum.accumulate(np.where(begin, count, 0))),
         "targets": torch.from_numpy(targets),
     }
+
+
+def repeated(ids: np.ndarray, begins: np.ndarray, share: float, random: np.random.Generator) -> np.ndarray:
+    """`ids` `[T]` with passages said again, in place of what stood there: about `share` of the tokens.
+
+    A passage of `PASSAGES` tokens comes from anywhere before its place in the document, whose beginnings are `begins`.
+    Running text asks little of a memory; a passage that comes again can be told from it and from nothing else.
+    """
+    ids, ends = ids.copy(), [*begins[1:], len(ids)]
+    shortest, longest = PASSAGES
+    pause = (shortest + longest) / 2 * (1 - share) / share  # between two passages, on average
+    for begin, end in zip(begins, ends, strict=True):
+        place = begin + longest
+        while True:
+            place += int(random.exponential(pause))
+            size = int(random.integers(shortest, longest + 1))
+            if place + size >= end:  # a document's last token stays
+                break
+            start = int(random.integers(begin, place - size + 1))
+            ids[place : place + size] = ids[start : start + size]
+            place += size
+    return ids
 
 
 def heldout_sequences(
