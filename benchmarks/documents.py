@@ -156,8 +156,9 @@ def _grid() -> Iterator[tuple[str, Any]]:
 
 
 def _refusal(structure: str, setting: str, value: Any) -> str | None:
+    beside = {"convolution": 4} if setting == "convolution_form" else {}  # without one it is nothing
     try:
-        MixerConfig(structure=structure, **{setting: value})
+        MixerConfig(structure=structure, **beside, **{setting: value})
     except ValueError as error:
         return str(error).split("Value error, ")[1].split(" [type=")[0]
     return None
