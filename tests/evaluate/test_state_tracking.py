@@ -383,3 +383,10 @@ def test_presets_hold_together():
         assert all(preset.settings.of(task).own == {} for task in TASKS)
     assert PRESETS["full"].settings.of("parity").layers == 1
     assert PRESETS["full"].settings.of("arithmetic").layers == 3
+
+
+def test_parity_keeps_its_model_whatever_the_others_get():
+    published = ["convolution_form=silu", "mlp=512", "precision=bf16", "initial=0.006", "weight_decay=0.1", "final=0"]
+    changed, _ = state_tracking.choose("full", published, {}, [], [], [])
+    assert changed.of("parity") == PRESETS["full"].settings.of("parity")
+    assert changed.of("arithmetic").precision == "bf16"
