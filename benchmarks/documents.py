@@ -18,6 +18,7 @@ from benchmarks import documents_speed as speed
 from benchmarks.results import RESULTS, versions
 from linearize.config import MixerConfig, MixerSettings
 from linearize.drawing import to_svg
+from linearize.evaluate.state_tracking import eigenvalues
 from linearize.evaluate.state_tracking import table as tracking_table
 from linearize.evaluate.tracker import Result, Settings
 from linearize.families import FAMILIES, Family
@@ -156,8 +157,9 @@ def _grid() -> Iterator[tuple[str, Any]]:
 
 
 def _refusal(structure: str, setting: str, value: Any) -> str | None:
+    beside = {"convolution": 4} if setting == "convolution_form" else {}  # without one it is nothing
     try:
-        MixerConfig(structure=structure, **{setting: value})
+        MixerConfig(structure=structure, **beside, **{setting: value})
     except ValueError as error:
         return str(error).split("Value error, ")[1].split(" [type=")[0]
     return None
@@ -205,6 +207,26 @@ def tracking(name: str) -> str:
         f"{longest.seconds:.0f} of them for {longest.task} with {longest.structure}."
     )
     return "\n".join([tracking_table(results), "", f"Settings: {changed or 'the defaults'}. {made}"])
+
+
+def tracking_runs(folder: Path = RESULTS / "state-tracking-runs") -> str:
+    """Runs with settings of their own, a file each: the best first, and what is special about it."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    if not found:
+        return "Not measured yet."
+    every, first, defaults = [data["settings"] for data in found], found[0], Settings().model_dump()
+    varied = {key for key in defaults if any(settings[key] != every[0][key] for settings in every)}
+    shared = [f"`{key}={value}`" for key, value in every[0].items() if key not in varied and value != defaults[key]]
+    rows = []
+    for data in found:
+        special = ", ".join(f"`{key}={value}`" for key, value in data["settings"].items() if key in varied)
+        for result in map(Result.model_validate, data["results"]):
+            accuracy = f"{result.longer:.3f} ({result.trained:.3f})"
+            row = f"| {special} | {eigenvalues(result)} | {accuracy} | {result.steps:,} | {result.seconds:.0f} |"
+            rows.append((-result.longer, row))
+    lines = ["| settings | eigenvalues | arithmetic, direct | steps | s |", "| --- | --- | ---: | ---: | ---: |"]
+    made = f"{first['hardware']}, {versions(first['versions'])}."
+    return "\n".join([*lines, *(row for _, row in sorted(rows)), "", f"All with {', '.join(shared)}. {made}"])
 
 
 def _keys(model: type[BaseModel]) -> str:
@@ -279,6 +301,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "state-tracking-cpu": partial(tracking, "state-tracking-cpu"),
     "state-tracking": partial(tracking, "state-tracking"),
     "state-tracking-arithmetic": partial(tracking, "state-tracking-arithmetic"),
+    "state-tracking-runs": tracking_runs,
 }
 
 

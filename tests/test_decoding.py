@@ -29,6 +29,7 @@ WHOLE = [  # layers that are one kernel though they are not the published ones
 BY_OPERATIONS = [  # of whole layers, or of the recurrence alone
     DELTA | {"readout": "rms", "mixing": "data_dependent", "time_scales": 30.0},
     {"structure": "deltanet", "negative_eigenvalues": True, "convolution": 3},
+    {"structure": "deltanet", "convolution": 3, "convolution_form": "silu"},
     {"structure": "gsa", "slots": 5, "feature_map": "none"},
     {"structure": "kronecker"},
     {"structure": "gla", "feature_map": "hedgehog", "readout": "denominator"},

@@ -1,10 +1,12 @@
 """README and docs say what the code and the raw results say."""
 
+import json
 import re
 
 import pytest
 
 from benchmarks import documents
+from linearize.evaluate.tracker import Settings
 
 
 @pytest.mark.parametrize("page", documents.PAGES)
@@ -33,3 +35,21 @@ def test_commands_of_the_readme_exist():
     names |= {group.name for group in app.registered_groups}
     readme = (documents.ROOT / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `linearize (\w+)", readme, re.MULTILINE)) == names
+
+
+def test_tracking_runs_tell_what_differs(tmp_path):
+    assert documents.tracking_runs(tmp_path) == "Not measured yet."
+    for number, (longer, changes) in enumerate([(0.25, {"seed": 1}), (0.5, {"batch": 1024})]):
+        result = {
+            "task": "arithmetic", "format": "direct", "structure": "deltanet", "negative_eigenvalues": True,
+            "trained": 1.0, "longer": longer, "steps": 4000, "seconds": 9.6, "checks": [],
+        }  # fmt: skip
+        settings = Settings(mlp=512).model_dump() | changes
+        data = {"settings": settings, "hardware": "one GPU", "versions": {"torch": "2"}, "results": [result]}
+        (tmp_path / f"{number}.json").write_text(json.dumps(data))
+    assert documents.tracking_runs(tmp_path).splitlines()[2:] == [
+        "| `batch=1024`, `seed=0` | [-1, 1] | 0.500 (1.000) | 4,000 | 10 |",
+        "| `batch=256`, `seed=1` | [-1, 1] | 0.250 (1.000) | 4,000 | 10 |",
+        "",
+        "All with `mlp=512`. one GPU, torch 2.",
+    ]

@@ -38,6 +38,12 @@ def test_every_structure_s_states_weigh_what_is_said(family, structure):
     assert inspect(model).cache_bytes(16) == bytes_of(model, 16)
 
 
+@pytest.mark.parametrize("form", ["linear", "silu"])
+def test_what_a_convolution_goes_on_from_weighs_what_is_said(form):
+    model = convert(tiny().bfloat16(), window=5, sinks=3, convolution=4, convolution_form=form)
+    assert inspect(model).cache_bytes(16) == bytes_of(model, 16)
+
+
 @pytest.mark.parametrize("layers", ["0", "1"])
 @pytest.mark.parametrize("family", ["gemma2", "mistral", "olmo3"])
 def test_softmax_layers_with_a_window_stop_growing(family, layers):
@@ -71,17 +77,17 @@ def test_what_a_model_is_made_of():
 @pytest.mark.parametrize(("heads", "head_dim", "extra"), [(2, 8, 8), (1, 64, 64), (3, 16, 16), (8, 128, 128)])
 def test_a_window_of_equal_memory(heads, head_dim, extra):
     """A state in fp32 weighs as much as head_dim tokens in bf16."""
-    assert equal_memory_window(MixerConfig(window=5), heads, head_dim) == 5 + extra
-    assert equal_memory_window(MixerConfig(window=5, structure="none"), heads, head_dim) == 5
+    assert equal_memory_window(MixerConfig(window=5), 3 * heads, heads, head_dim) == 5 + extra
+    assert equal_memory_window(MixerConfig(window=5, structure="none"), 3 * heads, heads, head_dim) == 5
 
 
 def test_a_model_of_the_equal_window_weighs_the_same():
     config = MixerConfig(window=5, sinks=3)
-    window = equal_memory_window(config, 2, 8)
+    window = equal_memory_window(config, 6, 2, 8)
     ours = convert(tiny().bfloat16(), window=5, sinks=3)
     baseline = convert(tiny().bfloat16(), structure="none", window=window, sinks=3)
     assert bytes_of(ours, 50) == bytes_of(baseline, 50)
-    assert recurrent_bytes(config, 2, 8) == 512
+    assert recurrent_bytes(config, 6, 2, 8) == 512
 
 
 def test_layers_that_differ_have_rows_of_their_own():

@@ -30,10 +30,15 @@ VALUES = {  # others than the default of each setting
     "negative_eigenvalues": [True],
     "state_dtype": ["float16", "bfloat16"],
     "convolution": [3],
+    "convolution_form": ["silu"],
     "bonus": [True],
     "slots": [4],
     "mixing": ["fixed", "data_dependent", "shared_normalizer"],
     "mixing_weight": [0.2],
+}
+BESIDE = {  # settings that have an effect beside others only
+    "score_power": {"score": "softplus_reweighted"},
+    "convolution_form": {"convolution": 3},
 }
 COMBINATIONS = [
     {"local": "block"},
@@ -54,6 +59,7 @@ COMBINATIONS = [
     {"structure": "rwkv6", "bonus": True, "readout": "denominator"},
     {"convolution": 4},
     {"convolution": 2, "structure": "gated_deltanet", "rope": "both"},
+    {"convolution": 4, "convolution_form": "silu", "structure": "gated_deltanet"},
     {"mixing": "data_dependent"},
     {"mixing": "shared_normalizer"},
     {"mixing": "shared_normalizer", "structure": "lightning", "sinks": 0},
@@ -92,21 +98,20 @@ def test_the_grid_is_all_settings():
 @pytest.mark.parametrize("structure", sorted(STRUCTURES))
 def test_every_setting_changes_the_output_or_is_refused(structure):
     tokens = ids(2, 30)
-    expected = read(converted(structure=structure), tokens)
     for name, values in VALUES.items():
         for value in values:
-            settings = {"structure": structure, name: value}
+            beside = BESIDE.get(name, {})
+            settings = {"structure": structure, **beside, name: value}
             if (structure, value) in {("mlstm", "mlstm"), ("gated_retention", "mlstm")}:
                 continue
             least = 0 if name == "state_dtype" else 1e-4  # of one token's step, which it rounds
-            if name == "score_power":
-                settings["score"] = "softplus_reweighted"
             if value == "none" and name == "local":
                 settings |= {"window": 64, "sinks": 4, "mixing_weight": None}
             if (name, value) in refusals(structure):
                 with pytest.raises(LinearizeError, match=name):
                     converted(**settings)
             else:
+                expected = read(converted(structure=structure, **beside), tokens)
                 assert relative(read(converted(**settings), tokens), expected) > least, settings
 
 
@@ -217,6 +222,7 @@ def test_a_list_is_spread_over_the_depth():
         ({"local": "block", "mixing": "shared_normalizer"}, "goes with local window only"),
         ({"score": "softplus_reweighted", "mixing": "shared_normalizer"}, "goes with score softmax only"),
         ({"convolution": 4, "mixing": "shared_normalizer"}, "goes with convolution None only"),
+        ({"convolution_form": "silu"}, "convolution_form silu has no effect: there is no convolution"),
         ({"structure": "none", "local": "none"}, "leave nothing"),
         ({"rope": "none", "local": "none"}, "give rope local or both"),
         ({"structure": "gsa", "slots": 9}, "9 slots share the gates of 8 key channels"),

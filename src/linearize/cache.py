@@ -17,7 +17,7 @@ class Memory(NamedTuple):
     """What a recurrence carries to the next token; keys and gates wait where it runs behind the window."""
 
     state: Tensor  # in fp32, or in a cache as its layer's state_dtype says
-    recent: Tensor | None = None  # [B, size - 1, 2 KV, D]: the last keys and values, for a short convolution
+    recent: Tensor | None = None  # [B, size - 1, 2 KV or H + 2 KV, D]: what a short convolution goes on from
     late_keys: Tensor | None = None  # [B, W, KV, K]: of the tokens in the window, oldest first
     late_gates: Tensor | None = None  # [B, W, KV, K or 1]
 

@@ -57,6 +57,11 @@ class MixerConfig(BaseModel):
     convolution: int | None = Field(
         None, ge=2, description="tokens of a short causal convolution over the recurrence's k and v; null: none"
     )
+    convolution_form: Literal["linear", "silu"] = Field(
+        "linear",
+        description="linear starts as the token itself; silu, for training from nothing, starts at random, is over q "
+        "as well and has a SiLU behind it",
+    )
     bonus: bool = Field(
         False, description="of rwkv6: a learned weight for the current token, which is read before the decay"
     )
@@ -111,6 +116,8 @@ class MixerConfig(BaseModel):
         for setting, owners in OWN.items():
             if name not in owners:
                 of(f"it is of {' and '.join(owners)}, not of {name}", setting)
+        if self.convolution is None:
+            of("there is no convolution", "convolution_form")
         if self.local == "none":
             of("local is none", "window", "sinks", "score", "mixing", "mixing_weight")
         if self.local == "none" or self.score == "softmax":

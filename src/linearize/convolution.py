@@ -1,4 +1,4 @@
-"""A short causal convolution over the recurrence's keys and values, one filter for each channel."""
+"""A short causal convolution over what the recurrence reads and writes, one filter for each channel."""
 
 import torch
 import torch.nn.functional as F
@@ -8,14 +8,23 @@ from transformers import initialization
 
 
 class ShortConvolution(nn.Module):
-    """`y_t = Σ_i w_i x_{t-i}`, i < size, of tokens of the same document; the identity at the start."""
+    """`y_t = Σ_i w_i x_{t-i}`, i < size, of tokens of the same document; the identity at the start.
 
-    def __init__(self, size: int, heads: int, head_dim: int) -> None:
+    With `silu`, SiLU of that, and random filters at the start, as for layers that are trained from nothing (DeltaNet,
+    arXiv 2406.06484): no filter makes SiLU the identity.
+    """
+
+    def __init__(self, size: int, heads: int, head_dim: int, silu: bool = False, seed: int = 0) -> None:
         super().__init__()
+        self.silu, self.seed = silu, seed
         self.weight = nn.Parameter(torch.empty(size, heads, head_dim))
 
     def reset_parameters(self) -> None:
-        """The token itself."""
+        """The token itself; with `silu` values that depend on the seed alone, uniform as those of `nn.Conv1d`."""
+        if self.silu:
+            random = torch.rand(self.weight.shape, generator=torch.Generator().manual_seed(self.seed), device="cpu")
+            initialization.copy_(self.weight, (2 * random - 1) / len(self.weight) ** 0.5)
+            return
         itself = torch.zeros(self.weight.shape)
         itself[0] = 1
         initialization.copy_(self.weight, itself)
@@ -38,4 +47,4 @@ class ShortConvolution(nn.Module):
             if document is not None:
                 shifted = shifted * (F.pad(document, (i, 0), value=-1)[:, :T] == document)[:, :, None, None]
             output = output + self.weight[i].to(x.dtype) * shifted
-        return output, x[:, T:].clone()
+        return F.silu(output) if self.silu else output, x[:, T:].clone()

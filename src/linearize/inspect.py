@@ -58,7 +58,8 @@ def inspect(model: PreTrainedModel) -> Inspection:
     added = 0
     for mixer in mixers(model):
         kept = 0 if mixer.config.local == "none" else (mixer.config.window + mixer.config.sinks) * token
-        layers[mixer.layer_idx] = Memory(0, kept, recurrent_bytes(mixer.config, config.num_key_value_heads, head))
+        heads = config.num_attention_heads, config.num_key_value_heads
+        layers[mixer.layer_idx] = Memory(0, kept, recurrent_bytes(mixer.config, *heads, head))
         added += sum(p.numel() for name, p in mixer.named_parameters() if name.startswith(("mixing.", "recurrence.")))
     return Inspection(
         family=base_model_type(config.model_type),
@@ -70,23 +71,24 @@ def inspect(model: PreTrainedModel) -> Inspection:
     )
 
 
-def recurrent_bytes(config: MixerConfig, heads: int, head_dim: int) -> int:
-    """Bytes of one layer's states."""
+def recurrent_bytes(config: MixerConfig, num_heads: int, heads: int, head_dim: int) -> int:
+    """Bytes of one layer's states, with `num_heads` query heads and `heads` key/value heads."""
     if config.structure == "none":
         return 0
     structure, key_size = STRUCTURES[config.structure], feature_size(config.feature_map, head_dim)
     behind = config.mixing == "shared_normalizer" and config.local != "none"
     value_size = head_dim + (behind or config.readout == "denominator")  # its sum of weights is one more channel
     late = key_size + structure.gate_size(config, key_size) if behind else 0  # of each token in the window
-    recent = 2 * heads * head_dim * CACHE_DTYPE_BYTES * ((config.convolution or 1) - 1)
+    convolved = 2 * heads + num_heads * (config.convolution_form == "silu")
+    recent = convolved * head_dim * CACHE_DTYPE_BYTES * ((config.convolution or 1) - 1)
     return recent + structure.state_bytes(config, key_size, value_size, heads) + 4 * heads * late * config.window
 
 
-def equal_memory_window(config: MixerConfig, heads: int, head_dim: int) -> int:
+def equal_memory_window(config: MixerConfig, num_heads: int, heads: int, head_dim: int) -> int:
     """The window of a model without states that weighs what `config`'s window and states weigh together."""
     token = 2 * heads * head_dim * CACHE_DTYPE_BYTES
     window = 0 if config.local == "none" else config.window
-    return window + -(-recurrent_bytes(config, heads, head_dim) // token)
+    return window + -(-recurrent_bytes(config, num_heads, heads, head_dim) // token)
 
 
 def show(name: str, contexts: list[int]) -> None:

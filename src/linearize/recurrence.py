@@ -37,7 +37,11 @@ class Recurrence(nn.Module):
         self.gate = Gate(self.structure, layer, key_size)
         self.readout = READOUTS["denominator" if self.behind else config.readout](layer)
         if config.convolution is not None:
-            self.convolution = ShortConvolution(config.convolution, 2 * layer.num_key_value_heads, layer.head_dim)
+            self.convolved = [layer.num_key_value_heads] * 2  # heads, of k and v or of q, k and v
+            if silu := config.convolution_form == "silu":
+                self.convolved = [layer.num_heads, *self.convolved]
+            size = config.convolution, sum(self.convolved), layer.head_dim
+            self.convolution = ShortConvolution(*size, silu, seed=layer.layer_idx)
         if config.bonus:
             self.bonus = nn.Parameter(torch.empty(layer.num_key_value_heads, key_size))
 
@@ -81,14 +85,17 @@ class Recurrence(nn.Module):
         tokens: Tokens,
         memory: Memory | None,
     ) -> tuple[AnyInputs, Tensor | None]:
-        """What the operator takes but for state and document, and the keys and values that the next call convolves."""
+        """What the operator takes but for state and document, and the tokens that the next call convolves."""
         gate, recent = self.gate(hidden, q, k, v), None
         if self.layer.config.rope == "both":
             q, k = rotated
         if hasattr(self, "convolution"):
-            both, before = torch.cat([k, v], dim=2), memory and memory.recent
-            both, recent = self.convolution(both, before, tokens.valid, tokens.document)
-            k, v = both.chunk(2, dim=2)
+            parts = [q, k, v][-len(self.convolved) :]
+            made, recent = self.convolution(
+                torch.cat(parts, dim=2), memory and memory.recent, tokens.valid, tokens.document
+            )
+            *first, k, v = made.split(self.convolved, dim=2)
+            q = first[0] if first else q
         return self.structure.inputs(self.map_q(q), self.map_k(k), v, gate, self.layer), recent
 
     def _delayed(

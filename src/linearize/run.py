@@ -279,8 +279,9 @@ def mixer_of(recipe: Recipe, name: str, teacher: PreTrainedModel) -> MixerSettin
             )
         return recipe.mixer.replace(structure="none")
     count = teacher.config.num_hidden_layers
-    heads, head_dim = teacher.config.num_key_value_heads, attention_of(teacher, 0).head_dim
-    windows = [equal_memory_window(recipe.mixer.layer(index, count), heads, head_dim) for index in range(count)]
+    heads = teacher.config.num_attention_heads, teacher.config.num_key_value_heads
+    head_dim = attention_of(teacher, 0).head_dim
+    windows = [equal_memory_window(recipe.mixer.layer(index, count), *heads, head_dim) for index in range(count)]
     local = [recipe.mixer.layer(index, count).local.replace("none", "window") for index in range(count)]
     return recipe.mixer.replace(structure="none", window=_one(windows), local=_one(local))
 

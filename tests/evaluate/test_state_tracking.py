@@ -12,7 +12,7 @@ from linearize import LinearizeError, cli
 from linearize.evaluate import state_tracking, tracker
 from linearize.evaluate.state_tracking import PRESETS, pairs, results, run, table
 from linearize.evaluate.tasks import ELEMENTS, MODULUS, TASKS
-from linearize.evaluate.tracker import IGNORED, Pair, Result, Settings, Step, Training, draw, encode
+from linearize.evaluate.tracker import IGNORED, Pair, Result, Settings, Step, Training, build, draw, encode
 
 SIGNS = "01234+-*=()"
 TINY = Settings(hidden_size=8, heads=2, layers=1, steps=4, batch=8, longest=12, block=2, tests=16)
@@ -146,6 +146,39 @@ def test_weights_decay_and_norms_do_not(tmp_path):
         assert (decayed[name].norm() < 0.98 * weight.norm()) == ("norm" not in name), name
 
 
+def test_the_model_is_as_wide_and_starts_as_it_is_told(tmp_path):
+    weights = {
+        initial: dict(build(PARITY, TINY.model_copy(update={"initial": initial, "mlp": 24})).named_parameters())
+        for initial in (0.02, 0.002)
+    }
+    assert weights[0.02]["model.layers.0.mlp.up_proj.weight"].shape == (24, 8)
+    assert build(PARITY, TINY).config.intermediate_size == 16
+    for name in ("lm_head.weight", "model.layers.0.self_attn.q_proj.weight"):
+        torch.testing.assert_close(weights[0.02][name], 10 * weights[0.002][name])
+
+
+def test_products_are_in_the_given_precision(tmp_path):
+    seen = {}
+    for precision in ("fp32", "bf16"):
+        training = trained(tmp_path, precision=precision)
+        training.model.lm_head.register_forward_hook(
+            lambda _, __, output, precision=precision: seen.setdefault(precision, set()).add(output.dtype)
+        )
+        training.accuracy(3, 12, 16, 0, free=True)
+        training.step(*encode(TASKS["parity"], *sample("parity", rows=8, longest=12)))
+        assert all(weight.dtype == torch.float32 for weight in training.model.parameters())
+    assert seen == {"fp32": {torch.float32}, "bf16": {torch.bfloat16}}
+
+
+def test_gradients_are_clipped(tmp_path):
+    norms = {}
+    for clip in (None, 0.01):
+        gradients = [weight.grad.norm() for weight in trained(tmp_path, clip=clip).model.parameters()]
+        norms[clip] = torch.stack(gradients).norm().item()
+    assert norms[0.01] == pytest.approx(0.01, rel=1e-3)
+    assert norms[None] > 0.1
+
+
 def test_the_learning_rate_rises_and_falls_to_its_final_share(tmp_path):
     training = trained(tmp_path, steps=100, warmup=0.1, learning_rate=2.0, final=0.25)
     rates = [training._rate(step) for step in range(100)]
@@ -188,19 +221,21 @@ from linearize.evaluate.tracker import Pair, Settings, Step, Training, draw, enc
 
 torch.compile = partial(torch.compile, backend="eager", fullgraph=True)
 torch.set_num_threads(1)
-pair, settings = Pair("parity", "direct", "deltanet", True), Settings(hidden_size=8, heads=2, layers=1, convolution=4)
+pair, precision = Pair("parity", "direct", "deltanet", True), sys.argv[2]
+settings = Settings(hidden_size=8, heads=2, layers=1, convolution=4, convolution_form="silu", precision=precision)
 batch = encode(TASKS["parity"], *draw(TASKS["parity"], 3, 12, 8, torch.Generator().manual_seed(0)))
 for compiled in (False, True):
     training = Training(pair, settings, Path(sys.argv[1]), torch.device("cpu"), False)
-    step = Step(training.model, training.optimizer, False, compiled)
+    step = Step(training.model, training.optimizer, settings, False, compiled)
     print(step(*batch).item(), step(*batch).item())
 """
 
 
 @pytest.mark.slow
-def test_a_step_is_compiled_as_one_graph(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_is_compiled_as_one_graph(precision, tmp_path):
     """In a process of its own, since what pytest puts around functions to check shapes cannot be traced."""
-    told = subprocess.check_output([sys.executable, "-c", COMPILED, str(tmp_path / "none.pt")], text=True)
+    told = subprocess.check_output([sys.executable, "-c", COMPILED, str(tmp_path / "none.pt"), precision], text=True)
     eager, compiled = ([float(x) for x in line.split()] for line in told.splitlines())
     assert compiled == pytest.approx(eager, rel=1e-6)
 
@@ -304,6 +339,8 @@ REFUSED = [
     ("--set own={foo:{}}", "task 'foo' valid: arithmetic"),
     ("--set 'own={parity: {batch: 0}}'", "batch 0 greater than or equal to 1"),
     ("--set longest=4 --set shortest=5", "longest is 4 shortest 5"),
+    ("--set convolution_form=silu", "convolution_form silu no effect"),
+    ("--set precision=fp16", "precision 'fp16' 'fp32' or 'bf16'"),
     ("--out file", "file new, empty or linearize's"),
 ]
 
@@ -346,3 +383,10 @@ def test_presets_hold_together():
         assert all(preset.settings.of(task).own == {} for task in TASKS)
     assert PRESETS["full"].settings.of("parity").layers == 1
     assert PRESETS["full"].settings.of("arithmetic").layers == 3
+
+
+def test_parity_keeps_its_model_whatever_the_others_get():
+    published = ["convolution_form=silu", "mlp=512", "precision=bf16", "initial=0.006", "weight_decay=0.1", "final=0"]
+    changed, _ = state_tracking.choose("full", published, {}, [], [], [])
+    assert changed.of("parity") == PRESETS["full"].settings.of("parity")
+    assert changed.of("arithmetic").precision == "bf16"

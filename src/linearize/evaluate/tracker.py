@@ -9,7 +9,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,13 @@ class Settings(BaseModel):
     hidden_size: int = Field(128, ge=1, description="of the model")
     heads: int = Field(4, ge=1, description="each with a key and a value of hidden_size / heads")
     layers: int = Field(3, ge=1, description="a recurrence and an MLP each")
+    mlp: int | None = Field(None, ge=1, description="width inside an MLP; null: twice hidden_size")
+    initial: float = Field(0.02, gt=0, description="standard deviation of weights at the start")
     convolution: int | None = Field(None, ge=2, description="tokens of a short convolution over keys and values")
+    convolution_form: Literal["linear", "silu"] = Field(
+        "linear", description="linear starts as the token itself; silu at random, is over queries too, and SiLU follows"
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of products, by autocast; weights are in fp32")
     steps: int = Field(20_000, ge=1, description="at most, for direct parity and arithmetic")
     other_steps: int = Field(5_000, ge=1, description="at most, for the other tasks and for scratchpads")
     batch: int = Field(256, ge=1, description="rows of a step")
@@ -52,6 +58,7 @@ class Settings(BaseModel):
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     final: float = Field(0.1, ge=0, le=1, description="share of the learning rate that its cosine ends at")
     weight_decay: float = Field(0, ge=0, description="AdamW's, of all weights but those of norms")
+    clip: float | None = Field(1.0, gt=0, description="the largest norm of a step's gradient; null: any")
     shortest: int = Field(3, ge=3, description="symbols of a row in training")
     longest: int = Field(40, ge=3, description="symbols of a row in training; tests begin here")
     every: bool = Field(False, description="ask for the state after each symbol in direct training, not for the answer")
@@ -69,6 +76,8 @@ class Settings(BaseModel):
     def _whole_heads(self) -> "Settings":
         if self.hidden_size % (2 * self.heads):
             raise LinearizeError(f"hidden_size {self.hidden_size} is not {self.heads} heads of an even size")
+        if self.convolution is None and self.convolution_form != "linear":
+            raise LinearizeError(f"convolution_form {self.convolution_form} has no effect: there is no convolution")
         if self.longest < self.shortest:
             raise LinearizeError(f"longest is {self.longest}, less than shortest {self.shortest}")
         return self
@@ -120,7 +129,8 @@ def build(pair: Pair, settings: Settings) -> PreTrainedModel:
     config = LlamaConfig(
         vocab_size=1 + task.symbols + task.states,
         hidden_size=settings.hidden_size,
-        intermediate_size=2 * settings.hidden_size,
+        intermediate_size=settings.mlp or 2 * settings.hidden_size,
+        initializer_range=settings.initial,
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.heads,
@@ -132,6 +142,7 @@ def build(pair: Pair, settings: Settings) -> PreTrainedModel:
         "structure": pair.structure,
         "negative_eigenvalues": pair.negative_eigenvalues,
         "convolution": settings.convolution,
+        "convolution_form": settings.convolution_form,
     }
     return convert(LlamaForCausalLM(config), **drop_idle(MIXER, chosen)[0])
 
@@ -166,6 +177,11 @@ def encode(
     return F.pad(tokens, (1, 0)), F.pad(targets, (1, 0), value=IGNORED)
 
 
+def autocast(settings: Settings, device: torch.device) -> torch.autocast:
+    """Products in the precision of `settings`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+
+
 class Step:
     """A training step, `step(tokens, targets)` to the loss; on a GPU, from the fourth on, the replay of a CUDA graph.
 
@@ -174,9 +190,14 @@ class Step:
     """
 
     def __init__(
-        self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, capture: bool, compiled: bool = False
+        self,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        settings: Settings,
+        capture: bool,
+        compiled: bool = False,
     ) -> None:
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.settings = model, optimizer, settings
         self.objective = torch.compile(self._objective, dynamic=False) if compiled else self._objective
         self.stream = torch.cuda.Stream() if capture else None
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -208,14 +229,16 @@ class Step:
         return self.loss
 
     def _objective(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        logits = self.model(input_ids=tokens, use_cache=False).logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        with autocast(self.settings, tokens.device):
+            logits = self.model(input_ids=tokens, use_cache=False).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
     def _step(self, tokens: Tensor, targets: Tensor) -> Tensor:
         loss = self.objective(tokens, targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if self.settings.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.optimizer.step()
         return loss.detach()
 
@@ -258,7 +281,7 @@ class Training:
             self.model.load_state_dict(kept["model"])
             self.optimizer.load_state_dict(kept["optimizer"])
             self.progress = kept["progress"]
-        self.step = Step(self.model, self.optimizer, capture and on_gpu, settings.compiled and on_gpu)
+        self.step = Step(self.model, self.optimizer, settings, capture and on_gpu, settings.compiled and on_gpu)
 
     @property
     def done(self) -> bool:
@@ -324,7 +347,8 @@ class Training:
         symbols, states, lengths = draw(self.task, shortest, longest, rows, self.generator)
         right = 0
         for part in zip(*(x.split(1024) for x in (symbols, states, lengths)), strict=True):
-            answer = self._write(part[0], part[2]) if free and self.scratchpad else self._read(*part)
+            with autocast(self.settings, lengths.device):
+                answer = self._write(part[0], part[2]) if free and self.scratchpad else self._read(*part)
             right += int((answer == part[1].gather(1, part[2][:, None] - 1)[:, 0]).sum())
         self.model.train()
         return round(self.task.scaled(right / rows), 4)
