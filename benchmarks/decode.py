@@ -130,7 +130,8 @@ def state_bytes(config: Any, settings: dict[str, Any]) -> int:
     """Of one row's states."""
     mixer = MixerSettings(settings)
     layers = [mixer.layer(index, config.num_hidden_layers) for index in range(config.num_hidden_layers)]
-    return sum(recurrent_bytes(layer, config.num_key_value_heads, config.head_dim) for layer in layers)
+    heads = config.num_attention_heads, config.num_key_value_heads
+    return sum(recurrent_bytes(layer, *heads, config.head_dim) for layer in layers)
 
 
 def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
