@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.results import provenance, write
 from linearize import checkpoint
 from linearize.checkpoint import unwrapped
 from linearize.convert import mixers
-from linearize.decoding import Decoder
 from linearize.evaluate.late_gap import texts
 from linearize.train.data import heldout_documents, tokenize
 
@@ -75,10 +74,11 @@ def read(model: PreTrainedModel, ids: Int[Tensor, "N T"]) -> Float[Tensor, "N T-
 @torch.no_grad()
 def decoded(model: PreTrainedModel, ids: Int[Tensor, "N T"]) -> Float[Tensor, "N T-1"]:
     """Losses of the same texts, one token after the other."""
-    decoder, found = Decoder(model, len(ids)), []
+    cache, found = DynamicCache(config=model.config), []
     ids = ids.to(model.device)
     for t in tqdm(range(ids.shape[1] - 1), desc="decoding", delay=1, leave=False):
-        found.append(losses(decoder.step(ids[:, t : t + 1], t, None), ids[:, t + 1 : t + 2]))
+        logits = model(ids[:, t : t + 1], past_key_values=cache).logits
+        found.append(losses(logits, ids[:, t + 1 : t + 2]))
     return torch.cat(found, dim=1)
 
 

@@ -38,7 +38,7 @@ def identity(x: Tensor) -> Tensor:
 
 
 FEATURE_MAPS: dict[str, FeatureMap] = {"softmax": softmax, "l2": l2, "relu": relu, "elu": elu, "none": identity}
-SIGNED = ("l2", "none", "linear", "quadratic")  # maps whose values may be negative
+SIGNED = ("l2", "none", "linear")  # maps whose values may be negative
 
 
 class Hedgehog(nn.Module):
@@ -82,17 +82,7 @@ class Linear(nn.Module):
         return x.float() + torch.einsum("bthr,hre->bthe", low, self.up.float())
 
 
-class Quadratic(Linear):
-    """`[y, √D y_i y_{i+1}]` of y, what `Linear` makes of x, at length 1: products of neighbouring channels, as in DPFP
-    (arXiv 2102.11174) but signed, so that there is room for twice as many keys that do not disturb each other."""
-
-    def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H K"]:
-        """K = 2D, in fp32."""
-        x = F.normalize(super().forward(x), dim=-1)
-        return torch.cat([x, x.shape[-1] ** 0.5 * x * x.roll(-1, dims=-1)], dim=-1)
-
-
-LEARNED = {"hedgehog": Hedgehog, "linear": Linear, "quadratic": Quadratic}
+LEARNED = {"hedgehog": Hedgehog, "linear": Linear}
 
 
 def feature_map(name: str, heads: int, head_dim: int) -> FeatureMap:
@@ -102,4 +92,4 @@ def feature_map(name: str, heads: int, head_dim: int) -> FeatureMap:
 
 def feature_size(name: str, head_dim: int) -> int:
     """K, from D."""
-    return 2 * head_dim if name in ("hedgehog", "quadratic") else head_dim
+    return 2 * head_dim if name == "hedgehog" else head_dim

@@ -43,6 +43,7 @@ class DataSettings(Settings):
     )
     heldout: str = Field("wiki", description="text to measure on, which must be another")
     sequence_length: int = Field(1024, ge=8, description="tokens that are packed into one sequence")
+    shortest: int = Field(0, ge=0, description="tokens of a document to train on; shorter ones are left out")
     repeats: float = Field(
         0.0, ge=0, le=0.9, description="share of the training tokens that are passages of the document, said again"
     )

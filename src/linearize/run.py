@@ -263,7 +263,7 @@ def _most_tokens(recipe: Recipe) -> int:
 
 def _tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document]) -> list[np.ndarray]:
     """The training text's tokens, of as many documents as the longest stage needs; at least one sequence."""
-    documents = tokenize(texts, tokenizer, limit=_most_tokens(recipe))
+    documents = tokenize(texts, tokenizer, _most_tokens(recipe), recipe.data.shortest)
     pack(documents, recipe.data.sequence_length, 1, recipe.data.train)
     return documents
 

@@ -378,6 +378,12 @@ def test_heldout_too_short():
         heldout_sequences(documents(9), sequence_length=4, count=0)
 
 
+def test_documents_that_are_too_short_are_left_out():
+    texts = ["ab", "abcdefgh", "abc", "abcdefg", "abcdefghi"]
+    assert [len(ids) for ids in tokenize(texts, tokenizer(), shortest=8)] == [9, 8, 10]
+    assert [len(ids) for ids in tokenize(texts, tokenizer(), limit=10, shortest=8)] == [9, 8]
+
+
 def test_passages_that_are_said_again():
     """Some tokens give way to passages from before in the same document; all else stays, and targets follow."""
     texts = [np.arange(start, start + length) for start, length in ((0, 90), (1000, 700), (2000, 500))]

@@ -298,12 +298,14 @@ def _words(text: str) -> list[str]:
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def tokenize(documents: Sequence[Document], tokenizer: Any, limit: int | None = None) -> list[np.ndarray]:
+def tokenize(
+    documents: Sequence[Document], tokenizer: Any, limit: int | None = None, shortest: int = 0
+) -> list[np.ndarray]:
     """Token ids (int32) of each document, ended by the tokenizer's end-of-text token if it has one.
 
-    A beginning-of-text token is there only if the tokenizer, or for a chat its template, adds it itself. Stops after
-    the document with which `limit` tokens are reached. Raises LinearizeError for a chat where there is no template, or
-    one that does not take it.
+    A beginning-of-text token is there only if the tokenizer, or for a chat its template, adds it itself. Documents of
+    fewer than `shortest` tokens are left out. Stops after the document with which `limit` tokens are reached.
+    Raises LinearizeError for a chat where there is no template, or one that does not take it.
     """
     found: list[np.ndarray] = []
     tokens = read = 0
@@ -312,8 +314,12 @@ def tokenize(documents: Sequence[Document], tokenizer: Any, limit: int | None = 
         for start in range(0, len(documents), BATCH):
             batch = list(documents[start : start + BATCH])
             for document, ids in zip(batch, _encoded(batch, tokenizer), strict=True):
-                found.append(_ended(ids, tokenizer.eos_token_id))
-                tokens, read = tokens + len(found[-1]), read + _size(document)
+                ended = _ended(ids, tokenizer.eos_token_id)
+                read += _size(document)
+                if len(ended) < shortest:
+                    continue
+                found.append(ended)
+                tokens += len(ended)
                 if limit is not None and tokens >= limit:
                     return found
             expected = tokens * characters // max(read, 1)
