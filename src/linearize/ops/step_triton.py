@@ -207,25 +207,6 @@ def step_kernel(
             tl.store(ring_valid + b * W + slot, fresh.to(tl.uint8))
 
 
-@triton.jit
-def swiglu_kernel(gate_up, output, size, BLOCK: tl.constexpr):
-    """silu(gate) · up, of rows `[gate, up]`."""
-    row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < size
-    gate = tl.load(gate_up + row * 2 * size + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * size + size + columns, mask=inside, other=0.0).to(tl.float32)
-    result = (gate / (1.0 + tl.exp(-gate))).to(output.dtype.element_ty).to(tl.float32) * up
-    tl.store(output + row * size + columns, result.to(output.dtype.element_ty), mask=inside)
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """`[B, 2I]`, contiguous, to `[B, I]`."""
-    size = gate_up.shape[1] // 2
-    output = gate_up.new_empty(gate_up.shape[0], size)
-    swiglu_kernel[(gate_up.shape[0], triton.cdiv(size, 1024))](gate_up, output, size, BLOCK=1024, num_warps=4)
-    return output
-
-
 def program(pairs: int, D: int, whole: bool) -> tuple[int, int]:
     """Value channels and warps of a program: many channels, but for few heads as few as fill the GPU; all of them if it
     needs the `whole` head."""
