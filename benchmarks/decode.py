@@ -32,6 +32,7 @@ from benchmarks.kernels import copy_speed, times
 from benchmarks.results import provenance, write
 from linearize import convert, revert
 from linearize.decoding import Decoder
+from linearize.ops import dispatch
 from linearize.recipe import read
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -81,10 +82,15 @@ def main() -> None:
     parser.add_argument("--prompt", action="store_true", help="read a prompt of a million tokens in chunks")
     parser.add_argument("--tokens", type=int, default=2**20, help="of that prompt")
     parser.add_argument("--tune", action="store_true", help="time the step's kernel with other launch settings")
+    parser.add_argument(
+        "--overlap", action=argparse.BooleanOptionalAction, help="of a step's kernels, in place of what is the default"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled form of the original out")
     arguments = parser.parse_args()
     stop = time.perf_counter() + arguments.seconds
     torch.manual_seed(0)
+    if arguments.overlap is not None:
+        dispatch.OVERLAP = arguments.overlap
     if arguments.smoke or arguments.tune:
         from benchmarks import decode_checks as checks
 
@@ -180,6 +186,7 @@ def compare(out: Path, names: list[str], stop: float, arguments: argparse.Namesp
         if (name := results.get("structure", "gla")) != arguments.structure:
             raise SystemExit(f"{out} is of structure {name}; give {arguments.structure} a file of its own")
     rows: list[dict[str, Any]] = results["rows"]
+    results["overlap"] = dispatch.OVERLAP
     copy = results["copy_bytes_per_second"] = copy_speed() if GPU else 1e10
     print(f"copy {copy / 1e12:.2f} TB/s", flush=True)
     for wanted in (TELLING, REST):

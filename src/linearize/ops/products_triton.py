@@ -73,7 +73,7 @@ def weight_tile(weight, rows, columns, first, N, K: tl.constexpr):
     return tl.load(weight + (first + rows) * K + columns, mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])  # one program for any number of rows
 def product_kernel(
     x, norm, weight, bias, output, B, N, epsilon,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
@@ -91,7 +91,7 @@ def product_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     place, here = output + batch[:, None] * N + mine[None, :], (batch < B)[:, None] & (mine < N)[None, :]
     if ADD:  # loads wait long; this one while all others do
-        before = tl.load(place, mask=here, other=0.0).to(tl.float32)
+        before = tl.load(place, mask=here, other=0.0)
 
     if SLICES == 1:
         columns = tl.arange(0, BK)
@@ -128,7 +128,7 @@ def product_kernel(
             up += tl.load(bias + N + mine, mask=mine < N, other=0.0).to(tl.float32)[None, :]
         result *= up / (1.0 + tl.exp(-result))
     if ADD:
-        result += before
+        result += before.to(tl.float32)
     tl.store(place, result.to(output.dtype.element_ty), mask=here)
 
 
