@@ -16,7 +16,7 @@ from waiting import NeverWaiting
 from linearize import convert, decoding
 from linearize.convert import mixers
 from linearize.decoding import UNEVEN, Decoder
-from linearize.ops import liger, products, step
+from linearize.ops import dispatch, liger, products, step
 
 SETTINGS = {"window": 5, "sinks": 3, "mixing_weight": 0.4}
 DELTA = {"structure": "gated_deltanet", "feature_map": "linear", "gate_source": "learned", "gate_temperature": 256.0}
@@ -428,7 +428,9 @@ def test_an_mlp_of_a_width_that_fits_no_tile(kernels, steps, monkeypatch):
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("settings", [{}, WHOLE[0]], ids=["published", "default"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
-def test_sixteen_bits_on_a_gpu(family, settings, steps):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_sixteen_bits_on_a_gpu(overlap, family, settings, steps, monkeypatch):
+    monkeypatch.setattr(dispatch, "OVERLAP", overlap)
     model, tokens = learned(settings, family).bfloat16(), ids(2, LENGTH).to(DEVICE)
     full = logits(model, tokens, use_cache=False)
     assert_close(in_parts(model, tokens, one_by_one(9))[0], full, 3e-2)

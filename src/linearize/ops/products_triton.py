@@ -20,7 +20,7 @@ from linearize.ops.products import Linear, Norm
 LEAST = 16  # the smallest side of a matrix product
 FP16_ROOM = 2.0**-6  # in fp16 what is not divided yet may be too large
 LINE = 64  # columns of 16 bits in a line of the cache
-AHEAD = 2048  # columns that are fetched before the kernel's turn
+AHEAD = 32768  # bytes of a program's weights that are fetched before its turn; all programs' must fit into the cache
 
 
 class Launch(NamedTuple):
@@ -183,11 +183,12 @@ def run(kind: str, x: Tensor, norm: Norm | None, linear: Linear, output: Tensor)
     """One of `LAUNCHES`: x `[B, K]` by the weight into output `[B, N]`."""
     (B, K), N, (weight, bias) = x.shape, output.shape[1], linear
     launch, overlap = launch_of(kind, N, K), overlaps(x)
+    ahead = min(AHEAD // (2 * launch.rows * (1 + (kind == "swiglu"))), triton.next_power_of_2(K))  # columns
     product_kernel[(triton.cdiv(N, launch.rows),)](
         x, weight if norm is None else norm.weight, weight, weight if bias is None else bias, output, B, N,
         0.0 if norm is None else norm.epsilon,
         K=K, BM=max(triton.next_power_of_2(B), LEAST), BN=launch.rows, BK=launch.columns, SLICES=launch.slices,
         NORM=norm is not None, ROOM=FP16_ROOM if x.dtype == torch.float16 else 1.0, SWIGLU=kind == "swiglu",
-        BIAS=bias is not None, ADD=kind == "add", OVERLAP=overlap, LINES=min(triton.next_power_of_2(K), AHEAD) // LINE,
+        BIAS=bias is not None, ADD=kind == "add", OVERLAP=overlap, LINES=max(ahead // LINE, 1),
         num_warps=launch.num_warps, num_stages=launch.num_stages, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
