@@ -215,21 +215,22 @@ class Sweep:
         elif "error" not in found:
             with settled(problem.product, launch, overlap):  # type: ignore[arg-type]
                 found |= problem.measured(products_triton, batch)
-        self.rows.append(key | found)
+        size = 2 * problem.weights[0].numel()
+        self.rows.append(key | {"floor": size / self.copy} | found)
         write(self.out, {**self.made_on, "copy_bytes_per_second": self.copy, "rows": self.rows})
         print(self.described(self.rows[-1]), flush=True)
         if GPU:
             torch.cuda.synchronize()  # ends the sweep if the device is lost; the same command goes on from here
         return self.rows[-1]
 
-    def described(self, row: dict[str, Any]) -> str:
+    @staticmethod
+    def described(row: dict[str, Any]) -> str:
         """A line for the terminal."""
         what = f"{row['kernel']:7} {row['rows']:5} x {row['columns']:5} batch {row['batch']:2} "
         what += f"{'overlap ' if row['overlap'] else ''}{row['launch']}"
         if "seconds" not in row:
             return f"{what} {row['error']}"
-        size = 2 * row["rows"] * row["columns"] * (1 + (row["kernel"] == "swiglu"))
-        return f"{what} {1e6 * row['seconds']:7.2f} us (floor {1e6 * size / self.copy:6.2f})"
+        return f"{what} {1e6 * row['seconds']:7.2f} us (floor {1e6 * row['floor']:6.2f})"
 
     def best(self, product: Product, overlap: bool, count: int, batches: tuple[int, ...]) -> list[dict[str, Any]]:
         """The fastest candidates over these batches, the fastest first: launch, and seconds by batch."""

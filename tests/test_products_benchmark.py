@@ -12,7 +12,9 @@ if find_spec("triton") is None or torch.cuda.is_available():
 
 import interpreted  # noqa: F401
 
+from benchmarks import documents_speed as speed
 from benchmarks import products as benchmark
+from benchmarks import results
 from linearize.ops import dispatch, products_triton
 from linearize.ops.products_triton import LAUNCHES, Launch, launch_of
 
@@ -34,7 +36,7 @@ def run(monkeypatch, tmp_path):
     return command
 
 
-def test_every_product_is_measured_once_and_the_table_printed(run, capsys):
+def test_every_product_is_measured_once_and_told(run, capsys, monkeypatch, tmp_path):
     rows = run()
     assert len(rows) == 4 * (3 + 2 * 3 + 2 * 3)  # three batches: cuBLAS, two candidates, and these with overlap
     assert all(row["difference"] < 1e-5 and row["seconds"] == 1.0 for row in rows)
@@ -45,6 +47,9 @@ def test_every_product_is_measured_once_and_the_table_printed(run, capsys):
         "product": {(128, 64)}, "swiglu": {(96, 64)}, "add": {(64, 64), (64, 96)}
     }  # fmt: skip
     assert run() == rows
+    (tmp_path / "products_h100.json").write_text((tmp_path / "products.json").read_text())
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert speed.products().count("| 1000000.0 | 1000000.0 | 1000000.0 |") == 4 * 3
     assert not dispatch.OVERLAP
     assert (128, 64) not in LAUNCHES["product"]
 
