@@ -142,10 +142,11 @@ class Decoder:
         with torch.no_grad():
             empty = [_empty(mixer, valid[_window(mixer)], sinks, weight, tokens) for mixer in self.mixers]
         self.moments = [mixer.moment(self.clock, held) for mixer, held in zip(self.mixers, empty, strict=True)]
+        pairs = zip(self.mixers, self.moments, strict=True)
+        self.by_operations = not all(mixer.is_whole(moment.settings) for mixer, moment in pairs)
         self.layers: list[PlainLayer] | None = None
         if is_plain(self.stack):
-            pairs = zip(self.stack.layers, self.moments, strict=True)
-            self.layers = [PlainLayer(layer, moment) for layer, moment in pairs]
+            self.layers = [PlainLayer(*pair) for pair in zip(self.stack.layers, self.moments, strict=True)]
         self.lent: list[weakref.ref[MixerCacheLayer]] = []
         self.signature = _signature(model)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -244,7 +245,8 @@ class Decoder:
 
     def now(self, sink_ropes: list[Rope]) -> list[Moment]:
         """Every layer's moment, with cos and sin `[B, R]` for its sinks; without any, they are met as tokens are."""
-        tokens = of_step(self.clock, [(cos[:, None], sin[:, None]) for cos, sin in sink_ropes] or None)
+        wide = [(cos[:, None], sin[:, None]) for cos, sin in sink_ropes]
+        tokens = of_step(self.clock, wide or None) if self.by_operations else None
         own: list[Rope | None] = [*sink_ropes] or [None] * len(self.moments)
         return [moment._replace(sink_rope=rope, tokens=tokens) for moment, rope in zip(self.moments, own, strict=True)]
 
@@ -349,9 +351,7 @@ class PlainLayer:
             self.qkv = joined(projections, moment.inputs)
             self.width = sum(linear.out_features for linear in projections)
             self.inputs = sum(len(weight) for weight in moment.inputs)
-        settings = moment.settings  # the mixer looks at its input for what it does by operations, and for no more
-        whole = self.mixer.recurrence is None or (settings is not None and settings.gate != "none")
-        self.unseen = self.together and whole
+        self.unseen = self.together and self.mixer.is_whole(moment.settings)
         self.gate_up, self.size = joined([layer.mlp.gate_proj, layer.mlp.up_proj]), layer.mlp.up_proj.out_features
         self.output, self.down = (output.weight, output.bias), (layer.mlp.down_proj.weight, layer.mlp.down_proj.bias)
 

@@ -42,7 +42,7 @@ LAUNCHES: dict[str, dict[tuple[int, int], Launch]] = {
     },
     "swiglu": {
         (1536, 576): Launch(16, 64, 4, 4, 3),
-        (8192, 2048): Launch(16, 64, 4, 4, 4),
+        (8192, 2048): Launch(16, 64, 4, 4, 3),
         (14336, 4096): Launch(32, 64, 4, 4, 3),
     },
     "add": {
