@@ -243,6 +243,11 @@ class Sweep:
         whole.sort(key=lambda item: sum(math.log(x) for x in item[1].values()))
         return [{"launch": Launch(*launch), "seconds": seconds} for launch, seconds in whole[:count]]
 
+    def cublas(self, product: Product) -> dict[int, float]:
+        """Its seconds by batch."""
+        rows = [row for row in self.rows if row["launch"] == CUBLAS and "seconds" in row]
+        return {row["batch"]: row["seconds"] for row in rows if product._asdict().items() <= row.items()}
+
     def table(self, wanted: list[Product], overlap: bool) -> None:
         """Print the module's table."""
         print(f"\n# OVERLAP = {overlap}\nLAUNCHES: dict[str, dict[tuple[int, int], Launch]] = {{")
@@ -251,10 +256,15 @@ class Sweep:
             for product in wanted:
                 found = self.best(product, overlap, 1, BATCHES) or self.best(product, overlap, 1, BATCHES[:1])
                 if product.kernel == kernel and found:
-                    micro = ", ".join(f"{1e6 * x:.2f}" for x in found[0]["seconds"].values())
-                    print(f"        {product[1:]}: Launch{tuple(found[0]['launch'])},  # {micro} us")
+                    ours, others = micro(found[0]["seconds"]), micro(self.cublas(product))
+                    print(f"        {product[1:]}: Launch{tuple(found[0]['launch'])},  # {ours} us, cuBLAS {others}")
             print("    },")
         print("}", flush=True)
+
+
+def micro(seconds: dict[int, float]) -> str:
+    """Microseconds in the order of `BATCHES`."""
+    return " ".join(f"{1e6 * seconds[batch]:.2f}" for batch in BATCHES if batch in seconds)
 
 
 def main() -> None:
@@ -305,8 +315,11 @@ def sweep(made: Sweep, models: list[str]) -> None:
         for launch, batch in itertools.product(finalists, BATCHES[1:]):
             made.row(problem, launch, False, batch, None)
         for found in made.best(product, False, 1, BATCHES):
-            micro = {batch: round(1e6 * x, 2) for batch, x in found["seconds"].items()}
-            print(f"best of {tuple(product)}: {found['launch']}, us by batch {micro}", flush=True)
+            others = micro(made.cublas(product))
+            print(
+                f"best of {tuple(product)}: {found['launch']}, {micro(found['seconds'])} us, cuBLAS {others}",
+                flush=True,
+            )
     for product in wanted:
         problem = Problem(product)
         for (launch, job), batch in itertools.product(later[product].items(), BATCHES):
