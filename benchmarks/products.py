@@ -169,7 +169,7 @@ def compiled_apart(context: Any, target: Any, task: Task, seconds: float = 60) -
     send.close()
     try:
         return receive.recv() if receive.poll(seconds) else {"error": f"does not compile in {seconds} s"}
-    except EOFError:
+    except (EOFError, OSError):
         process.join()
         return {"error": f"the compiler ended with code {process.exitcode}"}
     finally:
