@@ -34,6 +34,7 @@ from linearize import convert, revert
 from linearize.config import MixerSettings
 from linearize.decoding import Decoder
 from linearize.inspect import recurrent_bytes
+from linearize.ops import dispatch
 from linearize.recipe import read
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -87,9 +88,14 @@ def main() -> None:
     parser.add_argument(
         "--compile", choices=COMPILED, default="telling", help="where the original is timed in its compiled form, too"
     )
+    parser.add_argument(
+        "--overlap", action=argparse.BooleanOptionalAction, help="of a step's kernels, in place of what is the default"
+    )
     arguments = parser.parse_args()
     stop = time.perf_counter() + arguments.seconds
     torch.manual_seed(0)
+    if arguments.overlap is not None:
+        dispatch.OVERLAP = arguments.overlap
     if arguments.smoke or arguments.tune:
         from benchmarks import decode_checks as checks
 
@@ -188,6 +194,7 @@ def compare(out: Path, names: list[str], stop: float, arguments: argparse.Namesp
         if (name := results.get("structure", "gla")) != arguments.structure:
             raise SystemExit(f"{out} is of structure {name}; give {arguments.structure} a file of its own")
     rows: list[dict[str, Any]] = results["rows"]
+    results["overlap"] = dispatch.OVERLAP
     copy = results["copy_bytes_per_second"] = copy_speed() if GPU else 1e10
     print(f"copy {copy / 1e12:.2f} TB/s", flush=True)
     for wanted in (TELLING, REST):

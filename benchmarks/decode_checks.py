@@ -4,7 +4,7 @@
 import itertools
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from linearize.readouts import EPSILON
 
 @torch.no_grad()
 def smoke(out: Path, structures: Iterable[str], stop: float) -> None:
-    """The kernel against the PyTorch code in float64; of each structure, the graph against the ordinary forward, and
+    """The kernels against the PyTorch code in float64; of each structure, the graph against the ordinary forward, and
     memory over 3,000 tokens."""
     found: dict[str, Any] = {}
     for D, groups in ((64, 3), (128, 4), (80, 1)):
@@ -40,6 +40,9 @@ def smoke(out: Path, structures: Iterable[str], stop: float) -> None:
             found[f"kernel {gate} D={D} groups={groups}"] = error
             print(f"kernel {gate} D={D} groups={groups}: {error}", flush=True)
         write(out, {**provenance(), "found": found})
+    for name, error in product_errors() if GPU else ():
+        found[name] = error
+        print(f"{name}: {error}", flush=True)
     for structure in structures:
         if time.perf_counter() > stop:
             break
@@ -75,6 +78,21 @@ def kernel_error(gate: str, D: int, groups: int) -> float:
         worst = max(worst, ((ours - expected).norm() / expected.norm()).item())
         step.advance(clock)
     return max(worst, ((held.state - truth.state).norm() / truth.state.norm()).item())
+
+
+def product_errors() -> Iterator[tuple[str, float | str]]:
+    """Relative errors of the kernels of a layer's products, in bf16, by name."""
+    from benchmarks.products import MODELS, Problem, products_of
+    from linearize.ops import products_triton
+
+    for product in dict.fromkeys(product for model in MODELS for product in products_of(model)):
+        problem = Problem(product)
+        for batch in (1, 5, 16):
+            try:
+                error: float | str = problem.error(products_triton, batch)
+            except Exception as raised:
+                error = said(raised)
+            yield f"{product.kernel} {product.rows} x {product.columns}, {batch} rows", error
 
 
 def random_inputs(B: int, KV: int, groups: int, D: int) -> list[Tensor]:

@@ -288,6 +288,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "decoding-default": partial(speed.decoding, "decode_default_h100"),
     "decoding-at-16k": speed.decoding_at_16k,
     "generation": speed.generation,
+    "products": speed.products,
     "decoding-cpu": speed.decoding_cpu,
     "long-prompt": speed.long_prompt,
     "recipe-keys": recipe_keys,

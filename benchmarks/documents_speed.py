@@ -271,6 +271,31 @@ def decoding_cpu() -> str:
     return "\n".join([*lines, "", f"After {data['context']:,} tokens, batch 1, fp32, median; {made}."])
 
 
+def products() -> str:
+    """Microseconds of the products of a decoding step: cuBLAS's with what goes with them, and the best kernel's."""
+    if (data := measured("products_h100")) is None:
+        return "Not measured yet."
+    before = {"product": "norm", "swiglu": "norm and SwiGLU", "add": "residual"}
+    found: dict[tuple[Any, ...], dict[tuple[bool, bool], float]] = {}
+    for row in data["rows"]:
+        if "seconds" in row:
+            key, side = (
+                (row["kernel"], row["rows"], row["columns"], row["batch"]),
+                (row["overlap"], "cuBLAS" in row["launch"]),
+            )
+            sides = found.setdefault((*key, row["floor"]), {})
+            sides[side] = min(sides.get(side, math.inf), row["seconds"])
+    lines = ["| weight | with | batch | floor | cuBLAS | one kernel | overlapping |", "| --- | --- |" + " ---: |" * 5]
+    for (kernel, N, K, batch, low), sides in sorted(found.items(), key=lambda item: (item[0][1] * item[0][2], item[0])):
+        cells = [
+            f"{1e6 * sides[side]:.1f}" if side in sides else "–"
+            for side in ((False, True), (False, False), (True, False))
+        ]
+        name = f"{'2 × ' if kernel == 'swiglu' else ''}{N:,} × {K:,}"
+        lines.append(f"| {name} | {before[kernel]} | {batch} | {1e6 * low:.1f} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Microseconds, median, the best launch settings; {made_on(data)}."])
+
+
 def long_prompt() -> str:
     """A long prompt read in chunks: speed and memory by tokens."""
     if (data := measured("prompt_h100")) is None:

@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
 
 _patch_tensor = interpreter._patch_lang_tensor
@@ -23,6 +24,26 @@ def _with_loop_bounds(tensor: Any, scope: Any) -> None:
 
 
 interpreter._patch_lang_tensor = _with_loop_bounds
+
+
+_cast, _dot = interpreter.InterpreterBuilder.cast_impl, interpreter.InterpreterBuilder.create_dot
+
+
+def _rounded(self: Any, x: Any, dtype: Any) -> Any:
+    """To bf16 as GPUs round; the interpreter cuts off."""
+    if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+        return _cast(self, x, dtype)
+    bits = torch.from_numpy(np.array(x.data)).bfloat16().view(torch.uint16).numpy()
+    return interpreter.TensorHandle(bits, dtype.scalar)
+
+
+def _by_value(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    """Products of bf16, of which the interpreter multiplies the bits, as if they were whole numbers."""
+    a, b = (_cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+    return _dot(self, a, b, *rest)
+
+
+interpreter.InterpreterBuilder.cast_impl, interpreter.InterpreterBuilder.create_dot = _rounded, _by_value
 
 
 class Accesses:

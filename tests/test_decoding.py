@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from importlib.util import find_spec
 from itertools import pairwise
 from unittest.mock import patch
 
@@ -15,7 +16,7 @@ from waiting import NeverWaiting
 from linearize import convert, decoding
 from linearize.convert import mixers
 from linearize.decoding import UNEVEN, Decoder
-from linearize.ops import liger, step
+from linearize.ops import dispatch, liger, products, step
 
 SETTINGS = {"window": 5, "sinks": 3, "mixing_weight": 0.4}
 DELTA = {"structure": "gated_deltanet", "feature_map": "linear", "gate_source": "learned", "gate_temperature": 256.0}
@@ -404,7 +405,23 @@ def test_models_by_the_kernel(family, settings, steps, monkeypatch):
 
     model, tokens = learned(settings, family), ids(2, LENGTH)
     full = logits(model, tokens, use_cache=False)
-    monkeypatch.setattr(step, "why_not_fused", lambda *_: None)
+    for module in (step, products):
+        monkeypatch.setattr(module, "why_not_fused", lambda *_: None)
+    assert_close(in_parts(model, tokens, one_by_one(17))[0], full)
+    assert len(steps) == LENGTH - 17
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_an_mlp_of_a_width_that_fits_no_tile(kernels, steps, monkeypatch):
+    if kernels and (GPU or find_spec("triton") is None):
+        pytest.skip("the kernels' fp32 is the interpreter's")
+    given = {"head_dim": 16, "intermediate_size": 100, "attention_bias": True, "mlp_bias": True}
+    model, tokens = convert(tiny(**given), **SETTINGS).to(DEVICE), ids(2, LENGTH).to(DEVICE)
+    full = logits(model, tokens, use_cache=False)
+    if kernels:
+        import interpreted  # noqa: F401
+
+        monkeypatch.setattr(products, "why_not_fused", lambda *_: None)
     assert_close(in_parts(model, tokens, one_by_one(17))[0], full)
     assert len(steps) == LENGTH - 17
 
@@ -412,7 +429,9 @@ def test_models_by_the_kernel(family, settings, steps, monkeypatch):
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("settings", [{}, WHOLE[0]], ids=["published", "default"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
-def test_sixteen_bits_on_a_gpu(family, settings, steps):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_sixteen_bits_on_a_gpu(overlap, family, settings, steps, monkeypatch):
+    monkeypatch.setattr(dispatch, "OVERLAP", overlap)
     model, tokens = learned(settings, family).bfloat16(), ids(2, LENGTH).to(DEVICE)
     full = logits(model, tokens, use_cache=False)
     assert_close(in_parts(model, tokens, one_by_one(9))[0], full, 3e-2)

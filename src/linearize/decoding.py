@@ -23,6 +23,7 @@ from linearize.mixer import LinearizedAttention, Moment
 from linearize.ops.dispatch import may_look
 from linearize.ops.liger import Rope, warn_once
 from linearize.ops.local import NEVER
+from linearize.ops.products import Norm, add_product, normed, normed_product, normed_swiglu
 from linearize.ops.step import Clock, Held, advance
 from linearize.tokens import Tokens, most_sinks, of_step
 
@@ -141,10 +142,11 @@ class Decoder:
         with torch.no_grad():
             empty = [_empty(mixer, valid[_window(mixer)], sinks, weight, tokens) for mixer in self.mixers]
         self.moments = [mixer.moment(self.clock, held) for mixer, held in zip(self.mixers, empty, strict=True)]
+        pairs = zip(self.mixers, self.moments, strict=True)
+        self.by_operations = not all(mixer.is_whole(moment.settings) for mixer, moment in pairs)
         self.layers: list[PlainLayer] | None = None
         if is_plain(self.stack):
-            pairs = zip(self.stack.layers, self.moments, strict=True)
-            self.layers = [PlainLayer(layer, moment.inputs) for layer, moment in pairs]
+            self.layers = [PlainLayer(*pair) for pair in zip(self.stack.layers, self.moments, strict=True)]
         self.lent: list[weakref.ref[MixerCacheLayer]] = []
         self.signature = _signature(model)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -215,7 +217,7 @@ class Decoder:
         rope, *others = zip(cos.unbind(1), sin.unbind(1), strict=True)
         for layer, moment in zip(self.layers, self.now(others * len(self.layers)), strict=True):
             layer(hidden, rope, moment)
-        return self.head(normed(hidden, self.stack.norm))[:, None]
+        return self.head(normed(hidden, norm_of(self.stack.norm)))[:, None]
 
     def clamped(self) -> Tensor:
         """The position from which queries see the sinks: within the length that the model was trained at."""
@@ -243,7 +245,8 @@ class Decoder:
 
     def now(self, sink_ropes: list[Rope]) -> list[Moment]:
         """Every layer's moment, with cos and sin `[B, R]` for its sinks; without any, they are met as tokens are."""
-        tokens = of_step(self.clock, [(cos[:, None], sin[:, None]) for cos, sin in sink_ropes] or None)
+        wide = [(cos[:, None], sin[:, None]) for cos, sin in sink_ropes]
+        tokens = of_step(self.clock, wide or None) if self.by_operations else None
         own: list[Rope | None] = [*sink_ropes] or [None] * len(self.moments)
         return [moment._replace(sink_rope=rope, tokens=tokens) for moment, rope in zip(self.moments, own, strict=True)]
 
@@ -336,54 +339,44 @@ def _projections(mixer: LinearizedAttention) -> list[nn.Linear]:
 
 
 class PlainLayer:
-    """A decoder layer in place: residuals are added by the matrix products, and products of one input are one."""
+    """A decoder layer in place: norms, residuals and SwiGLU are done by the matrix products (`ops.products`), and
+    products of one input are one."""
 
-    def __init__(self, layer: Any, inputs: list[nn.Parameter]) -> None:
-        self.layer, self.mixer = layer, layer.self_attn
+    def __init__(self, layer: Any, moment: Moment) -> None:
+        self.mixer: LinearizedAttention = layer.self_attn
+        *projections, output = _projections(self.mixer)
+        self.norm, self.mlp_norm = norm_of(layer.input_layernorm), norm_of(layer.post_attention_layernorm)
         self.together = self.mixer.family.project is separate
         if self.together:
-            self.qkv = joined(_projections(self.mixer)[:-1], inputs)
-            self.width = sum(linear.out_features for linear in _projections(self.mixer)[:-1])
-            self.inputs = sum(len(weight) for weight in inputs)
-        self.gate_up = joined([layer.mlp.gate_proj, layer.mlp.up_proj])
-        self.output, self.down = _projections(self.mixer)[-1], layer.mlp.down_proj
+            self.qkv = joined(projections, moment.inputs)
+            self.width = sum(linear.out_features for linear in projections)
+            self.inputs = sum(len(weight) for weight in moment.inputs)
+        self.unseen = self.together and self.mixer.is_whole(moment.settings)
+        self.gate_up, self.size = joined([layer.mlp.gate_proj, layer.mlp.up_proj]), layer.mlp.up_proj.out_features
+        self.output, self.down = (output.weight, output.bias), (layer.mlp.down_proj.weight, layer.mlp.down_proj.bias)
 
     def __call__(self, hidden: Tensor, rope: Rope, moment: Moment) -> None:
         """hidden `[B, hidden]` becomes what the layer makes of it."""
-        x, made = normed(hidden, self.layer.input_layernorm), None
-        if self.together:
-            product = F.linear(x, *self.qkv)
-            heads = product[:, : self.width].unflatten(1, (-1, self.mixer.head_dim))
-            made = product[:, self.width : self.width + self.inputs]
-        else:
-            heads = torch.cat(self.mixer.family.project(self.mixer, x[:, None]), dim=2)[:, 0]
+        x, heads, made = self.project(hidden)
         read = self.mixer.step(x[:, None], heads, rope, moment, made)
         add_product(hidden, read.flatten(1), self.output)
-        gate_up = F.linear(normed(hidden, self.layer.post_attention_layernorm), *self.gate_up)
-        add_product(hidden, swiglu(gate_up), self.down)
+        add_product(hidden, normed_swiglu(hidden, self.mlp_norm, self.gate_up, self.size), self.down)
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The mixer's input `[B, hidden]`, or anything like it where the mixer does not look at it; q, k and v of it
+        `[B, H + 2 KV, D]`; and its products with the moment's `inputs`, where they are made together."""
+        if not self.together:
+            x = normed(hidden, self.norm)
+            return x, torch.cat(self.mixer.family.project(self.mixer, x[:, None]), dim=2)[:, 0], None
+        x = hidden if self.unseen else normed(hidden, self.norm)
+        product = normed_product(hidden, self.norm, self.qkv) if self.unseen else F.linear(x, *self.qkv)
+        heads, made, _ = product.tensor_split([self.width, self.width + self.inputs], dim=1)
+        return x, heads.unflatten(1, (-1, self.mixer.head_dim)), made
 
 
-def normed(x: Tensor, norm: Any) -> Tensor:
-    """Root mean square norm in one kernel."""
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
-
-
-def add_product(hidden: Tensor, x: Tensor, linear: nn.Linear) -> None:
-    """hidden += linear(x)."""
-    hidden.addmm_(x, linear.weight.t())
-    if linear.bias is not None:
-        hidden.add_(linear.bias)
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up, of `[B, 2I]`."""
-    if gate_up.is_cuda:
-        from linearize.ops.step_triton import swiglu as kernel
-
-        with torch.cuda.device_of(gate_up):  # kernels run on the current device
-            return kernel(gate_up)
-    gate, up = gate_up.chunk(2, dim=1)
-    return F.silu(gate).mul_(up)
+def norm_of(module: Any) -> Norm:
+    """A model's own norm, for `ops.products`."""
+    return Norm(module.weight, module.variance_epsilon)
 
 
 @torch.no_grad()

@@ -200,6 +200,10 @@ class LinearizedAttention(nn.Module):
             return self.plain_window()
         return whole
 
+    def is_whole(self, settings: liger.Settings | None) -> bool:
+        """Whether by these settings `ops.step` is all of a step, so that nothing else looks at the layer's input."""
+        return settings is not None and (self.recurrence is None or settings.gate != "none")
+
     def moment(self, clock: stepping.Clock, held: stepping.Held) -> Moment:
         """With this layer's constants, at fixed addresses."""
         mixing: Any = self.mixing
@@ -251,7 +255,7 @@ class LinearizedAttention(nn.Module):
                     made = torch.cat([hidden[:, 0, :0], *(F.linear(hidden[:, 0], weight) for weight in inputs)], dim=1)
                 beyond = self.beyond(made)
             output = stepping.step(heads, mixing, settings, near, far, clock, held, decay, beyond)
-            if self.recurrence is None or settings.gate != "none":
+            if self.is_whole(settings):
                 return output
             output = output[:, None]
         assert tokens is not None

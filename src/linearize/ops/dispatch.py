@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)  # what kernels are for; in fp32 they are for the interpreter
+OVERLAP = False  # whether kernels of a decoding step begin before the one ahead of them has ended; see `overlaps`
 
 
 def no_device(x: Tensor) -> str | None:
@@ -24,6 +25,12 @@ def _too_little(device: torch.device) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "the device is older than compute capability 8.0"
     return None
+
+
+def overlaps(x: Tensor) -> bool:
+    """Whether kernels of a decoding step begin before the one ahead of them has ended (programmatic dependent launch):
+    until they wait for it, they fetch what it does not write."""
+    return OVERLAP and x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def kernel_dtype(x: Tensor) -> torch.dtype | None:

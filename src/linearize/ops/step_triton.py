@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linearize.ops.dispatch import overlaps
 from linearize.ops.liger import DELTA, Rope, Settings
 from linearize.ops.liger_triton import feature, key_and_gate, log_sigmoid, partner_of, sigmoid
 from linearize.ops.step import NOTHING, Beyond, Clock, Held
@@ -75,6 +76,7 @@ def step_kernel(
     MP: tl.constexpr, SINKS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
     GATE: tl.constexpr, FEATURE: tl.constexpr, ERASE: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
     GATES: tl.constexpr, LOGITS: tl.constexpr, RMS: tl.constexpr, OPENING: tl.constexpr, MOST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One token of one key/value head; see the module and `ops.step`."""
     pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -85,24 +87,13 @@ def step_kernel(
     t, before, fresh = tl.load(time), tl.load(real + b), tl.load(valid + b).to(tl.int32)
     kept_type = keys.dtype.element_ty
 
-    # the new token
-    new_k = tl.load(k + b * stride + h * D + columns, mask=wide, other=0.0).to(tl.float32)
-    new_v = tl.load(v + b * stride + h * D + mine, mask=narrow, other=0.0).to(tl.float32)
-    turned = new_k
-    if R > 0:
-        c, s = load_angles(cos, sin, b * rope_stride, columns, R)
-        other = tl.load(k + b * stride + h * D + partner, mask=wide, other=0.0).to(tl.float32)
-        turned = (new_k * c + other * s).to(kept_type).to(tl.float32)
-
-    # the window, with the new token in its place
+    # what was there before this step, so that no kernel need have ended for it
     slot = (t % W).to(tl.int32)
     rows = tl.arange(0, WP)
     here = (rows < W)[:, None]
     ring = (pair * (M + W) + M + rows)[:, None] * D
     window_k = tl.load(keys + ring + columns[None, :], mask=here & wide[None, :], other=0.0).to(tl.float32)
-    window_k = tl.where((rows == slot)[:, None], turned[None, :], window_k)
     window_v = tl.load(values + ring + mine[None, :], mask=here & narrow[None, :], other=0.0).to(tl.float32)
-    window_v = tl.where((rows == slot)[:, None], new_v[None, :], window_v)
     seen = tl.load(ring_valid + b * W + rows, mask=rows < W, other=0) != 0
     seen = (seen | (rows == slot)) & (rows < W)
     if SINKS > 0:
@@ -112,8 +103,26 @@ def step_kernel(
         sink_k = tl.load(keys + place + columns[None, :], mask=there & wide[None, :], other=0.0).to(tl.float32)
         sink_v = tl.load(values + place + mine[None, :], mask=there & narrow[None, :], other=0.0).to(tl.float32)
         gone = tl.load(sink_time + b * M + sinks, mask=sinks < SINKS, other=t) <= t - W
-        if R > 0:
+    if GATE != "none":
+        cell = pair * D * D + columns[:, None] * D + mine[None, :]
+        within = wide[:, None] & narrow[None, :]
+        memory = tl.load(state + cell, mask=within, other=0.0).to(tl.float32)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+    # the new token, which takes its place in the window
+    new_k = tl.load(k + b * stride + h * D + columns, mask=wide, other=0.0).to(tl.float32)
+    new_v = tl.load(v + b * stride + h * D + mine, mask=narrow, other=0.0).to(tl.float32)
+    turned = new_k
+    if R > 0:
+        c, s = load_angles(cos, sin, b * rope_stride, columns, R)
+        other = tl.load(k + b * stride + h * D + partner, mask=wide, other=0.0).to(tl.float32)
+        turned = (new_k * c + other * s).to(kept_type).to(tl.float32)
+        if SINKS > 0:
             sink_c, sink_s = load_angles(sink_cos, sink_sin, b * sink_rope_stride, columns, R)
+    window_k = tl.where((rows == slot)[:, None], turned[None, :], window_k)
+    window_v = tl.where((rows == slot)[:, None], new_v[None, :], window_v)
 
     # the first query; a load waits long, so what is read begins while something else is worked on
     x, other = load_query(q + b * stride, h * G, columns, partner, D, R)
@@ -124,9 +133,6 @@ def step_kernel(
 
     # the recurrence
     if GATE != "none":
-        cell = pair * D * D + columns[:, None] * D + mine[None, :]
-        within = wide[:, None] & narrow[None, :]
-        memory = tl.load(state + cell, mask=within, other=0.0).to(tl.float32)
         if ERASE:
             key_first, key_second = load_map(down_k, up_k, h, columns, D, RANK, RP)
             if GATES > 0:
@@ -210,25 +216,6 @@ def step_kernel(
             tl.store(ring_valid + b * W + slot, fresh.to(tl.uint8))
 
 
-@triton.jit
-def swiglu_kernel(gate_up, output, size, BLOCK: tl.constexpr):
-    """silu(gate) · up, of rows `[gate, up]`."""
-    row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < size
-    gate = tl.load(gate_up + row * 2 * size + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * size + size + columns, mask=inside, other=0.0).to(tl.float32)
-    result = (gate / (1.0 + tl.exp(-gate))).to(output.dtype.element_ty).to(tl.float32) * up
-    tl.store(output + row * size + columns, result.to(output.dtype.element_ty), mask=inside)
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """`[B, 2I]`, contiguous, to `[B, I]`."""
-    size = gate_up.shape[1] // 2
-    output = gate_up.new_empty(gate_up.shape[0], size)
-    swiglu_kernel[(gate_up.shape[0], triton.cdiv(size, 1024))](gate_up, output, size, BLOCK=1024, num_warps=4)
-    return output
-
-
 def program(pairs: int, D: int, whole: bool) -> tuple[int, int]:
     """Value channels and warps of a program: many channels, but for few heads as few as fill the GPU; all of them if it
     needs the `whole` head."""
@@ -261,7 +248,7 @@ def run(
     cos, sin = (mixing, mixing) if rope is None else rope  # an argument that nothing reads
     sink_cos, sink_sin = (cos, sin) if sink_rope is None else sink_rope
     block, warps = launch or program(B * KV, D, beyond.epsilon is not None)
-    rank = 0 if beyond.maps is None else beyond.maps[0].shape[-1]
+    rank, overlap = 0 if beyond.maps is None else beyond.maps[0].shape[-1], overlaps(heads)
     step_kernel[(B * KV, triton.cdiv(D, block))](
         q, k, v, heads.stride(0),
         cos, sin, 0 if rope is None else cos.stride(0), sink_cos, sink_sin, 0 if rope is None else sink_cos.stride(0),
@@ -275,7 +262,7 @@ def run(
         GATES=0 if beyond.gate is None else beyond.gate.shape[-1], LOGITS=beyond.mixing is not None,
         RMS=beyond.epsilon is not None, OPENING=0 if beyond.opening is None else beyond.opening[1].shape[-1],
         MOST=torch.finfo(torch.float16).max if held.state.dtype == torch.float16 else 0.0,
-        num_warps=warps,
+        OVERLAP=overlap, num_warps=warps, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return output
 

@@ -1,0 +1,84 @@
+"""The matrix products of a decoding step, with the norms before them and the SwiGLU and residuals after them.
+
+For few rows, in half precision on a GPU, each is one kernel, which reads the weight once; else they are PyTorch's.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linearize.ops.dispatch import HALF, no_device
+
+MOST = 16  # rows; with more, cuBLAS's products are as fast
+
+Linear = tuple[Tensor, Tensor | None]  # weight [N, K] and bias [N]
+
+
+class Norm(NamedTuple):
+    """Root mean square norm."""
+
+    weight: Tensor  # [K]
+    epsilon: float
+
+
+def why_not_fused(x: Tensor, weight: Tensor) -> str | None:
+    """What the kernels lack for these inputs; None if nothing."""
+    unsupported = {
+        f"{len(x)} rows": len(x) > MOST,
+        f"{x.shape[1]} columns": x.shape[1] % 16 > 0,  # loads would be of single numbers
+        f"{x.dtype} by {weight.dtype}": x.dtype not in HALF or x.dtype != weight.dtype,
+        "tensors that are not contiguous": not (x.is_contiguous() and weight.is_contiguous()),
+    }
+    reasons = [name for name, true in unsupported.items() if true]
+    return no_device(x) or (f"no kernel for {', '.join(reasons)}" if reasons else None)
+
+
+def normed(x: Tensor, norm: Norm) -> Tensor:
+    """x `[B, K]` after the norm."""
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.epsilon)
+
+
+def normed_product(x: Tensor, norm: Norm, linear: Linear) -> Tensor:
+    """`[B, N]`, linear(norm(x)) of x `[B, K]`."""
+    if why_not_fused(x, linear[0]) is None:
+        from linearize.ops.products_triton import normed_product as kernel
+
+        with torch.cuda.device_of(x):  # kernels run on the current device
+            return kernel(x, norm, linear)
+    return F.linear(normed(x, norm), *linear)
+
+
+def normed_swiglu(x: Tensor, norm: Norm, linear: Linear, size: int) -> Tensor:
+    """`[B, size]`, silu(gate) · up, where linear(norm(x)) of x `[B, K]` begins with gate and up, of that size each."""
+    if why_not_fused(x, linear[0]) is None:
+        from linearize.ops.products_triton import normed_swiglu as kernel
+
+        with torch.cuda.device_of(x):
+            return kernel(x, norm, linear, size)
+    return swiglu(F.linear(normed(x, norm), *linear), size)
+
+
+def add_product(hidden: Tensor, x: Tensor, linear: Linear) -> None:
+    """hidden `[B, N]` += linear(x), of x `[B, K]`."""
+    weight, bias = linear
+    if why_not_fused(x, weight) is None and hidden.is_contiguous():
+        from linearize.ops.products_triton import add_product as kernel
+
+        with torch.cuda.device_of(x):
+            return kernel(hidden, x, linear)
+    hidden.addmm_(x, weight.t())
+    if bias is not None:
+        hidden.add_(bias)
+
+
+def swiglu(gate_up: Tensor, size: int) -> Tensor:
+    """`[B, size]`, silu(gate) · up, of rows that begin with gate and up."""
+    if no_device(gate_up) is None:
+        from linearize.ops.products_triton import swiglu as kernel
+
+        with torch.cuda.device_of(gate_up):
+            return kernel(gate_up, size)
+    gate, up = gate_up[:, : 2 * size].chunk(2, dim=1)
+    return F.silu(gate).mul_(up)
