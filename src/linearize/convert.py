@@ -1,6 +1,7 @@
 """Swap the softmax attention of a loaded model for mixers, in place, and back; classes that save and load it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, wraps
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     initialization,
+    masking_utils,
 )
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -318,6 +320,29 @@ def document_masks(model: PreTrainedModel, inputs: torch.Tensor, positions: torc
     like = model.get_input_embeddings().weight.new_empty(*inputs.shape[:2], 0)  # of which only shape and type count
     given = {"inputs_embeds": like, "attention_mask": None, "past_key_values": None, "position_ids": positions}
     return create_masks_for_generate(model.config, **given)
+
+
+@contextmanager
+def packing(documents: int | None) -> Iterator[None]:
+    """Inside, transformers makes masks for up to so many documents in a row, whatever it would see; None: as it sees.
+
+    It looks for documents in position ids and makes no mask where there are none; but while a CUDA graph is recorded
+    it cannot look and makes one, and the layers that were compiled without would be compiled again in the recording.
+    """
+    if documents is None:
+        yield
+        return
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = _documents if documents > 1 else lambda positions: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
+
+
+def _documents(positions: torch.Tensor) -> torch.Tensor:
+    """The number of each token's document in its row, both `[B, T]`."""
+    return (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(-1)
 
 
 def _clamped_rope(module: Any, inputs: torch.Tensor, positions: torch.Tensor | None, start: int) -> list[Any]:

@@ -46,6 +46,27 @@ def test_nothing_waits(settings, loss, lengths, monkeypatch):
     assert_close(recorded, expected)
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, (36,)])
+@pytest.mark.parametrize("loss", [align_loss, distill_loss])
+def test_layers_see_the_same_masks_before_and_while_a_graph_is_recorded(loss, lengths, monkeypatch):
+    """Or they would be compiled again."""
+    teacher, student, given = tiny(), convert(tiny(), layers="0,2", window=4), batch(*lengths)
+    masks: list[torch.Tensor | None] = []
+    for model in (teacher, student):
+        for layer in model.model.layers:
+            layer.register_forward_pre_hook(
+                lambda _, __, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+            )
+    for recording in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda recording=recording: recording)
+        loss(student, teacher, given, documents=len(lengths))
+    before, while_recording = masks[: len(masks) // 2], masks[len(masks) // 2 :]
+    assert len(before) in (3, 6)
+    for one, other in zip(before, while_recording, strict=True):
+        assert (one is None) == (other is None) == (len(lengths) == 1)
+        assert one is None or one.equal(other)
+
+
 @gpu
 @pytest.mark.parametrize("loss", [align_loss, distill_loss])
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s["structure"] + s.get("mixing", ""))

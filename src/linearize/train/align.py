@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_cuda_stream_capturing
 
-from linearize.convert import attention_of, decoder, document_masks, mixers
+from linearize.convert import attention_of, decoder, document_masks, mixers, packing
 from linearize.mixer import LinearizedAttention
 from linearize.tokens import describe, most_sinks
 from linearize.train.losses import relative_error
@@ -39,7 +39,8 @@ def layer_errors(
     packed into a row at most, where that is known.
     """
     layers = mixers(student)
-    seen = _watch(teacher, [mixer.layer_idx for mixer in layers], batch)
+    with packing(documents):
+        seen = _watch(teacher, [mixer.layer_idx for mixer in layers], batch)
     shape, sinks, errors = batch["input_ids"].shape, most_sinks(student.config.linearize), {}
     for mixer in layers:
         kwargs, target = seen.pop(mixer.layer_idx)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearize.convert import decoder, document_masks, is_linearized
+from linearize.convert import decoder, document_masks, is_linearized, packing
 from linearize.families import Head
 from linearize.train.losses import distillation_loss
 
@@ -21,12 +21,13 @@ def distill_loss(
     `documents` is how many are packed into a row at most, where that is known.
     """
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-    teacher_hidden = None
-    if kl_weight > 0:
-        with torch.no_grad():
-            masks = document_masks(teacher, batch["input_ids"], batch["position_ids"])
-            teacher_hidden = decoder(teacher)(**inputs, attention_mask=masks).last_hidden_state.flatten(0, 1)
     told = {"documents": documents} if is_linearized(student) else {}
-    student_hidden = decoder(student)(**inputs, **told).last_hidden_state.flatten(0, 1)
+    teacher_hidden = None
+    with packing(documents):
+        if kl_weight > 0:
+            with torch.no_grad():
+                masks = document_masks(teacher, batch["input_ids"], batch["position_ids"])
+                teacher_hidden = decoder(teacher)(**inputs, attention_mask=masks).last_hidden_state.flatten(0, 1)
+        student_hidden = decoder(student)(**inputs, **told).last_hidden_state.flatten(0, 1)
     heads = Head(student), Head(teacher)
     return distillation_loss(student_hidden, teacher_hidden, *heads, batch["targets"].flatten(), kl_weight)
