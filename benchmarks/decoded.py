@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.results import provenance, write
 from linearize import checkpoint
@@ -38,21 +38,28 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    student, tokenizer = checkpoint.load(arguments.checkpoint)
-    model: Any = unwrapped(student).to("cuda" if torch.cuda.is_available() else "cpu")
-    documents = heldout_documents(arguments.heldout, arguments.articles)
-    tokens, rows = tokenize(list(documents.values()), tokenizer), []
-    for length in arguments.lengths:
-        found = texts(tokens, list(documents), length, arguments.sequences)
-        if found is None:
-            continue
-        whole = read(model, found.ids)
-        for dtype in DTYPES:
-            for mixer in mixers(model):
-                mixer.config = mixer.config.model_copy(update={"state_dtype": dtype})
-            rows.append(row(length, dtype, whole, decoded(model, found.ids)))
+    documents, rows = heldout_documents(arguments.heldout, arguments.articles), []
+    whole: dict[int, Tensor] = {}
+    for dtype in DTYPES:
+        model, tokenizer = loaded(arguments.checkpoint, dtype)
+        tokens = tokenize(list(documents.values()), tokenizer)
+        for length in arguments.lengths:
+            if (found := texts(tokens, list(documents), length, arguments.sequences)) is None:
+                continue
+            if length not in whole:
+                whole[length] = read(model, found.ids)
+            rows.append(row(length, dtype, whole[length], decoded(model, found.ids)))
             print(rows[-1], flush=True)
             write(arguments.out, {**provenance(), "checkpoint": arguments.checkpoint.name, "rows": rows})
+
+
+def loaded(folder: Path, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The checkpoint in `folder` with states of that dtype, on a GPU if there is one."""
+    student, tokenizer = checkpoint.load(folder)
+    model = unwrapped(student)
+    for mixer in mixers(model):
+        mixer.config = mixer.config.model_copy(update={"state_dtype": dtype})
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def row(length: int, dtype: str, whole: Float[Tensor, "N T-1"], stepped: Float[Tensor, "N T-1"]) -> dict[str, Any]:
