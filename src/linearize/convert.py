@@ -332,12 +332,18 @@ def packing(documents: int | None) -> Iterator[None]:
     if documents is None:
         yield
         return
-    look = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = _documents if documents > 1 else lambda positions: None
+    told = {
+        "find_packed_sequence_indices": _documents if documents > 1 else lambda positions: None,
+        "is_tracing": lambda *_: False,  # there is nothing more to look at
+    }
+    kept = {name: getattr(masking_utils, name) for name in told}
     try:
+        for name, function in told.items():
+            setattr(masking_utils, name, function)
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = look
+        for name, function in kept.items():
+            setattr(masking_utils, name, function)
 
 
 def _documents(positions: torch.Tensor) -> torch.Tensor:
