@@ -18,6 +18,7 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -95,7 +96,7 @@ def main() -> None:
     stop = time.perf_counter() + arguments.seconds
     torch.manual_seed(0)
     if arguments.overlap is not None:
-        dispatch.OVERLAP = arguments.overlap
+        dispatch.OVERLAP = sys.maxsize * arguments.overlap
     if arguments.smoke or arguments.tune:
         from benchmarks import decode_checks as checks
 

@@ -17,6 +17,7 @@ import json
 import math
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -86,7 +87,7 @@ def settled(product: Product, launch: Launch, overlap: bool = False) -> Iterator
     """With these settings in the table."""
     with (
         patch.dict(LAUNCHES[product.kernel], {(product.rows, product.columns): launch}),
-        patch.object(dispatch, "OVERLAP", overlap),
+        patch.object(dispatch, "OVERLAP", sys.maxsize * overlap),
     ):
         yield
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)  # what kernels are for; in fp32 they are for the interpreter
-OVERLAP = False  # whether kernels of a decoding step begin before the one ahead of them has ended; see `overlaps`
+OVERLAP = 2048  # numbers in a row from which on kernels of a decoding step wait for the one ahead of them; see `overlaps`
 
 
 def no_device(x: Tensor) -> str | None:
@@ -29,8 +29,11 @@ def _too_little(device: torch.device) -> str | None:
 
 def overlaps(x: Tensor) -> bool:
     """Whether kernels of a decoding step begin before the one ahead of them has ended (programmatic dependent launch):
-    until they wait for it, they fetch what it does not write."""
-    return OVERLAP and x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    until they wait for it, they fetch what it does not write. That pays where rows of x are short and kernels are over
+    soon; in larger models it takes the bandwidth of those that are waited for."""
+    if x[0].numel() >= OVERLAP or not x.is_cuda or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def kernel_dtype(x: Tensor) -> torch.dtype | None:
