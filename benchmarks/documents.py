@@ -301,7 +301,6 @@ PARTS: dict[str, Callable[[], str]] = {
     "state-tracking-settings": tracking_settings,
     "state-tracking-cpu": partial(tracking, "state-tracking-cpu"),
     "state-tracking": partial(tracking, "state-tracking"),
-    "state-tracking-arithmetic": partial(tracking, "state-tracking-arithmetic"),
     "state-tracking-runs": tracking_runs,
 }
 
