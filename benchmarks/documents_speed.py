@@ -196,7 +196,7 @@ def decoding(name: str) -> str:
 
 def decoding_at_16k() -> str:
     """The rows of `decoding` with 16 sequences of 16,384 tokens."""
-    lines = decoding("decode_h100").splitlines()
+    lines = decoding("decode_default_h100").splitlines()
     return "\n".join([*lines[:2], *(line for line in lines if " | 16 | 16,384 | " in line), "", lines[-1]])
 
 

