@@ -195,7 +195,6 @@ def compare(out: Path, names: list[str], stop: float, arguments: argparse.Namesp
         if (name := results.get("structure", "gla")) != arguments.structure:
             raise SystemExit(f"{out} is of structure {name}; give {arguments.structure} a file of its own")
     rows: list[dict[str, Any]] = results["rows"]
-    results["overlap"] = dispatch.OVERLAP
     copy = results["copy_bytes_per_second"] = copy_speed() if GPU else 1e10
     print(f"copy {copy / 1e12:.2f} TB/s", flush=True)
     for wanted in (TELLING, REST):
@@ -215,7 +214,7 @@ def compare(out: Path, names: list[str], stop: float, arguments: argparse.Namesp
                     continue
                 compiled = (batch, context) in COMPILED[arguments.compile]
                 row = {"model": name, "batch": batch, "context": context, **sizes(model, settings, batch, context)}
-                row["linearized"] = ours[batch, context]
+                row["linearized"] = ours[batch, context] | {"overlap": dispatch.OVERLAP}
                 row["original"] = original_steps(model, batch, context, compiled)
                 rows.append(row)
                 print(describe(row, copy), flush=True)

@@ -214,7 +214,7 @@ def tracking_runs(folder: Path = RESULTS / "state-tracking-runs") -> str:
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     if not found:
         return "Not measured yet."
-    every, first, defaults = [data["settings"] for data in found], found[0], Settings().model_dump()
+    every, defaults = [data["settings"] for data in found], Settings().model_dump()
     varied = {key for key in defaults if any(settings[key] != every[0][key] for settings in every)}
     shared = [f"`{key}={value}`" for key, value in every[0].items() if key not in varied and value != defaults[key]]
     rows = []
@@ -222,10 +222,11 @@ def tracking_runs(folder: Path = RESULTS / "state-tracking-runs") -> str:
         special = ", ".join(f"`{key}={value}`" for key, value in data["settings"].items() if key in varied)
         for result in map(Result.model_validate, data["results"]):
             accuracy = f"{result.longer:.3f} ({result.trained:.3f})"
-            row = f"| {special} | {eigenvalues(result)} | {accuracy} | {result.steps:,} | {result.seconds:.0f} |"
+            row = f"| {special} | {result.task}, {result.format} | {eigenvalues(result)} | {accuracy} |"
+            row += f" {result.steps:,} | {result.seconds:.0f} |"
             rows.append((-result.longer, row))
-    lines = ["| settings | eigenvalues | arithmetic, direct | steps | s |", "| --- | --- | ---: | ---: | ---: |"]
-    made = f"{first['hardware']}, {versions(first['versions'])}."
+    lines = ["| settings | task | eigenvalues | accuracy | steps | s |", "| --- | --- | --- | ---: | ---: | ---: |"]
+    made = "; ".join(dict.fromkeys(f"{data['hardware']}, {versions(data['versions'])}" for data in found)) + "."
     return "\n".join([*lines, *(row for _, row in sorted(rows)), "", f"All with {', '.join(shared)}. {made}"])
 
 
@@ -272,6 +273,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "earlier": recovery.earlier,
     "three-layers": recovery.three_layers,
     "trained-otherwise": recovery.trained_otherwise,
+    "short-tasks": recovery.short_tasks,
     "recalled": recovery.recalled,
     "tokens": recovery.tokens,
     "state-size": recovery.state_size,

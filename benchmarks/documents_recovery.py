@@ -181,6 +181,25 @@ def trained_otherwise() -> str:
     return "\n".join([*lines, "", f"The error is one standard error over sequences. {made_on(data)}."])
 
 
+def short_tasks() -> str:
+    """Multiple choice of the window alone beside its teacher."""
+    data = measured("tasks_h100")
+    assert data is not None
+    lines = ["| task | metric | items | teacher | window only | difference, points |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    for best, ours in zip(data["tasks"]["teacher"], data["tasks"]["window_only"], strict=True):
+        scores = f"{100 * best['score']:.1f} | {100 * ours['score']:.1f}"
+        lines.append(
+            f"| {ours['task']} | {ours['metric']} | {ours['items']:,} | {scores} | {_points(ours['difference'])} |"
+        )
+    lines.append(f"| five short tasks | | | | | {_points(data['short_tasks']['window_only'])} |")
+    return "\n".join([*lines, "", f"The interval is 95 %, over items. {made_on(data)}."])
+
+
+def _points(found: dict[str, float]) -> str:
+    return f"{100 * found['value']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
+
+
 def pictures() -> dict[str, Figure]:
     """How the share closed grows, and recall by distance."""
     found = {"scaling": _scaling()}

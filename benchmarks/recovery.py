@@ -99,7 +99,7 @@ def _work_off(tasks: Any, found: Any) -> None:
     found.put(None)
 
 
-_kept: dict[str, Any] = {}  # of this process: what all rows share
+_kept: dict[tuple[str, int], Base] = {}  # of this process: what rows of one text share
 
 
 def run_row(
@@ -110,10 +110,10 @@ def run_row(
         return
     recipe = recipe_of(given, arguments)
     try:
-        if not _kept:
-            _kept.update(base=_base([recipe_of(row, arguments) for row in every]))
-            yield "teacher", measure(recipe, _kept["base"].teacher, "teacher", arguments)
-        yield name, _row(name, recipe, arguments)
+        first, base = not _kept, _base(recipe, [recipe_of(row, arguments) for row in every])
+        if first:
+            yield "teacher", measure(recipe, base.teacher, "teacher", arguments)
+        yield name, _row(name, recipe, base, arguments)
     except Exception as error:  # whatever it is, other rows do not depend on it
         traceback.print_exc()
         yield name, {"error": f"{type(error).__name__}: {error}"[:500]}
@@ -126,18 +126,26 @@ def recipe_of(given: list[str], arguments: argparse.Namespace) -> Recipe:
     return recipes.read(source, [f"data.train={arguments.data}", f"data.heldout={arguments.heldout}", *own])
 
 
-def _base(every: list[Recipe]) -> Base:
-    """The teacher, and training tokens for the row that needs most."""
+def _base(recipe: Recipe, every: list[Recipe]) -> Base:
+    """The teacher, and tokens of the row's training text, as many as the row needs that needs most of it."""
+
+    def text(recipe: Recipe) -> tuple[str, int]:
+        return recipe.data.train, recipe.data.shortest
 
     def most(recipe: Recipe) -> int:
         return max((stage.tokens for stage in (recipe.align, recipe.distill) if stage is not None), default=0)
 
-    longest = max(every, key=most)
-    return load_base(longest, train=most(longest) > 0)
+    if text(recipe) not in _kept:
+        longest = max((other for other in every if text(other) == text(recipe)), key=most)
+        base = load_base(longest, train=most(longest) > 0)
+        for other in _kept.values():
+            base = base._replace(teacher=other.teacher)
+        _kept[text(recipe)] = base
+    return _kept[text(recipe)]
 
 
-def _row(name: str, recipe: Recipe, arguments: argparse.Namespace) -> dict[str, Any]:
-    trained = train_variant(recipe, "converted", _kept["base"], arguments.work / name)
+def _row(name: str, recipe: Recipe, base: Base, arguments: argparse.Namespace) -> dict[str, Any]:
+    trained = train_variant(recipe, "converted", base, arguments.work / name)
     model = unwrapped(trained.student).eval()
     row = measure(recipe, model, name, arguments)
     row["tokens"] = trained.tokens
@@ -160,7 +168,7 @@ def _row(name: str, recipe: Recipe, arguments: argparse.Namespace) -> dict[str, 
 
 def _texts(recipe: Recipe) -> Iterator[Texts]:
     """Held-out sequences of every length of the recipe, as far as there are texts as long as that."""
-    settings, tokenizer = recipe.evaluation, _kept["base"].tokenizer
+    settings, tokenizer = recipe.evaluation, next(iter(_kept.values())).tokenizer
     documents = heldout_documents(recipe.data.heldout, settings.articles, recipe.data.train)
     tokens = tokenize(list(documents.values()), tokenizer)
     for length in settings.lengths:
@@ -180,7 +188,7 @@ def measure(recipe: Recipe, model: PreTrainedModel, label: str, arguments: argpa
         row["articles"][str(length)] = found.articles
     if arguments.distances:
         documents = heldout_documents(recipe.data.heldout, recipe.evaluation.articles, recipe.data.train)
-        filler, tokenizer = list(documents.values()), _kept["base"].tokenizer
+        filler, tokenizer = list(documents.values()), next(iter(_kept.values())).tokenizer
         given = recall(model, tokenizer, filler, arguments.distances, arguments.trials, label=label)
         row["recall"] = [cell.model_dump() for cell in given]
     return row

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 from importlib.util import find_spec
 from itertools import pairwise
 from unittest.mock import patch
@@ -431,7 +432,7 @@ def test_an_mlp_of_a_width_that_fits_no_tile(kernels, steps, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("overlap", [False, True])
 def test_sixteen_bits_on_a_gpu(overlap, family, settings, steps, monkeypatch):
-    monkeypatch.setattr(dispatch, "OVERLAP", overlap)
+    monkeypatch.setattr(dispatch, "OVERLAP", sys.maxsize * overlap)
     model, tokens = learned(settings, family).bfloat16(), ids(2, LENGTH).to(DEVICE)
     full = logits(model, tokens, use_cache=False)
     assert_close(in_parts(model, tokens, one_by_one(9))[0], full, 3e-2)

@@ -48,8 +48,8 @@ def test_tracking_runs_tell_what_differs(tmp_path):
         data = {"settings": settings, "hardware": "one GPU", "versions": {"torch": "2"}, "results": [result]}
         (tmp_path / f"{number}.json").write_text(json.dumps(data))
     assert documents.tracking_runs(tmp_path).splitlines()[2:] == [
-        "| `batch=1024`, `seed=0` | [-1, 1] | 0.500 (1.000) | 4,000 | 10 |",
-        "| `batch=256`, `seed=1` | [-1, 1] | 0.250 (1.000) | 4,000 | 10 |",
+        "| `batch=1024`, `seed=0` | arithmetic, direct | [-1, 1] | 0.500 (1.000) | 4,000 | 10 |",
+        "| `batch=256`, `seed=1` | arithmetic, direct | [-1, 1] | 0.250 (1.000) | 4,000 | 10 |",
         "",
         "All with `mlp=512`. one GPU, torch 2.",
     ]

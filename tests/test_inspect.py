@@ -81,13 +81,14 @@ def test_a_window_of_equal_memory(heads, head_dim, extra):
     assert equal_memory_window(MixerConfig(window=5, structure="none"), 3 * heads, heads, head_dim) == 5
 
 
-def test_a_model_of_the_equal_window_weighs_the_same():
-    config = MixerConfig(window=5, sinks=3)
+@pytest.mark.parametrize(("dtype", "weight"), [("float32", 512), ("float16", 256), ("bfloat16", 256)])
+def test_a_model_of_the_equal_window_weighs_the_same(dtype, weight):
+    config = MixerConfig(window=5, sinks=3, state_dtype=dtype)
     window = equal_memory_window(config, 6, 2, 8)
-    ours = convert(tiny().bfloat16(), window=5, sinks=3)
+    ours = convert(tiny().bfloat16(), window=5, sinks=3, state_dtype=dtype)
     baseline = convert(tiny().bfloat16(), structure="none", window=window, sinks=3)
     assert bytes_of(ours, 50) == bytes_of(baseline, 50)
-    assert recurrent_bytes(config, 6, 2, 8) == 512
+    assert recurrent_bytes(config, 6, 2, 8) == weight
 
 
 def test_layers_that_differ_have_rows_of_their_own():

@@ -123,3 +123,9 @@ def test_a_chosen_structure_replaces_what_the_recipe_says_of_gates(capsys):
 def test_transnormer_has_softmax_early_and_linear_attention_late():
     layers = [read("transnormer").mixer.layer(index, 4) for index in range(4)]
     assert [(layer.structure, layer.local) for layer in layers] == [("none", "block")] * 2 + [("gla", "none")] * 2
+
+
+def test_shortest_is_refused_where_text_is_sampled():
+    assert read("default", ["data.shortest=64"]).data.shortest == 64
+    with pytest.raises(LinearizeError, match="shortest 64 has no effect on train self"):
+        read("default", ["data.train=self", "data.shortest=64"])

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from benchmarks import recovery
+from linearize.run import Base
 
 ROWS = sorted(path for path in Path(recovery.__file__).parent.glob("*.yaml") if path.stem != "training_text")
 
@@ -31,6 +32,24 @@ def test_shipped_recipes_are_rows():
     rows = recovery.read_rows(arguments(recipes=["window-only", "default"], only=["default"]))
     assert rows == {"default": ["recipe=default"]}
     assert recovery.recipe_of(rows["default"], arguments()).mixer.values("structure") == ["gated_deltanet"]
+
+
+def test_rows_of_another_text_have_tokens_of_their_own(monkeypatch):
+    """As many as the row of that text needs that needs most, whatever other rows need."""
+    read = []
+
+    def load(recipe, train):
+        read.append((recipe.data.shortest, recipe.distill.tokens))
+        return Base(teacher=len(read), tokenizer=None, documents=[recipe.data.shortest])
+
+    monkeypatch.setattr(recovery, "load_base", load)
+    monkeypatch.setattr(recovery, "_kept", {})
+    rows = [["distill.tokens=2M"], ["distill.tokens=9M"], ["distill.tokens=20M", "data.shortest=64"]]
+    every = [recovery.recipe_of(row, arguments()) for row in rows]
+    bases = [recovery._base(recipe, every) for recipe in every]
+    assert read == [(0, 9_000_000), (64, 20_000_000)]
+    assert [base.documents for base in bases] == [[0], [0], [64]]
+    assert {base.teacher for base in bases} == {1}
 
 
 @pytest.mark.slow

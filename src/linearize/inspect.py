@@ -71,10 +71,11 @@ def inspect(model: PreTrainedModel) -> Inspection:
     )
 
 
-def recurrent_bytes(config: MixerConfig, num_heads: int, heads: int, head_dim: int) -> int:
-    """Bytes of one layer's states, with `num_heads` query heads and `heads` key/value heads."""
+def recurrent_bytes(config: MixerConfig, num_heads: int, num_key_value_heads: int, head_dim: int) -> int:
+    """Bytes of one layer's states."""
     if config.structure == "none":
         return 0
+    heads = num_key_value_heads
     structure, key_size = STRUCTURES[config.structure], feature_size(config.feature_map, head_dim)
     behind = config.mixing == "shared_normalizer" and config.local != "none"
     value_size = head_dim + (behind or config.readout == "denominator")  # its sum of weights is one more channel
@@ -84,11 +85,11 @@ def recurrent_bytes(config: MixerConfig, num_heads: int, heads: int, head_dim: i
     return recent + structure.state_bytes(config, key_size, value_size, heads) + 4 * heads * late * config.window
 
 
-def equal_memory_window(config: MixerConfig, num_heads: int, heads: int, head_dim: int) -> int:
+def equal_memory_window(config: MixerConfig, num_heads: int, num_key_value_heads: int, head_dim: int) -> int:
     """The window of a model without states that weighs what `config`'s window and states weigh together."""
-    token = 2 * heads * head_dim * CACHE_DTYPE_BYTES
+    token = 2 * num_key_value_heads * head_dim * CACHE_DTYPE_BYTES
     window = 0 if config.local == "none" else config.window
-    return window + -(-recurrent_bytes(config, num_heads, heads, head_dim) // token)
+    return window + -(-recurrent_bytes(config, num_heads, num_key_value_heads, head_dim) // token)
 
 
 def show(name: str, contexts: list[int]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from linearize.config import MixerSettings, drop_idle, validated
 from linearize.errors import LinearizeError, unknown
@@ -51,6 +51,12 @@ class DataSettings(Settings):
         None, description="to sample where train is self; null: as many as the longest stage takes"
     )
     self_temperature: float = Field(1.0, gt=0, description="of that sampling; 1 is the model's own distribution")
+
+    @model_validator(mode="after")
+    def _means_something(self) -> "DataSettings":
+        if self.train == "self" and self.shortest:
+            raise LinearizeError(f"data.shortest {self.shortest} has no effect on train self; leave one of them out")
+        return self
 
 
 class LoraSettings(Settings):

@@ -27,8 +27,9 @@ from linearize.checkpoint import Student, load_pretrained, unwrapped
 from linearize.config import MixerSettings
 from linearize.convert import attention_of, check_convertible, convert
 from linearize.errors import LinearizeError
-from linearize.evaluate import evaluate
+from linearize.evaluate import evaluate, hardware
 from linearize.evaluate import suite as suites
+from linearize.evaluate.kept import Kept
 from linearize.evaluate.late_gap import pooled
 from linearize.files import (
     MARKER,
@@ -98,12 +99,14 @@ def run(recipe: Recipe, out: str | Path) -> Report:
     base = load_base(recipe, names, train=True, heldout=True)
     with _work(recipe, out) as work:
         variants = {name: train_variant(recipe, name, base, work) for name in names}
-    report = _measure(recipe, base, variants)
-    with new_folder(out, kind="checkpoint", sources=_sources(recipe)) as folder:
-        # last, since merging writes into parameters that the teacher and the other variants share
-        ours = variants["converted"]
-        checkpoint.write(ours.student, base.tokenizer, recipe, ours.curves, folder, out)
-        _write_report(report, recipe, folder)
+        kept = _kept(recipe, work)
+        report = _measure(recipe, base, variants, kept)
+        with new_folder(out, kind="checkpoint", sources=_sources(recipe)) as folder:
+            # last, since merging writes into parameters that the teacher and the other variants share
+            ours = variants["converted"]
+            checkpoint.write(ours.student, base.tokenizer, recipe, ours.curves, folder, out)
+            _write_report(report, recipe, folder)
+        kept.forget()
     return report
 
 
@@ -186,12 +189,14 @@ def evaluate_only(source: Path, recipe: Recipe, seeds: Sequence[Path] = ()) -> R
     with _work(recipe, source) as work:
         for name in recipe.baselines:
             variants[name] = train_variant(recipe, name, base, work)
-    report = _measure(recipe, base, variants)
-    if others and report.suite is not None:
-        found = [report.suite.late, *(other.late for other in others)]
-        report.suite.late = [pooled(gaps) for gaps in zip(*found, strict=True)]
-        report.seeds |= {f"late gap of {seed}": read_report(seed).recipe["seed"] for seed in seeds}
-    _write_report(report, recipe, source)
+        kept = _kept(recipe, work, source)
+        report = _measure(recipe, base, variants, kept)
+        if others and report.suite is not None:
+            found = [report.suite.late, *(other.late for other in others)]
+            report.suite.late = [pooled(gaps) for gaps in zip(*found, strict=True)]
+            report.seeds |= {f"late gap of {seed}": read_report(seed).recipe["seed"] for seed in seeds}
+        _write_report(report, recipe, source)
+        kept.forget()
     return report
 
 
@@ -264,6 +269,9 @@ def _most_tokens(recipe: Recipe) -> int:
 def _tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document]) -> list[np.ndarray]:
     """The training text's tokens, of as many documents as the longest stage needs; at least one sequence."""
     documents = tokenize(texts, tokenizer, _most_tokens(recipe), recipe.data.shortest)
+    if not documents:
+        data = recipe.data
+        raise LinearizeError(f"{data.train} has no document of {data.shortest} tokens; lower data.shortest")
     pack(documents, recipe.data.sequence_length, 1, recipe.data.train)
     return documents
 
@@ -348,7 +356,14 @@ def _stages(recipe: Recipe) -> dict[str, tuple[StageSettings, Loss]]:
     return chosen
 
 
-def _measure(recipe: Recipe, base: Base, variants: dict[str, Trained]) -> Report:
+def _kept(recipe: Recipe, work: Path, source: Path | None = None) -> Kept:
+    """What an interrupted suite has measured: by the same settings, of the same weights, on such a machine."""
+    settings = recipe.model_dump_json(include={"evaluation", "data"})
+    settings += _sources(recipe, source) + hardware() + torch.__version__
+    return Kept(work / f"suite-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.json")
+
+
+def _measure(recipe: Recipe, base: Base, variants: dict[str, Trained], kept: Kept) -> Report:
     assert base.heldout is not None
     untrained = build(recipe, recipe.mixer, base.teacher).eval()
     models = {name: (unwrapped(v.student).eval(), v.tokens, v.mixer.widest_window()) for name, v in variants.items()}
@@ -358,7 +373,7 @@ def _measure(recipe: Recipe, base: Base, variants: dict[str, Trained]) -> Report
         order = ("teacher", "window_only", "window_equal_memory", "converted")
         found = {"teacher": base.teacher} | {name: model for name, (model, _, _) in models.items()}
         compared = {name: found[name] for name in order if name in found}
-        report.suite = suites.measure(recipe.evaluation, compared, base.tokenizer, base.texts, report.seconds)
+        report.suite = suites.measure(recipe.evaluation, compared, base.tokenizer, base.texts, report.seconds, kept)
     return report
 
 

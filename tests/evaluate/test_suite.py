@@ -8,6 +8,7 @@ import tiny
 from linearize import LinearizeError, Recipe
 from linearize.convert import mixers
 from linearize.evaluate import suite
+from linearize.evaluate.kept import Kept
 from linearize.evaluate.layers import QUANTILES
 from linearize.results import read as read_report
 
@@ -56,6 +57,48 @@ def done(recipe, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suite, "NEW_TOKENS", 24)
         return job.run(recipe, out), out
+
+
+def test_an_interrupted_suite_goes_on_where_it_was(done, recipe, tmp_path, monkeypatch):
+    report, _ = done
+    monkeypatch.setattr(suite, "NEW_TOKENS", 24)
+    original = suite.generation
+
+    def cut_off(model, *arguments):
+        if hasattr(model.config, "linearize"):
+            raise KeyboardInterrupt
+        return original(model, *arguments)
+
+    monkeypatch.setattr(suite, "generation", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(recipe, tmp_path / "out")
+    assert len(list((tmp_path / "out.work").rglob("suite-*.json"))) == 1
+    monkeypatch.setattr(suite, "generation", original)
+    for name in ("late_losses", "recall"):
+        monkeypatch.setattr(suite, name, lambda *_, **__: pytest.fail("measured already"))
+    again = job.run(recipe, tmp_path / "out")
+    assert again.suite == report.suite
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_what_is_kept_is_of_the_same_settings_and_weights(recipe, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "linearize.json").write_text(f'{{"sha256": "{name}"}}')
+    other = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"trials": 3})})
+    given = [(recipe,), (other,), (recipe, tmp_path / "a"), (recipe, tmp_path / "b")]
+    paths = [job._kept(given[0], tmp_path, *given[1:]).path for given in given * 2]
+    assert len(set(paths)) == 4
+    assert paths[:4] == paths[4:]
+
+
+def test_answers_are_kept_as_they_are(tmp_path):
+    answers = [suite.choice.Answers("arc_easy", "acc", [1.0, 0.0], [2, 1], [2, 0])]
+    assert Kept(tmp_path / "kept.json")("tasks", list[suite.choice.Answers], lambda: answers) == answers
+    again = Kept(tmp_path / "kept.json")
+    assert again("tasks", list[suite.choice.Answers], lambda: 1 / 0) == answers
+    again.forget()
+    assert not Kept(tmp_path / "kept.json").found
 
 
 def test_every_part_of_every_model(done, recipe):

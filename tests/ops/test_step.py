@@ -439,8 +439,7 @@ def test_a_state_of_half_the_precision(gate, dtype, run):
     right, whole = stepped(run, given, fixed, start=expected)
     assert state.dtype == dtype
     assert_close(output, right)
-    exact = run == "plain" or GPU  # the interpreter cuts bf16's bits off
-    assert_close(state, whole.to(dtype), 1e-5 if exact else torch.finfo(dtype).eps)
+    assert_close(state, whole.to(dtype), 1e-5)
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -6,6 +6,7 @@ Each part is a function of one model that stands alone: `late_gap`, `recall`, `c
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from linearize.evaluate import choice
 from linearize.evaluate.ablation import ablations, recurrence_off, window_off
 from linearize.evaluate.generation import NEW_TOKENS, PROMPTS, generation
+from linearize.evaluate.kept import Kept
 from linearize.evaluate.late_gap import late_gap, late_losses, texts
 from linearize.evaluate.recall import recall
 from linearize.measures import Generation, LateGap, RecallScore, Suite
@@ -35,10 +37,11 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     documents: Mapping[int, str],
     seconds: dict[str, float],
+    kept: Kept,
 ) -> Suite:
     """All parts, for `models` ("teacher", "converted" and its baselines); `documents` are the held-out texts by number.
 
-    What each part took is added to `seconds`.
+    What each part took is added to `seconds`, less what was `kept` before an interruption.
     """
     suite = Suite()
     with tqdm(total=4 * len(models), desc="suite", unit="part", delay=1) as bar:
@@ -51,47 +54,61 @@ def measure(
             bar.update(len(models))
 
         with part("late gap"):
-            suite.late = late_gaps(settings, models, tokenizer, documents)
+            suite.late = late_gaps(settings, models, tokenizer, documents, kept)
         with part("recall"):
-            suite.recall = recalls(settings, models, tokenizer, documents)
+            suite.recall = recalls(settings, models, tokenizer, documents, kept)
         with part("tasks"):
-            add_tasks(suite, settings, models, tokenizer)
+            add_tasks(suite, settings, models, tokenizer, kept)
         with part("generation"):
-            suite.generation = generations(settings, models, tokenizer)
+            suite.generation = generations(settings, models, tokenizer, kept)
     return suite
 
 
 def late_gaps(
-    settings: EvaluationSettings, models: Models, tokenizer: PreTrainedTokenizerBase, documents: Mapping[int, str]
+    settings: EvaluationSettings,
+    models: Models,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Mapping[int, str],
+    kept: Kept,
 ) -> list[LateGap]:
     """For each length that a document reaches."""
     tokens, numbers, gaps = tokenize(list(documents.values()), tokenizer), list(documents), []
     for length in settings.lengths:
         if (found := texts(tokens, numbers, length, settings.sequences)) is None:
             continue
-        losses = {name: [late_losses(model, found.ids, name)] for name, model in _with_ablations(models)}
+        losses = {
+            name: [kept(f"late {length} {name}", list[float], partial(late_losses, model, found.ids, name))]
+            for name, model in _with_ablations(models)
+        }
         gaps.append(late_gap(length, found.articles, losses))
     return gaps
 
 
 def recalls(
-    settings: EvaluationSettings, models: Models, tokenizer: PreTrainedTokenizerBase, documents: Mapping[int, str]
+    settings: EvaluationSettings,
+    models: Models,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Mapping[int, str],
+    kept: Kept,
 ) -> dict[str, list[RecallScore]]:
     """All tasks at all distances, hidden in the held-out texts."""
-    filler = list(documents.values())
+    given = tokenizer, list(documents.values()), settings.distances, settings.trials
     return {
-        name: recall(model, tokenizer, filler, settings.distances, settings.trials, label=name)
+        name: kept(f"recall {name}", list[RecallScore], partial(recall, model, *given, label=name))
         for name, model in _with_ablations(models)
     }
 
 
-def add_tasks(suite: Suite, settings: EvaluationSettings, models: Models, tokenizer: PreTrainedTokenizerBase) -> None:
+def add_tasks(
+    suite: Suite, settings: EvaluationSettings, models: Models, tokenizer: PreTrainedTokenizerBase, kept: Kept
+) -> None:
     """The multiple-choice tasks of every model, beside the teacher's."""
     if not settings.tasks:
         return
     expected: list[choice.Answers] | None = None
     for name, model in models.items():
-        found = choice.answers(model, tokenizer, settings.tasks, settings.limit, label=name)
+        ask = partial(choice.answers, model, tokenizer, settings.tasks, settings.limit, label=name)
+        found = kept(f"tasks {name}", list[choice.Answers], ask)
         suite.tasks[name] = choice.task_scores(found, expected)
         if expected is None:
             expected = found
@@ -100,12 +117,15 @@ def add_tasks(suite: Suite, settings: EvaluationSettings, models: Models, tokeni
 
 
 def generations(
-    settings: EvaluationSettings, models: Models, tokenizer: PreTrainedTokenizerBase
+    settings: EvaluationSettings, models: Models, tokenizer: PreTrainedTokenizerBase, kept: Kept
 ) -> dict[str, Generation]:
     """Of every model, judged by the teacher."""
     prompts = PROMPTS[: settings.limit]
     judge = models["teacher"]
-    return {name: generation(model, judge, tokenizer, prompts, NEW_TOKENS) for name, model in models.items()}
+    return {
+        name: kept(f"generation {name}", Generation, partial(generation, model, judge, tokenizer, prompts, NEW_TOKENS))
+        for name, model in models.items()
+    }
 
 
 def _with_ablations(models: Models) -> Iterator[tuple[str, PreTrainedModel]]:

@@ -66,10 +66,12 @@ def fused(
     in fp32, where q, k and their gradients may be."""
     from linearize.ops import gated_delta_fused
 
-    size = v.shape[3]
-    v, state = (F.pad(x, (0, k.shape[3] - size)) for x in (v, state))  # the kernels' states are square
+    size, missing = v.shape[3], k.shape[3] - v.shape[3]
+    if missing == 0:
+        return gated_delta_fused.run(q, k, v, log_g, beta, state, document)
+    v, state = (F.pad(x, (0, missing)) for x in (v, state))  # the kernels' states are square
     output, final = gated_delta_fused.run(q, k, v, log_g, beta, state, document)
-    return output[..., :size], final[..., :size]
+    return output[..., :size], final[..., :size].contiguous()
 
 
 def reference(

@@ -23,9 +23,10 @@ class Norm(NamedTuple):
     epsilon: float
 
 
-def why_not_fused(x: Tensor, weight: Tensor) -> str | None:
-    """What the kernels lack for these inputs; None if nothing."""
+def why_not_fused(x: Tensor, weight: Tensor, normed: bool = False) -> str | None:
+    """What the kernels lack for these inputs, of which x is `normed` inside; None if nothing."""
     unsupported = {
+        f"a norm in {x.dtype}": normed and x.dtype == torch.float16,  # has no room for what is not divided yet
         f"{len(x)} rows": len(x) > MOST,
         f"{x.shape[1]} columns": x.shape[1] % 16 > 0,  # loads would be of single numbers
         f"{x.dtype} by {weight.dtype}": x.dtype not in HALF or x.dtype != weight.dtype,
@@ -42,7 +43,7 @@ def normed(x: Tensor, norm: Norm) -> Tensor:
 
 def normed_product(x: Tensor, norm: Norm, linear: Linear) -> Tensor:
     """`[B, N]`, linear(norm(x)) of x `[B, K]`."""
-    if why_not_fused(x, linear[0]) is None:
+    if why_not_fused(x, linear[0], normed=True) is None:
         from linearize.ops.products_triton import normed_product as kernel
 
         with torch.cuda.device_of(x):  # kernels run on the current device
@@ -52,7 +53,7 @@ def normed_product(x: Tensor, norm: Norm, linear: Linear) -> Tensor:
 
 def normed_swiglu(x: Tensor, norm: Norm, linear: Linear, size: int) -> Tensor:
     """`[B, size]`, silu(gate) · up, where linear(norm(x)) of x `[B, K]` begins with gate and up, of that size each."""
-    if why_not_fused(x, linear[0]) is None:
+    if why_not_fused(x, linear[0], normed=True) is None:
         from linearize.ops.products_triton import normed_swiglu as kernel
 
         with torch.cuda.device_of(x):

@@ -9,7 +9,6 @@ the sums divided. Operands are rounded once, x times the norm's weight, and resu
 import math
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,7 +17,6 @@ from linearize.ops.dispatch import overlaps
 from linearize.ops.products import Linear, Norm
 
 LEAST = 16  # the smallest side of a matrix product
-FP16_ROOM = 2.0**-6  # in fp16 what is not divided yet may be too large
 LINE = 64  # columns of 16 bits in a line of the cache
 AHEAD = 32768  # bytes of a program's weights that are fetched before its turn; all programs' must fit into the cache
 
@@ -33,7 +31,7 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-# by kernel, and rows and columns of the weight; by reasoning, `benchmarks.products` measures them
+# by kernel, and rows and columns of the weight; measured on an H100 by `benchmarks.products`, narrow ones with overlap
 LAUNCHES: dict[str, dict[tuple[int, int], Launch]] = {
     "product": {
         (960, 576): Launch(8, 64, 4, 4, 4),
@@ -77,7 +75,7 @@ def weight_tile(weight, rows, columns, first, N, K: tl.constexpr):
 def product_kernel(
     x, norm, weight, bias, output, B, N, epsilon,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
-    NORM: tl.constexpr, ROOM: tl.constexpr, SWIGLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    NORM: tl.constexpr, SWIGLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
     OVERLAP: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """x `[B, K]`, normalised if NORM, times weight `[N, K]`, plus bias `[N]` if BIAS; of SWIGLU both are as long again,
@@ -108,7 +106,7 @@ def product_kernel(
         if NORM:
             a = a.to(tl.float32)
             squares += a * a
-            a *= tl.load(norm + k + across, mask=k + across < K, other=0.0).to(tl.float32) * ROOM
+            a *= tl.load(norm + k + across, mask=k + across < K, other=0.0).to(tl.float32)
         a = a.to(weight.dtype.element_ty)
         result = tl.dot(a, weight_tile(weight, rows_w, k + down, 0, N, K), result, input_precision="tf32x3")
         if SWIGLU:
@@ -118,7 +116,7 @@ def product_kernel(
     if SLICES > 1:
         result, up, length = tl.sum(result, 0), tl.sum(up, 0), tl.sum(length, 0)
     if NORM:
-        factor = 1.0 / (tl.sqrt(length / K + epsilon) * ROOM)[:, None]
+        factor = 1.0 / tl.sqrt(length / K + epsilon)[:, None]
     result *= factor
     if BIAS:
         result += tl.load(bias + mine, mask=mine < N, other=0.0).to(tl.float32)[None, :]
@@ -188,7 +186,7 @@ def run(kind: str, x: Tensor, norm: Norm | None, linear: Linear, output: Tensor)
         x, weight if norm is None else norm.weight, weight, weight if bias is None else bias, output, B, N,
         0.0 if norm is None else norm.epsilon,
         K=K, BM=max(triton.next_power_of_2(B), LEAST), BN=launch.rows, BK=launch.columns, SLICES=launch.slices,
-        NORM=norm is not None, ROOM=FP16_ROOM if x.dtype == torch.float16 else 1.0, SWIGLU=kind == "swiglu",
+        NORM=norm is not None, SWIGLU=kind == "swiglu",
         BIAS=bias is not None, ADD=kind == "add", OVERLAP=overlap, LINES=max(ahead // LINE, 1),
         num_warps=launch.num_warps, num_stages=launch.num_stages, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip

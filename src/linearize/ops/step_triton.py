@@ -156,7 +156,7 @@ def step_kernel(
             memory = memory * tl.trans(tl.exp(log_g)) + tl.trans(key) * new_v[None, :]
         kept = memory
         if MOST > 0:
-            kept = tl.minimum(tl.maximum(kept, -MOST), MOST)
+            kept = tl.clamp(kept, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
         tl.store(state + cell, kept.to(state.dtype.element_ty), mask=within)
 
     for g in tl.static_range(G):
