@@ -211,7 +211,7 @@ class Sweep:
             return key | {"error": "no time"}
         found = {} if job is None else dict(job.result())
         if "error" not in found and isinstance(launch, str):
-            with patch.object(products, "why_not_fused", lambda *_: launch):
+            with patch.object(products, "why_not_fused", lambda *_, **__: launch):
                 found |= problem.measured(products, batch)
         elif "error" not in found:
             with settled(problem.product, launch, overlap):  # type: ignore[arg-type]

@@ -407,7 +407,7 @@ def test_models_by_the_kernel(family, settings, steps, monkeypatch):
     model, tokens = learned(settings, family), ids(2, LENGTH)
     full = logits(model, tokens, use_cache=False)
     for module in (step, products):
-        monkeypatch.setattr(module, "why_not_fused", lambda *_: None)
+        monkeypatch.setattr(module, "why_not_fused", lambda *_, **__: None)
     assert_close(in_parts(model, tokens, one_by_one(17))[0], full)
     assert len(steps) == LENGTH - 17
 
@@ -422,7 +422,7 @@ def test_an_mlp_of_a_width_that_fits_no_tile(kernels, steps, monkeypatch):
     if kernels:
         import interpreted  # noqa: F401
 
-        monkeypatch.setattr(products, "why_not_fused", lambda *_: None)
+        monkeypatch.setattr(products, "why_not_fused", lambda *_, **__: None)
     assert_close(in_parts(model, tokens, one_by_one(17))[0], full)
     assert len(steps) == LENGTH - 17
 
