@@ -47,7 +47,8 @@ def _claimed() -> list[LateGap]:
 
 
 def _claim_made_on() -> str:
-    return f"Seed 1: {report_made_on(_report('claim-seed-1'))} Seed 0: {made_on(_rows('claim-seed-0')[1])}."
+    scored = made_on(_rows("claim-seed-0")[1])
+    return f"{report_made_on(_report('claim-seed-1'))} Seed 0, trained there too, was scored on {scored}."
 
 
 def earlier() -> str:
