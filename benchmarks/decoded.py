@@ -23,7 +23,8 @@ from linearize import checkpoint
 from linearize.checkpoint import unwrapped
 from linearize.convert import mixers
 from linearize.evaluate.late_gap import texts
-from linearize.train.data import heldout_documents, tokenize
+from linearize.train.documents import heldout_documents
+from linearize.train.sequences import tokenize
 
 DTYPES = ("float32", "float16", "bfloat16")
 

@@ -33,7 +33,8 @@ from linearize.evaluate.recall import recall
 from linearize.inspect import inspect
 from linearize.recipe import Recipe
 from linearize.run import Base, load_base, train_variant
-from linearize.train.data import heldout_documents, tokenize
+from linearize.train.documents import heldout_documents
+from linearize.train.sequences import tokenize
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from linearize import recipe as recipes
 from linearize.convert import choose_layers
 from linearize.run import load_base, mixer_of
 from linearize.select import Candidates, by_alignment, by_gain, probes, uniform
-from linearize.train.data import load_documents
+from linearize.train.documents import load_documents
 
 KEEP = (1, 3, 4)
 SELECTORS = ("late", "recall", "both")

@@ -34,7 +34,8 @@ from benchmarks.results import provenance, write
 from linearize.assets import TEXTS, asset_file, cache_folder, resolve_model
 from linearize.errors import LinearizeError
 from linearize.files import check_writable, sha256, write_bytes
-from linearize.train.data import leads_of_others, load_documents, tokenize
+from linearize.train.documents import leads_of_others, load_documents
+from linearize.train.sequences import tokenize
 
 SHORTEST = 400  # characters of a document
 PARAGRAPH = 40  # characters of a paragraph; shorter ones are mostly labels and links

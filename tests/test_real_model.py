@@ -14,7 +14,8 @@ from linearize.checkpoint import load_pretrained
 from linearize.evaluate.decoding import decode_parity
 from linearize.evaluate.perplexity import score, summarize
 from linearize.recipe import read
-from linearize.train.data import heldout_sequences, load_documents, tokenize
+from linearize.train.documents import load_documents
+from linearize.train.sequences import heldout_sequences, tokenize
 from linearize.train.trainer import shared_copy
 
 pytestmark = pytest.mark.slow

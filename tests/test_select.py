@@ -16,7 +16,7 @@ from linearize.evaluate.perplexity import score
 from linearize.run import load_base
 from linearize.select import Candidates, Needles, Probes, by_alignment, by_gain, needles, probes, recall, spans, uniform
 from linearize.train.align import align_loss
-from linearize.train.data import pack, tokenize
+from linearize.train.sequences import pack, tokenize
 
 WINDOW = MixerSettings.model_validate({"structure": "none", "window": 6, "sinks": 2})
 LAYERS = 4

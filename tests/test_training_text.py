@@ -26,7 +26,7 @@ from benchmarks.training_text import (
 )
 from linearize import LinearizeError
 from linearize.files import sha256
-from linearize.train.data import load_documents
+from linearize.train.documents import load_documents
 
 LONG = "This sentence is as long as a paragraph has to be."
 

@@ -47,17 +47,10 @@ from linearize.recipe import Recipe, StageSettings
 from linearize.results import Curve, Report
 from linearize.results import read as read_report
 from linearize.train.align import align_loss
-from linearize.train.data import (
-    SELF,
-    Document,
-    heldout_documents,
-    heldout_sequences,
-    load_documents,
-    pack,
-    tokenize,
-)
 from linearize.train.distill import distill_loss
+from linearize.train.documents import SELF, Document, heldout_documents, load_documents
 from linearize.train.sample import sampled_documents
+from linearize.train.sequences import heldout_sequences, pack, tokenize
 from linearize.train.trainer import Loss, shared_copy, train, with_lora
 
 

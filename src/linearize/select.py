@@ -30,7 +30,8 @@ from linearize.recipe import AlignSettings, Recipe
 from linearize.results import Schema
 from linearize.run import Base, build, load_base, mixer_of, train_stage
 from linearize.train.align import align_loss, layer_errors
-from linearize.train.data import Document, heldout_sequences, load_documents, pack, tokenize
+from linearize.train.documents import Document, load_documents
+from linearize.train.sequences import heldout_sequences, pack, tokenize
 from linearize.train.trainer import shared_copy, with_lora
 
 SELECTORS = ("late", "recall", "both", "align")

@@ -14,8 +14,9 @@ from linearize import run as run_recipe
 from linearize.assets import cache_folder
 from linearize.checkpoint import load_pretrained
 from linearize.train import sample as module
-from linearize.train.data import load_documents, tokenize
+from linearize.train.documents import load_documents
 from linearize.train.sample import FREE, Script, sample, sampled_documents, scripts, stop_tokens
+from linearize.train.sequences import tokenize
 
 TEMPLATE = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '.,' }}{% endfor %}"
 TEMPLATE += "{% if add_generation_prompt %}{{ '<a>' }}{% endif %}"

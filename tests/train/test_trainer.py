@@ -15,8 +15,8 @@ from linearize.convert import mixers
 from linearize.families import family_of
 from linearize.recipe import LoraSettings, StageSettings
 from linearize.train.align import align_loss
-from linearize.train.data import pack
 from linearize.train.distill import distill_loss
+from linearize.train.sequences import pack
 from linearize.train.trainer import LinearizeTrainer, Pair, newest_checkpoint, shared_copy, train, with_lora
 
 STEPS = 12

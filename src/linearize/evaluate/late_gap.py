@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from linearize.errors import LinearizeError
 from linearize.evaluate.perplexity import score
 from linearize.measures import Interval, LateGap
-from linearize.train.data import heldout_windows
+from linearize.train.sequences import heldout_windows
 
 BASELINES = ("window_only", "window_equal_memory")
 RESAMPLED = 4000  # bootstrap samples

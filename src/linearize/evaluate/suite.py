@@ -19,7 +19,7 @@ from linearize.evaluate.late_gap import late_gap, late_losses, texts
 from linearize.evaluate.recall import recall
 from linearize.measures import Generation, LateGap, RecallScore, Suite
 from linearize.recipe import EvaluationSettings
-from linearize.train.data import tokenize
+from linearize.train.sequences import tokenize
 
 Models = Mapping[str, PreTrainedModel]
 OFF = {"recurrence_off": recurrence_off, "window_off": window_off}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from linearize.train.data import IGNORED
+from linearize.train.sequences import IGNORED
 
 LOGITS = 2**28  # of one model at once on a GPU: half a gigabyte in bf16
 

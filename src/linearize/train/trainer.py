@@ -205,7 +205,7 @@ def train(
     seed: int,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Curve:
-    """Run `stage` of the variant `name` on packed `sequences` (`train.data.pack`); return its curve.
+    """Run `stage` of the variant `name` on packed `sequences` (`train.sequences.pack`); return its curve.
 
     Checkpoints go to `folder`, and a stage found there goes on from its newest whole one. Raises LinearizeError at a
     loss or gradient that is not a number.

@@ -1,21 +1,19 @@
-"""From files to sequences: every format and its errors, the held-out split, and no leak between packed documents."""
+"""Reading: every format and its errors, and the held-out split."""
 
 import gzip
 import json
 import lzma
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import tiny
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import processors
 
 from linearize.errors import LinearizeError
-from linearize.train import data
-from linearize.train.data import heldout_documents, heldout_sequences, heldout_windows, load_documents, pack, tokenize
+from linearize.train import documents
+from linearize.train.documents import Chat, heldout_documents, leads_of_others, load_documents
+from linearize.train.sequences import tokenize
 
 TEXTS = ["first document", "zweites – Dokument", "third\nwith two lines"]
 
@@ -26,9 +24,6 @@ def jsonl(texts) -> bytes:
 
 def write_parquet(path, columns) -> None:
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
-
-
-# --- reading ---
 
 
 @pytest.mark.parametrize(
@@ -100,7 +95,7 @@ def test_rows_of_messages_become_text_by_the_template(tmp_path):
     rows = [{"text": "a text"}, {"messages": TURNS}, {"source": "x", "messages": [{"role": "user", "content": " "}]}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": "the end"}]))
     documents = load_documents(str(tmp_path / "a.jsonl"))
-    assert documents == ["a text", data.Chat(TURNS, f"{tmp_path / 'a.jsonl'}:2"), "the end"]
+    assert documents == ["a text", Chat(TURNS, f"{tmp_path / 'a.jsonl'}:2"), "the end"]
     words = tiny.tokenizer()
     words.chat_template = TEMPLATE + "{{ '<eos> ' }}"
     found = [words.decode(ids).replace(" ", "") for ids in tokenize(documents, words)]
@@ -119,14 +114,14 @@ def test_a_chat_has_no_second_beginning(tmp_path):
     words._tokenizer.post_processor = processors.TemplateProcessing(
         single="<unk> $A", special_tokens=[("<unk>", words.unk_token_id)]
     )
-    (text, chat) = tokenize(["text", data.Chat(TURNS, "a.jsonl:1")], words)
+    (text, chat) = tokenize(["text", Chat(TURNS, "a.jsonl:1")], words)
     assert text[0] == chat[0] == words.unk_token_id
     assert list(chat).count(words.unk_token_id) == 1
 
 
 def test_columns_of_messages(tmp_path):
     write_parquet(tmp_path / "a.parquet", {"id": [1, 2], "messages": [TURNS, None]})
-    assert load_documents(str(tmp_path / "a.parquet")) == [data.Chat(TURNS, str(tmp_path / "a.parquet"))]
+    assert load_documents(str(tmp_path / "a.parquet")) == [Chat(TURNS, str(tmp_path / "a.parquet"))]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +134,7 @@ def test_bad_messages_are_named(tmp_path, row):
 
 
 def test_messages_need_a_template_that_takes_them():
-    words, chat = tiny.tokenizer(), data.Chat(TURNS, "chat.jsonl:3")
+    words, chat = tiny.tokenizer(), Chat(TURNS, "chat.jsonl:3")
     with pytest.raises(LinearizeError, match=r"chat.jsonl:3: a row of 'messages' needs a chat template"):
         tokenize(["a text", chat], words)
     words.chat_template = "{{ raise_exception('roles must alternate') }}"
@@ -213,7 +208,7 @@ def test_leads_of_heldout_articles_are_left_out():
         "Astronomy": "Kept: another word.",
     }
     rows = [{"title": title, "extract": extract} for title, extract in leads.items()]
-    kept = data.leads_of_others(rows, articles)
+    kept = leads_of_others(rows, articles)
     assert [text.split(":")[0] for text in kept] == ["Kept"] * 4
 
 
@@ -221,7 +216,7 @@ def test_leads_of_heldout_articles_are_left_out():
 def wiki(monkeypatch) -> list[str]:
     """Thirty articles, as the embedded text has them."""
     articles = [f"article {number}" for number in range(1, 31)]
-    monkeypatch.setattr(data, "_articles", lambda: articles)
+    monkeypatch.setattr(documents, "_articles", lambda: articles)
     return articles
 
 
@@ -257,13 +252,6 @@ def test_documents_of_a_file_by_number(tmp_path):
     assert heldout_documents(str(path), "2-3") == {2: "b", 3: "c"}
 
 
-def test_windows_know_their_documents():
-    documents = [np.arange(size) for size in (12, 3, 9)]
-    found, places = heldout_windows(documents, 4, 10)
-    assert places == [0, 2, 0, 2, 0]
-    assert torch.equal(found, heldout_sequences(documents, 4, 10))
-
-
 def test_unknown_split():
     with pytest.raises(LinearizeError, match="unknown split 'test'; valid: heldout, train"):
         load_documents("wiki", "test")  # type: ignore[arg-type]
@@ -279,127 +267,3 @@ def test_real_wiki_splits():
     for text in training:
         words = text.split()
         assert not any(tuple(words[i : i + 13]) in spans for i in range(len(words) - 12)), text[:100]
-
-
-# --- tokens ---
-
-
-def tokenizer(eos: str | None = "</s>", bos: bool = False) -> PreTrainedTokenizerFast:
-    """A token for each character."""
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "?", *"abcdefgh "])}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    if bos:
-        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=eos, bos_token="<s>", model_max_length=4)
-
-
-def test_documents_end_with_eos(capfd):
-    assert [list(ids) for ids in tokenize(["ab", "abcdefgh"], tokenizer())] == [[3, 4, 1], [*range(3, 11), 1]]
-    assert [list(ids) for ids in tokenize(["ab"], tokenizer(bos=True))] == [[0, 3, 4, 1]]
-    assert [list(ids) for ids in tokenize(["ab"], tokenizer(eos=None))] == [[3, 4]]
-    assert capfd.readouterr() == ("", "")  # no bar for what is quick, no warning about lengths
-
-
-def test_tokenising_stops_at_the_limit(monkeypatch):
-    class Counting:
-        eos_token_id = 1
-        seen = 0
-
-        def __call__(self, texts, verbose):
-            self.seen += len(texts)
-            return {"input_ids": [[5] * 9 for _ in texts]}
-
-    counting = Counting()
-    assert len(tokenize(["text"] * 10_000, counting, limit=995)) == 100
-    assert counting.seen < 200
-
-
-# --- sequences ---
-
-
-def documents(*lengths: int) -> list[np.ndarray]:
-    """Documents of these lengths whose tokens are all different: 100, 101, ...; 200, 201, ...; ..."""
-    return [np.arange(length, dtype=np.int32) + 100 * number for number, length in enumerate(lengths, start=1)]
-
-
-def test_packed_sequences_in_full():
-    first, second = pack(documents(3, 5, 1), sequence_length=5, tokens=10)
-    assert first["input_ids"].tolist() == [100, 101, 102, 200, 201]
-    assert first["position_ids"].tolist() == [0, 1, 2, 0, 1]
-    assert first["targets"].tolist() == [101, 102, -100, 201, -100]
-    assert second["input_ids"].tolist() == [202, 203, 204, 300, 100]  # one token of the second round
-    assert second["position_ids"].tolist() == [0, 1, 2, 0, 0]
-    assert second["targets"].tolist() == [203, 204, -100, -100, -100]
-    assert {tensor.dtype for tensor in (*first.values(), *second.values())} == {torch.int64}
-
-
-def test_no_target_leaks_between_documents():
-    sequences = pack(documents(7, 1, 20, 13, 2), sequence_length=8, tokens=150)
-    assert len(sequences) == 19
-    for sequence in sequences:
-        ids, targets, positions = (sequence[name] for name in ("input_ids", "targets", "position_ids"))
-        inside = targets != -100
-        assert (targets[inside] == ids[inside] + 1).all()  # the next of the same document
-        assert (positions[1:][inside[:-1]] == positions[:-1][inside[:-1]] + 1).all()
-        assert (positions[1:][~inside[:-1]] == 0).all()
-
-
-def test_a_single_document_starts_over_as_a_new_one():
-    (sequence,) = pack([*documents(6), np.array([], dtype=np.int32)], sequence_length=4, tokens=3)
-    assert sequence["position_ids"].tolist() == [0, 1, 2, 3]
-    _, second = pack(documents(6), sequence_length=4, tokens=8)
-    assert second["input_ids"].tolist() == [104, 105, 100, 101]
-    assert second["targets"].tolist() == [105, -100, 101, -100]
-
-
-def test_text_shorter_than_one_sequence():
-    with pytest.raises(LinearizeError, match="the text has 9 tokens, fewer than one sequence of 10"):
-        pack(documents(4, 5), sequence_length=10, tokens=100)
-
-
-@pytest.mark.parametrize(("length", "tokens"), [(1, 10), (0, 10), (4, 0), (4, -5)])
-def test_lengths_out_of_range(length, tokens):
-    with pytest.raises(LinearizeError, match="must be"):
-        pack(documents(9), length, tokens)
-
-
-def test_heldout_windows_take_turns():
-    windows = heldout_sequences(documents(9, 3, 13), sequence_length=4, count=4)
-    assert windows[:, 0].tolist() == [100, 300, 104, 304]
-    assert windows.shape == (4, 4)
-    assert heldout_sequences(documents(9, 3, 13), 4, count=99)[-1].tolist() == [308, 309, 310, 311]
-
-
-def test_heldout_too_short():
-    with pytest.raises(LinearizeError, match="longest held-out document has 9 tokens, fewer than 10"):
-        heldout_sequences(documents(9, 3), sequence_length=10, count=1)
-    with pytest.raises(LinearizeError, match="must be 1 or more"):
-        heldout_sequences(documents(9), sequence_length=4, count=0)
-
-
-def test_documents_that_are_too_short_are_left_out():
-    texts = ["ab", "abcdefgh", "abc", "abcdefg", "abcdefghi"]
-    assert [len(ids) for ids in tokenize(texts, tokenizer(), shortest=8)] == [9, 8, 10]
-    assert [len(ids) for ids in tokenize(texts, tokenizer(), limit=10, shortest=8)] == [9, 8]
-
-
-def test_passages_that_are_said_again():
-    """Some tokens give way to passages from before in the same document; all else stays, and targets follow."""
-    texts = [np.arange(start, start + length) for start, length in ((0, 90), (1000, 700), (2000, 500))]
-    plain, changed = (pack(texts, 1290, 1290, repeats=repeats)[0] for repeats in (0.0, 0.4))
-    assert pack(texts, 1290, 1290, repeats=0.4)[0]["input_ids"].equal(changed["input_ids"])
-    assert plain["position_ids"].equal(changed["position_ids"])
-    ids, before = changed["input_ids"], plain["input_ids"]
-    again = ids != before
-    assert 0.25 < again.double().mean() < 0.55
-    assert (ids[again] < before[again]).all()  # tokens rise within a document
-    assert (ids[again] // 1000 == before[again] // 1000).all()
-    starts = torch.nonzero(again & ~again.roll(1))[:, 0].tolist()
-    assert len(starts) > 5
-    for start in starts:
-        passage = ids[start : start + 8]
-        assert (ids[:start].unfold(0, 8, 1) == passage).all(1).any()
-    inside = changed["targets"] != -100
-    assert inside.equal(plain["targets"] != -100)
-    assert changed["targets"][inside].equal(ids[1:][inside[:-1]])
