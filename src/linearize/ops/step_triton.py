@@ -22,7 +22,7 @@ from linearize.ops.liger_triton import feature, key_and_gate, log_sigmoid, partn
 from linearize.ops.step import NOTHING, Beyond, Clock, Held
 
 SMALLEST = 16  # side of a matrix product
-WIDEST = tl.constexpr(128)  # columns of learned maps at once
+WIDEST = 128  # ranks of learned maps that one product has
 
 
 @triton.jit
@@ -34,24 +34,27 @@ def load_angles(cos, sin, start, columns, R: tl.constexpr):
 
 
 @triton.jit
-def add_mapped(
-    result, x, row, down, up, head, columns, COUNT: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr
-):
-    """`result` plus x down up, x `[ROWS, DP]`, by the maps of COUNT heads from `head` on, whose place among them is
-    `row`; nothing is added to rows without one. One product has the maps of all: what a row makes of those of others is
-    left out."""
-    AT_ONCE: tl.constexpr = COUNT if COUNT * RANK <= WIDEST else WIDEST // RANK
-    for begin in tl.static_range(0, COUNT, AT_ONCE):
+def load_maps(down, up, head, columns, COUNT: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr):
+    """The learned maps of COUNT heads from `head` on, side by side: `[DP, RP]` and `[RP, DP]`, 0 past them; zeros where
+    maps are not learned and have no RANK."""
+    first, second = 0.0, 0.0
+    if RANK > 0:
         low = tl.arange(0, RP)
-        owner = begin + low // RANK
-        inside = (columns < D)[:, None] & ((low < AT_ONCE * RANK) & (owner < COUNT))[None, :]
-        place = ((head + owner[None, :]) * D + columns[:, None]) * RANK + low[None, :] % RANK
-        first = tl.load(down + place, mask=inside, other=0.0)
-        place = ((head + begin) * RANK + low[:, None]) * D + columns[None, :]
-        second = tl.load(up + place, mask=tl.trans(inside), other=0.0)
-        between = tl.where(row[:, None] == owner[None, :], product(x, first, x.dtype), 0.0)
-        result += product(between, second, x.dtype)
-    return result
+        wide, inside = columns < D, low < COUNT * RANK
+        place = (low // RANK * D + columns[:, None]) * RANK + low % RANK
+        first = tl.load(down + head * D * RANK + place, mask=wide[:, None] & inside, other=0.0)
+        place = low[:, None] * D + columns
+        second = tl.load(up + head * RANK * D + place, mask=inside[:, None] & wide, other=0.0)
+    return first, second
+
+
+@triton.jit
+def add_mapped(result, x, owner, first, second, RANK: tl.constexpr):
+    """`result` plus, of each row of x, what the map makes of it that is the `owner`-th of those side by side. One
+    product has the maps of all; what it makes of a row by those of others is left out."""
+    low = tl.arange(0, first.shape[1])
+    between = tl.where(owner[:, None] == low // RANK, product(x, first, x.dtype), 0.0)
+    return result + product(between, second, x.dtype)
 
 
 @triton.jit
@@ -75,7 +78,7 @@ def step_kernel(
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, R: tl.constexpr,
     M: tl.constexpr, MP: tl.constexpr, SINKS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
     GATE: tl.constexpr, FEATURE: tl.constexpr, ERASE: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
-    RP1: tl.constexpr, GATES: tl.constexpr, LOGITS: tl.constexpr, RMS: tl.constexpr, OPENING: tl.constexpr,
+    RP1: tl.constexpr, AT_ONCE: tl.constexpr, GATES: tl.constexpr, LOGITS: tl.constexpr, RMS: tl.constexpr, OPENING: tl.constexpr,
     MOST: tl.constexpr, READ: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One token of one key/value head; see the module and `ops.step`."""
@@ -86,66 +89,95 @@ def step_kernel(
     partner = partner_of(columns, R)
     t, before, fresh = tl.load(time), tl.load(real + b), tl.load(valid + b).to(tl.int32)
     kept_type = keys.dtype.element_ty
+    own_keys, own_values = keys + pair * (M + W) * D, values + pair * (M + W) * D
 
-    # what was there before this step, so that no kernel need have ended for it
+    # what was there before this step, so that no kernel need have ended for it; all loads come before the first
+    # product, since none begins while a program's threads wait for each other
     slot = (t % W).to(tl.int32)
     places = tl.arange(0, WP)
     here = (places < W)[:, None]
-    ring = (pair * (M + W) + M + places)[:, None] * D
-    window_k = tl.load(keys + ring + columns[None, :], mask=here & wide[None, :], other=0.0)
-    window_v = tl.load(values + ring + mine[None, :], mask=here & narrow[None, :], other=0.0)
+    window_k = tl.load(own_keys + (M + places[:, None]) * D + columns, mask=here & wide, other=0.0)
+    window_v = tl.load(own_values + (M + places[:, None]) * D + mine, mask=here & narrow, other=0.0)
     seen = tl.load(ring_valid + b * W + places, mask=places < W, other=0) != 0
-    seen = (seen | (places == slot)) & (places < W)
+    if GATE != "none":
+        own_state = state + pair * D * D + (columns[:, None] * D + mine)
+        within = wide[:, None] & narrow
+        memory = tl.load(own_state, mask=within, other=0.0)
+        first, second = load_maps(down_q, up_q, h * G, columns, AT_ONCE, D, RANK, RP)
+        if ERASE:
+            first_k, second_k = load_maps(down_k, up_k, h, columns, 1, D, RANK, RP1)
     if SINKS > 0:
         sinks = tl.arange(0, MP)
-        place = (pair * (M + W) + sinks)[:, None] * D
+        there = sinks < M
         gone = tl.load(sink_time + b * M + sinks, mask=sinks < SINKS, other=t) <= t - W
-        sink_k = tl.load(keys + place + columns[None, :], mask=(sinks < M)[:, None] & wide[None, :], other=0.0)
-        sink_v = tl.load(values + place + mine[None, :], mask=(sinks < M)[:, None] & narrow[None, :], other=0.0)
-    if GATE != "none":
-        cell = pair * D * D + columns[:, None] * D + mine[None, :]
-        within = wide[:, None] & narrow[None, :]
-        memory = tl.load(state + cell, mask=within, other=0.0)
+        sink_v = tl.load(own_values + sinks[:, None] * D + mine, mask=there[:, None] & narrow, other=0.0)
+        sink_k = tl.load(own_keys + sinks * D + columns[:, None], mask=there & wide[:, None], other=0.0)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
-    # the group's queries and, in the row after them, the key; the new token takes its place in the window
+    # the group's queries and, in the row after them, the key
     rows = tl.arange(0, ROWS)
     token = heads + b * stride
-    from_head = token + tl.where(rows < G, h * G + rows, KV * G + h)[:, None] * D
-    held = (rows <= G)[:, None] & wide[None, :]
-    x = tl.load(from_head + columns[None, :], mask=held, other=0.0)
+    from_head = tl.where(rows < G, h.to(tl.int32) * G + rows, KV * G + h.to(tl.int32))[:, None] * D
+    held = (rows <= G)[:, None] & wide
+    x = tl.load(token + (from_head + columns), mask=held, other=0.0)
     own_k, own_v = token + (KV * G + h) * D, token + (KV * G + KV + h) * D
     new_k, new_v = tl.load(own_k + columns, mask=wide, other=0.0), tl.load(own_v + mine, mask=narrow, other=0.0)
-    near, far, turned = x, x, new_k
     if R > 0:
-        other = tl.load(from_head + partner[None, :], mask=held, other=0.0).to(tl.float32)
+        other = tl.load(token + (from_head + partner), mask=held, other=0.0)
+        other_k = tl.load(own_k + partner, mask=wide, other=0.0)
         c, s = load_angles(cos, sin, b * rope_stride, columns, R)
-        near = (x.to(tl.float32) * c[None, :] + other * s[None, :]).to(kept_type)
-        turned = new_k.to(tl.float32) * c + tl.load(own_k + partner, mask=wide, other=0.0).to(tl.float32) * s
-        turned = turned.to(kept_type)
         if SINKS > 0:
             sink_c, sink_s = load_angles(sink_cos, sink_sin, b * sink_rope_stride, columns, R)
-            far = (x.to(tl.float32) * sink_c[None, :] + other * sink_s[None, :]).to(kept_type)
-    window_k = tl.where((places == slot)[:, None], turned[None, :], window_k)
-    window_v = tl.where((places == slot)[:, None], new_v[None, :], window_v)
+    query_heads = h.to(tl.int32) * G + rows
+    if GATE != "none":
+        w = tl.load(mixing + query_heads, mask=rows < G, other=0.0).to(tl.float32)
+        if LOGITS:
+            w = sigmoid(w + tl.load(logits + b * logits_stride + query_heads, mask=rows < G, other=0.0).to(tl.float32))
+        if GATES > 0:
+            given = gate + b * gate_stride + h * GATES
+            for_decay, for_write = tl.load(given).to(tl.float32), tl.load(given + GATES - 1).to(tl.float32)
+
+    # the window, in which the new token takes its place
+    near, far, turned = x, x, new_k
+    if R > 0:
+        near = (x.to(tl.float32) * c + other.to(tl.float32) * s).to(kept_type)
+        turned = (new_k.to(tl.float32) * c + other_k.to(tl.float32) * s).to(kept_type)
+        if SINKS > 0:
+            far = (x.to(tl.float32) * sink_c + other.to(tl.float32) * sink_s).to(kept_type)
+    window_k = tl.where((places == slot)[:, None], turned, window_k)
+    window_v = tl.where((places == slot)[:, None], new_v, window_v)
+    seen = (seen | (places == slot)) & (places < W)
+    score = tl.where(seen, product(near, tl.trans(window_k), kept_type) * scale, -float("inf"))
+    highest = tl.max(score, 1)
+    if SINKS > 0:
+        sink_score = tl.where(gone, product(far, sink_k, kept_type) * scale, -float("inf"))
+        highest = tl.maximum(highest, tl.max(sink_score, 1))
+    weight = tl.exp(score - highest[:, None])
+    total, result = tl.sum(weight, 1), product(weight, window_v, kept_type)
+    if SINKS > 0:
+        sink_weight = tl.exp(sink_score - highest[:, None])
+        total += tl.sum(sink_weight, 1)
+        result += product(sink_weight, sink_v, kept_type)
+    result = result / total[:, None]
 
     # the recurrence
     new_k, new_v = new_k.to(tl.float32), new_v.to(tl.float32)
     if GATE != "none":
         query = x.to(tl.float32)
         if RANK > 0:
-            query = add_mapped(query, x, rows, down_q, up_q, h * G, columns, G, D, RANK, RP)
+            query = add_mapped(query, x, rows, first, second, RANK)
+            for begin in tl.static_range(AT_ONCE, G, AT_ONCE):
+                count: tl.constexpr = AT_ONCE if begin + AT_ONCE <= G else G - begin
+                first, second = load_maps(down_q, up_q, h * G + begin, columns, count, D, RANK, RP)
+                query = add_mapped(query, x, rows - begin, first, second, RANK)
             if ERASE:
-                query = add_mapped(query, x, rows - G, down_k, up_k, h, columns, 1, D, RANK, RP1)
+                query = add_mapped(query, x, rows - G, first_k, second_k, RANK)
         else:
             query = feature(query, columns, D, FEATURE)
         if ERASE:
-            if GATES > 0:
-                given = gate + b * gate_stride + h * GATES
-                for_decay, for_write = tl.load(given).to(tl.float32), tl.load(given + GATES - 1).to(tl.float32)
-            else:
+            if GATES == 0:
                 for_decay = tl.sum(new_k, 0) / D
                 for_write = for_decay
             query = of_length_one(query)
@@ -171,54 +203,28 @@ def step_kernel(
         memory += key[:, None] * written[None, :]
         if MOST > 0:
             memory = tl.clamp(memory, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(state + cell, memory.to(state.dtype.element_ty), mask=within)
+        tl.store(own_state, memory.to(state.dtype.element_ty), mask=within)
         if RMS:
             recurrent = recurrent / tl.sqrt(tl.sum(recurrent * recurrent, 1) / D + epsilon)[:, None]
-
-    # the window
-    score = product(near, tl.trans(window_k), kept_type) * scale
-    score = tl.where(seen[None, :], score, -float("inf"))
-    highest = tl.max(score, 1)
-    if SINKS > 0:
-        sink_score = product(far, tl.trans(sink_k), kept_type) * scale
-        sink_score = tl.where(gone[None, :], sink_score, -float("inf"))
-        highest = tl.maximum(highest, tl.max(sink_score, 1))
-    weight = tl.exp(score - highest[:, None])
-    total, result = tl.sum(weight, 1), product(weight, window_v, kept_type)
-    if SINKS > 0:
-        sink_weight = tl.exp(sink_score - highest[:, None])
-        total += tl.sum(sink_weight, 1)
-        result += product(sink_weight, sink_v, kept_type)
-    result = result / total[:, None]
-
-    # both
-    query_heads = h * G + rows
-    within_group = (rows < G)[:, None] & narrow[None, :]
-    if GATE != "none":
-        w = tl.load(mixing + query_heads, mask=rows < G, other=0.0).to(tl.float32)
-        if LOGITS:
-            w = sigmoid(w + tl.load(logits + b * logits_stride + query_heads, mask=rows < G, other=0.0).to(tl.float32))
         if OPENING > 0:
             ranks = tl.arange(0, OPENING)
-            place = query_heads[:, None] * D + mine[None, :]
-            opens = tl.load(opening + place[:, :, None] * OPENING + ranks, mask=within_group[:, :, None], other=0.0)
+            place = (query_heads[:, None] * D + mine)[:, :, None] * OPENING + ranks
+            opens = tl.load(opening + place, mask=((rows < G)[:, None] & narrow)[:, :, None], other=0.0)
             for_opening = tl.load(low + b * low_stride + ranks).to(tl.float32)
             recurrent *= 2.0 * sigmoid(tl.sum(opens.to(tl.float32) * for_opening, 2))
         result = w[:, None] * recurrent + (1.0 - w)[:, None] * result
-    place = output + (b * KV * G + query_heads)[:, None] * D + mine[None, :]
-    tl.store(place, result.to(output.dtype.element_ty), mask=within_group)
+    place = output + b * KV * G * D + (query_heads[:, None] * D + mine)
+    tl.store(place, result.to(output.dtype.element_ty), mask=(rows < G)[:, None] & narrow)
 
     # what stays: values by columns, keys once
-    place = (pair * (M + W) + M + slot) * D
-    sink = (pair * (M + W) + before) * D
     is_sink = (before < M) & (fresh != 0)
-    tl.store(values + place + mine, new_v.to(kept_type), mask=narrow)
+    tl.store(own_values + (M + slot) * D + mine, new_v.to(kept_type), mask=narrow)
     if is_sink:
-        tl.store(values + sink + mine, new_v.to(kept_type), mask=narrow)
+        tl.store(own_values + before * D + mine, new_v.to(kept_type), mask=narrow)
     if part == 0:
-        tl.store(keys + place + columns, turned, mask=wide)
+        tl.store(own_keys + (M + slot) * D + columns, turned, mask=wide)
         if is_sink:
-            tl.store(keys + sink + columns, turned, mask=wide)
+            tl.store(own_keys + before * D + columns, turned, mask=wide)
         if h == 0:
             tl.store(ring_valid + b * W + slot, fresh.to(tl.uint8))
 
@@ -255,6 +261,7 @@ def run(
     sink_cos, sink_sin = (cos, sin) if sink_rope is None else sink_rope
     block, warps = launch or program(B * KV, D, beyond.epsilon is not None)
     rank, overlap = 0 if beyond.maps is None else beyond.maps[0].shape[-1], overlaps(heads)
+    at_once = min(H // KV, WIDEST // max(rank, 1))
     bounded = settings.gate in DELTA or settings.feature_map == "softmax"  # queries of the state, by 1
     narrow = bounded and heads.dtype != torch.float32 and state == torch.float16
     step_kernel[(B * KV, triton.cdiv(D, block))](
@@ -266,7 +273,7 @@ def run(
         G=H // KV, ROWS=side(H // KV + 1), D=D, DP=side(D), BV=block, R=0 if rope is None else cos.shape[-1],
         M=M, MP=side(M), SINKS=min(settings.sinks, M), W=settings.window, WP=side(settings.window),
         GATE=settings.gate, FEATURE=settings.feature_map, ERASE=settings.gate in DELTA,
-        RANK=rank, RP=side(min(H // KV * rank, WIDEST.value)), RP1=side(rank),
+        RANK=rank, RP=side(at_once * rank), RP1=side(rank), AT_ONCE=at_once,
         GATES=0 if beyond.gate is None else beyond.gate.shape[-1], LOGITS=beyond.mixing is not None,
         RMS=beyond.epsilon is not None, OPENING=0 if beyond.opening is None else beyond.opening[1].shape[-1],
         MOST=torch.finfo(torch.float16).max if state == torch.float16 else 0.0,
