@@ -78,8 +78,8 @@ def step_kernel(
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, R: tl.constexpr,
     M: tl.constexpr, MP: tl.constexpr, SINKS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
     GATE: tl.constexpr, FEATURE: tl.constexpr, ERASE: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
-    RP1: tl.constexpr, AT_ONCE: tl.constexpr, GATES: tl.constexpr, LOGITS: tl.constexpr, RMS: tl.constexpr, OPENING: tl.constexpr,
-    MOST: tl.constexpr, READ: tl.constexpr, OVERLAP: tl.constexpr,
+    RP1: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr, GATES: tl.constexpr, LOGITS: tl.constexpr,
+    RMS: tl.constexpr, OPENING: tl.constexpr, MOST: tl.constexpr, READ: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One token of one key/value head; see the module and `ops.step`."""
     pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -103,8 +103,8 @@ def step_kernel(
         own_state = state + pair * D * D + (columns[:, None] * D + mine)
         within = wide[:, None] & narrow
         memory = tl.load(own_state, mask=within, other=0.0)
-        first, second = load_maps(down_q, up_q, h * G, columns, AT_ONCE, D, RANK, RP)
-        if ERASE:
+        if EARLY:
+            first, second = load_maps(down_q, up_q, h * G, columns, AT_ONCE, D, RANK, RP)
             first_k, second_k = load_maps(down_k, up_k, h, columns, 1, D, RANK, RP1)
     if SINKS > 0:
         sinks = tl.arange(0, MP)
@@ -167,10 +167,14 @@ def step_kernel(
     if GATE != "none":
         query = x.to(tl.float32)
         if RANK > 0:
+            if not EARLY:
+                first, second = load_maps(down_q, up_q, h * G, columns, AT_ONCE, D, RANK, RP)
+                first_k, second_k = load_maps(down_k, up_k, h, columns, 1, D, RANK, RP1)
             query = add_mapped(query, x, rows, first, second, RANK)
             for begin in tl.static_range(AT_ONCE, G, AT_ONCE):
-                count: tl.constexpr = AT_ONCE if begin + AT_ONCE <= G else G - begin
-                first, second = load_maps(down_q, up_q, h * G + begin, columns, count, D, RANK, RP)
+                first, second = load_maps(
+                    down_q, up_q, h * G + begin, columns, AT_ONCE if begin + AT_ONCE <= G else G - begin, D, RANK, RP
+                )
                 query = add_mapped(query, x, rows - begin, first, second, RANK)
             if ERASE:
                 query = add_mapped(query, x, rows - G, first_k, second_k, RANK)
@@ -273,7 +277,7 @@ def run(
         G=H // KV, ROWS=side(H // KV + 1), D=D, DP=side(D), BV=block, R=0 if rope is None else cos.shape[-1],
         M=M, MP=side(M), SINKS=min(settings.sinks, M), W=settings.window, WP=side(settings.window),
         GATE=settings.gate, FEATURE=settings.feature_map, ERASE=settings.gate in DELTA,
-        RANK=rank, RP=side(at_once * rank), RP1=side(rank), AT_ONCE=at_once,
+        RANK=rank, RP=side(at_once * rank), RP1=side(rank), AT_ONCE=at_once, EARLY=D <= 64,
         GATES=0 if beyond.gate is None else beyond.gate.shape[-1], LOGITS=beyond.mixing is not None,
         RMS=beyond.epsilon is not None, OPENING=0 if beyond.opening is None else beyond.opening[1].shape[-1],
         MOST=torch.finfo(torch.float16).max if state == torch.float16 else 0.0,
