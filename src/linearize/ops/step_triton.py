@@ -34,6 +34,13 @@ def load_angles(cos, sin, start, columns, R: tl.constexpr):
 
 
 @triton.jit
+def rotated(x, other, c, s, held):
+    """A tile after RoPE, from itself, the channels that each is rotated with, and `load_angles`; 0 where nothing is
+    `held`, as before: without a mask Triton rotates all of the tile in every warp."""
+    return tl.where(held, x.to(tl.float32) * c + other.to(tl.float32) * s, 0.0)
+
+
+@triton.jit
 def load_maps(down, up, head, columns, COUNT: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr):
     """The learned maps of COUNT heads from `head` on, side by side: `[DP, RP]` and `[RP, DP]`, 0 past them; zeros where
     maps are not learned and have no RANK."""
@@ -142,10 +149,10 @@ def step_kernel(
     # the window, in which the new token takes its place
     near, far, turned = x, x, new_k
     if R > 0:
-        near = (x.to(tl.float32) * c + other.to(tl.float32) * s).to(kept_type)
+        near = rotated(x, other, c, s, held).to(kept_type)
         turned = (new_k.to(tl.float32) * c + other_k.to(tl.float32) * s).to(kept_type)
         if SINKS > 0:
-            far = (x.to(tl.float32) * sink_c + other.to(tl.float32) * sink_s).to(kept_type)
+            far = rotated(x, other, sink_c, sink_s, held).to(kept_type)
     window_k = tl.where((places == slot)[:, None], turned, window_k)
     window_v = tl.where((places == slot)[:, None], new_v, window_v)
     seen = (seen | (places == slot)) & (places < W)
@@ -235,13 +242,11 @@ def step_kernel(
 
 def program(pairs: int, D: int, whole: bool) -> tuple[int, int]:
     """Value channels and warps of a program: many channels, but for few heads as few as fill the GPU; all of them if it
-    needs the `whole` head."""
-    size = side(D)
-    if whole:
-        return size, 4 if size <= 32 else 8
-    while size > 16 and (size > 64 or pairs * triton.cdiv(D, size) < 256):
+    needs the `whole` head. Fewer than 32 channels would have all warps work out the same scores."""
+    size, warps = side(D), 4 if D <= 64 else 8
+    while not whole and size > 32 and (size > 64 or pairs * triton.cdiv(D, size) < 256):
         size //= 2
-    return size, 4
+    return size, warps
 
 
 def run(
