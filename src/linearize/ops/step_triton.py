@@ -110,7 +110,7 @@ def step_kernel(
         own_state = state + pair * D * D + (columns[:, None] * D + mine)
         within = wide[:, None] & narrow
         memory = tl.load(own_state, mask=within, other=0.0)
-        if EARLY:
+        if EARLY:  # else they would take too much of the memory that a program's threads share
             first, second = load_maps(down_q, up_q, h * G, columns, AT_ONCE, D, RANK, RP)
             first_k, second_k = load_maps(down_k, up_k, h, columns, 1, D, RANK, RP1)
     if SINKS > 0:
@@ -128,7 +128,6 @@ def step_kernel(
     token = heads + b * stride
     from_head = tl.where(rows < G, h.to(tl.int32) * G + rows, KV * G + h.to(tl.int32))[:, None] * D
     held = (rows <= G)[:, None] & wide
-    x = tl.load(token + (from_head + columns), mask=held, other=0.0)
     own_k, own_v = token + (KV * G + h) * D, token + (KV * G + KV + h) * D
     new_k, new_v = tl.load(own_k + columns, mask=wide, other=0.0), tl.load(own_v + mine, mask=narrow, other=0.0)
     if R > 0:
@@ -145,6 +144,7 @@ def step_kernel(
         if GATES > 0:
             given = gate + b * gate_stride + h * GATES
             for_decay, for_write = tl.load(given).to(tl.float32), tl.load(given + GATES - 1).to(tl.float32)
+    x = tl.load(token + (from_head + columns), mask=held, other=0.0)  # last: threads then wait for each other
 
     # the window, in which the new token takes its place
     near, far, turned = x, x, new_k
