@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from benchmarks.decode import BATCHES, CONVERTED, DEVICE, GPU, graphed, random_model, said, timed
+from benchmarks.kernels import copy_speed
 from benchmarks.results import provenance, write
 from linearize import convert
 from linearize.cache import cache_bytes
@@ -181,18 +182,23 @@ def graph_error(name: str, structure: str) -> dict[str, Any]:
 @torch.no_grad()
 def tune(out: Path, stop: float) -> None:
     """Microseconds of the step's kernel, by value channels and warps of a program: of gla, and of the delta rule with
-    all that the default recipe adds to it, whose programs have whole heads."""
+    all that the default recipe adds to it, whose programs have whole heads. `floor` is what a copy of its bytes takes;
+    below it are those whose bytes stay in the GPU's cache from one call to the next."""
     from linearize.ops.step_triton import program, run
 
     rows: list[dict[str, Any]] = []
+    speed = copy_speed() if GPU else 0.0
     shapes = ((128, 32, 8), (64, 32, 8), (64, 9, 3))
     for gate, (D, H, KV), B in itertools.product(("gla", "gated_deltanet"), shapes, BATCHES):
         whole, mixing = gate in DELTA, torch.rand(H, device=DEVICE)
         fixed = Settings(gate, D**-0.5, feature_map="linear" if whole else "softmax")
         more = random_beyond(B, KV, H // KV, D)._replace(opening=None) if whole else step.NOTHING
         clock, held = random_memory(B, KV, D, fixed)
+        if whole:
+            held = held._replace(state=held.state.half())  # the default recipe's
         heads, cos, sin = random_inputs(B, KV, H // KV, D)
-        blocks = [D] if whole else [block for block in (8, 16, 32, 64, 128) if block <= D]
+        floor = 1e6 * moved(heads, held, more) / speed if speed else None
+        blocks = [D] if whole else [block for block in (16, 32, 64, 128) if block <= D]
         for launch in itertools.product(blocks, (1, 2, 4, 8, 16)):
             if time.perf_counter() > stop:
                 continue
@@ -207,9 +213,15 @@ def tune(out: Path, stop: float) -> None:
                 print(gate, B, D, *launch, said(error))
                 continue
             row = {"gate": gate, "B": B, "H": H, "KV": KV, "D": D, "block": launch[0], "warps": launch[1]}
-            rows.append(row | {"micro": micro, "chosen": launch == program(B * KV, D, whole)})
+            rows.append(row | {"micro": micro, "floor": floor, "chosen": launch == program(B * KV, D, whole)})
         here = [row for row in rows if (row["gate"], row["B"], row["H"], row["D"]) == (gate, B, H, D)]
         print(f"{gate} B={B} H={H} KV={KV} D={D}", flush=True)
         for row in sorted(here, key=lambda row: (not row["chosen"], row["micro"]))[:5]:
             print("   ", row, flush=True)
         write(out, {**provenance(), "rows": rows})
+
+
+def moved(heads: Tensor, held: Held, more: Beyond) -> int:
+    """Bytes that a step reads and writes: of `heads` as much comes as goes, as output and as key and value kept."""
+    both_ways = (heads, held.state)
+    return sum(x.nbytes for x in (held.keys, held.values, *(more.maps or ()), *both_ways, *both_ways))

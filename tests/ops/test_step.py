@@ -133,6 +133,11 @@ def test_a_layer_with_fewer_sinks_than_there_are_places(run):
 
 
 @pytest.mark.parametrize("run", RUNS)
+def test_more_sinks_than_the_smallest_product_has_columns(run):
+    assert_is_the_equation(run, inputs(21), settings(window=2, sinks=17), rope(21))
+
+
+@pytest.mark.parametrize("run", RUNS)
 def test_padding_leaves_no_trace(run):
     """Rows of different beginnings, and a token left out in the middle, are as rows without these."""
     given = inputs(16)
@@ -289,6 +294,8 @@ def test_the_delta_rule_without_a_decay(more, run):
         ({"B": 1, "D": 12}, {"temperature": 1.0}, 0),
         ({"B": 3, "D": 64, "groups": 3}, {"window": 12}, 64),
         ({"B": 1, "KV": 1, "D": 128}, {"window": 3, "sinks": 2}, 128),
+        ({"B": 1, "KV": 1, "groups": 9}, {"window": 20}, 16),  # whose maps take two products
+        ({"B": 1, "KV": 1, "groups": 17, "D": 12}, {}, 12),  # more queries than the smallest product has rows
     ],
 )
 def test_shapes_of_the_delta_rule(shape, kwargs, rotated, run):
@@ -421,6 +428,38 @@ def test_the_delta_rule_in_sixteen_bits(gate, D, groups, B, dtype):
     given = [*(x.to(dtype) for x in given[:3]), given[3]]
     fixed = settings(gate, D, feature_map="linear", window=64, sinks=4)
     assert_is_the_truth("kernel", given, fixed, more, rope(80, D), tolerance=5e-3)
+
+
+@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gate", ["gated_deltanet", "gla"])
+@pytest.mark.parametrize("feature_map", ["softmax", "none"])
+def test_a_state_of_half_the_precision_in_a_model_of_half_the_precision(feature_map, gate, dtype):
+    """Which is an operand as it is stored, where queries are bounded."""
+    given = inputs(10)
+    given = [*(x.to(dtype) for x in given[:3]), given[3]]
+    fixed, angles = settings(gate, feature_map=feature_map), rope(10)
+    clock, held = nothing(2, 2, 16, fixed, 3, dtype)
+    start = clock, held._replace(state=held.state.half())
+    output, state = stepped("kernel", given, fixed, angles, start=start)
+    if gate == "gla":
+        expected, final = liger.reference(*given, fixed, angles)
+    else:
+        expected, final = truth(given, fixed, Beyond(), angles)
+    assert_close(output, expected, 5e-3)
+    assert_close(state, final, 5e-3)
+
+
+@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+def test_queries_past_what_a_state_of_half_the_precision_can_say():
+    """Which only bf16 can be; nothing of them is rounded to fp16."""
+    given, fixed, angles = inputs(3), settings(feature_map="none"), rope(3)
+    given = [x.bfloat16() for x in given[:3]] + [given[3]]
+    given[0] *= 1e6
+    clock, held = nothing(2, 2, 16, fixed, 3, torch.bfloat16)
+    start = clock, held._replace(state=held.state.half())
+    output, _ = stepped("kernel", given, fixed, angles, start=start)
+    assert_close(output, liger.reference(*given, fixed, angles)[0], 5e-3)
 
 
 # --- states of half the precision ---

@@ -4,6 +4,11 @@ A program has one key/value head of one sequence, with all its query heads, and 
 where the readout needs their root mean square): it reads the whole window's keys, and its own columns of the values and
 of the state, which it updates in place. What it reads at the new token's places among window and sinks it makes
 nothing of, since another program may have written them already.
+
+The group's queries are rows of one tile, the key the row after them, so that what they are multiplied with passes once
+through matrix products: with keys and values as these are stored, probabilities rounded to their dtype, and with the
+state as it was before the step. With a the decay, k the key and u what is written, S = a S' + k uᵀ is read as
+q S = (a q) S' + (q · k) u, and nothing waits for the new state.
 """
 
 import torch
@@ -13,8 +18,11 @@ from torch import Tensor
 
 from linearize.ops.dispatch import overlaps
 from linearize.ops.liger import DELTA, Rope, Settings
-from linearize.ops.liger_triton import feature, key_and_gate, log_sigmoid, partner_of, sigmoid
+from linearize.ops.liger_triton import feature, key_and_gate, log_sigmoid, partner_of, product, sigmoid
 from linearize.ops.step import NOTHING, Beyond, Clock, Held
+
+SMALLEST = 16  # side of a matrix product
+WIDEST = 128  # ranks of learned maps that one product has
 
 
 @triton.jit
@@ -26,57 +34,59 @@ def load_angles(cos, sin, start, columns, R: tl.constexpr):
 
 
 @triton.jit
-def load_map(down, up, head, columns, D: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr):
-    """A head's learned map `[DP, RP]` and `[RP, DP]`; zeros where maps are not learned and have no RANK."""
+def rotated(x, other, c, s, held):
+    """A tile after RoPE, from itself, the channels that each is rotated with, and `load_angles`; 0 where nothing is
+    `held`, as before: without a mask Triton rotates all of the tile in every warp."""
+    return tl.where(held, x.to(tl.float32) * c + other.to(tl.float32) * s, 0.0)
+
+
+@triton.jit
+def load_maps(down, up, head, columns, COUNT: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr):
+    """The learned maps of COUNT heads from `head` on, side by side: `[DP, RP]` and `[RP, DP]`, 0 past them; zeros where
+    maps are not learned and have no RANK."""
     first, second = 0.0, 0.0
     if RANK > 0:
-        ranks = tl.arange(0, RP)
-        inside = (columns < D)[:, None] & (ranks < RANK)[None, :]
-        first = tl.load(down + (head * D + columns[:, None]) * RANK + ranks[None, :], mask=inside, other=0.0)
-        inside = (ranks < RANK)[:, None] & (columns < D)[None, :]
-        second = tl.load(up + (head * RANK + ranks[:, None]) * D + columns[None, :], mask=inside, other=0.0)
-        first, second = first.to(tl.float32), second.to(tl.float32)
+        low = tl.arange(0, RP)
+        wide, inside = columns < D, low < COUNT * RANK
+        place = (low // RANK * D + columns[:, None]) * RANK + low % RANK
+        first = tl.load(down + head * D * RANK + place, mask=wide[:, None] & inside, other=0.0)
+        place = low[:, None] * D + columns
+        second = tl.load(up + head * RANK * D + place, mask=inside[:, None] & wide, other=0.0)
     return first, second
 
 
 @triton.jit
-def mapped(x, first, second, columns, D: tl.constexpr, FEATURE: tl.constexpr, RANK: tl.constexpr):
-    """x `[1, DP]` after the feature map, or after the learned one, x + x first second."""
-    if RANK > 0:
-        low = tl.sum(tl.trans(x) * first, 0)
-        x = x + tl.sum(low[:, None] * second, 0)[None, :]
-    else:
-        x = feature(x, columns, D, FEATURE)
-    return x
-
-
-@triton.jit
-def load_query(q, head, columns, partner, D: tl.constexpr, R: tl.constexpr):
-    """A head's query, and the channels that each is rotated with."""
-    x = tl.load(q + head * D + columns, mask=columns < D, other=0.0).to(tl.float32)
-    other = x
-    if R > 0:
-        other = tl.load(q + head * D + partner, mask=columns < D, other=0.0).to(tl.float32)
-    return x, other
+def add_mapped(result, x, owner, first, second, RANK: tl.constexpr):
+    """`result` plus, of each row of x, what the map makes of it that is the `owner`-th of those side by side. One
+    product has the maps of all; what it makes of a row by those of others is left out."""
+    low = tl.arange(0, first.shape[1])
+    between = tl.where(owner[:, None] == low // RANK, product(x, first, x.dtype), 0.0)
+    return result + product(between, second, x.dtype)
 
 
 @triton.jit
 def of_length_one(x):
-    """x `[1, DP]` divided by its length; 0 stays 0."""
+    """Rows of x divided by their length; 0 stays 0."""
     return x / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)[:, None]
 
 
 @triton.jit
+def one_row(x, rows, row):
+    """Row `row` of a tile."""
+    return tl.sum(tl.where((rows == row)[:, None], x, 0.0), 0)
+
+
+@triton.jit
 def step_kernel(
-    q, k, v, stride, cos, sin, rope_stride, sink_cos, sink_sin, sink_rope_stride,
+    heads, stride, cos, sin, rope_stride, sink_cos, sink_sin, sink_rope_stride,
     mixing, decay, time, real, valid, sink_time, keys, values, ring_valid, state, output,
     down_q, up_q, down_k, up_k, gate, gate_stride, logits, logits_stride, low, low_stride, opening,
     KV, scale, rate, lower, strength, epsilon,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
-    MP: tl.constexpr, SINKS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, R: tl.constexpr,
+    M: tl.constexpr, MP: tl.constexpr, SINKS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
     GATE: tl.constexpr, FEATURE: tl.constexpr, ERASE: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
-    GATES: tl.constexpr, LOGITS: tl.constexpr, RMS: tl.constexpr, OPENING: tl.constexpr, MOST: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    RP1: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr, GATES: tl.constexpr, LOGITS: tl.constexpr,
+    RMS: tl.constexpr, OPENING: tl.constexpr, MOST: tl.constexpr, READ: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One token of one key/value head; see the module and `ops.step`."""
     pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -86,145 +96,157 @@ def step_kernel(
     partner = partner_of(columns, R)
     t, before, fresh = tl.load(time), tl.load(real + b), tl.load(valid + b).to(tl.int32)
     kept_type = keys.dtype.element_ty
+    own_keys, own_values = keys + pair * (M + W) * D, values + pair * (M + W) * D
 
-    # what was there before this step, so that no kernel need have ended for it
+    # what was there before this step, so that no kernel need have ended for it; all loads come before the first
+    # product, since none begins while a program's threads wait for each other
     slot = (t % W).to(tl.int32)
-    rows = tl.arange(0, WP)
-    here = (rows < W)[:, None]
-    ring = (pair * (M + W) + M + rows)[:, None] * D
-    window_k = tl.load(keys + ring + columns[None, :], mask=here & wide[None, :], other=0.0).to(tl.float32)
-    window_v = tl.load(values + ring + mine[None, :], mask=here & narrow[None, :], other=0.0).to(tl.float32)
-    seen = tl.load(ring_valid + b * W + rows, mask=rows < W, other=0) != 0
-    seen = (seen | (rows == slot)) & (rows < W)
+    places = tl.arange(0, WP)
+    here = (places < W)[:, None]
+    window_k = tl.load(own_keys + (M + places[:, None]) * D + columns, mask=here & wide, other=0.0)
+    window_v = tl.load(own_values + (M + places[:, None]) * D + mine, mask=here & narrow, other=0.0)
+    seen = tl.load(ring_valid + b * W + places, mask=places < W, other=0) != 0
+    if GATE != "none":
+        own_state = state + pair * D * D + (columns[:, None] * D + mine)
+        within = wide[:, None] & narrow
+        memory = tl.load(own_state, mask=within, other=0.0)
+        if EARLY:  # else they would take too much of the memory that a program's threads share
+            first, second = load_maps(down_q, up_q, h * G, columns, AT_ONCE, D, RANK, RP)
+            first_k, second_k = load_maps(down_k, up_k, h, columns, 1, D, RANK, RP1)
     if SINKS > 0:
         sinks = tl.arange(0, MP)
-        place = (pair * (M + W) + sinks)[:, None] * D
-        there = (sinks < M)[:, None]
-        sink_k = tl.load(keys + place + columns[None, :], mask=there & wide[None, :], other=0.0).to(tl.float32)
-        sink_v = tl.load(values + place + mine[None, :], mask=there & narrow[None, :], other=0.0).to(tl.float32)
+        there = sinks < M
         gone = tl.load(sink_time + b * M + sinks, mask=sinks < SINKS, other=t) <= t - W
-    if GATE != "none":
-        cell = pair * D * D + columns[:, None] * D + mine[None, :]
-        within = wide[:, None] & narrow[None, :]
-        memory = tl.load(state + cell, mask=within, other=0.0).to(tl.float32)
+        sink_v = tl.load(own_values + sinks[:, None] * D + mine, mask=there[:, None] & narrow, other=0.0)
+        sink_k = tl.load(own_keys + sinks * D + columns[:, None], mask=there & wide[:, None], other=0.0)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
-    # the new token, which takes its place in the window
-    new_k = tl.load(k + b * stride + h * D + columns, mask=wide, other=0.0).to(tl.float32)
-    new_v = tl.load(v + b * stride + h * D + mine, mask=narrow, other=0.0).to(tl.float32)
-    turned = new_k
+    # the group's queries and, in the row after them, the key
+    rows = tl.arange(0, ROWS)
+    token = heads + b * stride
+    from_head = tl.where(rows < G, h.to(tl.int32) * G + rows, KV * G + h.to(tl.int32))[:, None] * D
+    held = (rows <= G)[:, None] & wide
+    own_k, own_v = token + (KV * G + h) * D, token + (KV * G + KV + h) * D
+    new_k, new_v = tl.load(own_k + columns, mask=wide, other=0.0), tl.load(own_v + mine, mask=narrow, other=0.0)
     if R > 0:
+        other = tl.load(token + (from_head + partner), mask=held, other=0.0)
+        other_k = tl.load(own_k + partner, mask=wide, other=0.0)
         c, s = load_angles(cos, sin, b * rope_stride, columns, R)
-        other = tl.load(k + b * stride + h * D + partner, mask=wide, other=0.0).to(tl.float32)
-        turned = (new_k * c + other * s).to(kept_type).to(tl.float32)
         if SINKS > 0:
             sink_c, sink_s = load_angles(sink_cos, sink_sin, b * sink_rope_stride, columns, R)
-    window_k = tl.where((rows == slot)[:, None], turned[None, :], window_k)
-    window_v = tl.where((rows == slot)[:, None], new_v[None, :], window_v)
+    query_heads = h.to(tl.int32) * G + rows
+    if GATE != "none":
+        w = tl.load(mixing + query_heads, mask=rows < G, other=0.0).to(tl.float32)
+        if LOGITS:
+            w = sigmoid(w + tl.load(logits + b * logits_stride + query_heads, mask=rows < G, other=0.0).to(tl.float32))
+        if GATES > 0:
+            given = gate + b * gate_stride + h * GATES
+            for_decay, for_write = tl.load(given).to(tl.float32), tl.load(given + GATES - 1).to(tl.float32)
+    x = tl.load(token + (from_head + columns), mask=held, other=0.0)  # last: threads then wait for each other
 
-    # the first query; a load waits long, so what is read begins while something else is worked on
-    x, other = load_query(q + b * stride, h * G, columns, partner, D, R)
-    first, second = load_map(down_q, up_q, h * G, columns, D, RANK, RP)
-    if OPENING > 0:
-        ranks = tl.arange(0, OPENING)
-        for_opening = tl.load(low + b * low_stride + ranks).to(tl.float32)
+    # the window, in which the new token takes its place
+    near, far, turned = x, x, new_k
+    if R > 0:
+        near = rotated(x, other, c, s, held).to(kept_type)
+        turned = (new_k.to(tl.float32) * c + other_k.to(tl.float32) * s).to(kept_type)
+        if SINKS > 0:
+            far = rotated(x, other, sink_c, sink_s, held).to(kept_type)
+    window_k = tl.where((places == slot)[:, None], turned, window_k)
+    window_v = tl.where((places == slot)[:, None], new_v, window_v)
+    seen = (seen | (places == slot)) & (places < W)
+    score = tl.where(seen, product(near, tl.trans(window_k), kept_type) * scale, -float("inf"))
+    highest = tl.max(score, 1)
+    if SINKS > 0:
+        sink_score = tl.where(gone, product(far, sink_k, kept_type) * scale, -float("inf"))
+        highest = tl.maximum(highest, tl.max(sink_score, 1))
+    weight = tl.exp(score - highest[:, None])
+    total, result = tl.sum(weight, 1), product(weight, window_v, kept_type)
+    if SINKS > 0:
+        sink_weight = tl.exp(sink_score - highest[:, None])
+        total += tl.sum(sink_weight, 1)
+        result += product(sink_weight, sink_v, kept_type)
+    result = result / total[:, None]
 
     # the recurrence
+    new_k, new_v = new_k.to(tl.float32), new_v.to(tl.float32)
     if GATE != "none":
+        query = x.to(tl.float32)
+        if RANK > 0:
+            if not EARLY:
+                first, second = load_maps(down_q, up_q, h * G, columns, AT_ONCE, D, RANK, RP)
+                first_k, second_k = load_maps(down_k, up_k, h, columns, 1, D, RANK, RP1)
+            query = add_mapped(query, x, rows, first, second, RANK)
+            for begin in tl.static_range(AT_ONCE, G, AT_ONCE):
+                first, second = load_maps(
+                    down_q, up_q, h * G + begin, columns, AT_ONCE if begin + AT_ONCE <= G else G - begin, D, RANK, RP
+                )
+                query = add_mapped(query, x, rows - begin, first, second, RANK)
+            if ERASE:
+                query = add_mapped(query, x, rows - G, first_k, second_k, RANK)
+        else:
+            query = feature(query, columns, D, FEATURE)
         if ERASE:
-            key_first, key_second = load_map(down_k, up_k, h, columns, D, RANK, RP)
-            if GATES > 0:
-                given = gate + b * gate_stride + h * GATES
-                for_decay, for_write = tl.load(given).to(tl.float32), tl.load(given + GATES - 1).to(tl.float32)
-            else:
+            if GATES == 0:
                 for_decay = tl.sum(new_k, 0) / D
                 for_write = for_decay
-            key = of_length_one(mapped(new_k[None, :], key_first, key_second, columns, D, FEATURE, RANK))
+            query = of_length_one(query)
+            key = one_row(query, rows, G)
+            recurrent = product(query, memory, READ)
+            kept = 1.0
             if GATE == "gated_deltanet":
-                memory = memory * tl.exp(tl.where(fresh != 0, log_sigmoid(for_decay) * rate, 0.0))
+                kept = tl.exp(tl.where(fresh != 0, log_sigmoid(for_decay) * rate, 0.0))
+                recurrent *= kept
             beta = tl.where(fresh != 0, strength * sigmoid(for_write), 0.0)
-            written = beta * (new_v - tl.sum(tl.trans(key) * memory, 0))
-            memory = memory + tl.trans(key) * written[None, :]
+            written = beta * (new_v - one_row(recurrent, rows, G))
+            memory = memory.to(tl.float32) * kept
         else:
             inside = (tl.zeros((1,), tl.int32) + fresh) != 0
             fixed = 0.0
             if GATE == "lightning":
                 fixed = tl.load(decay + h)
             key, log_g = key_and_gate(new_k[None, :], inside, columns, fixed, rate, lower, D, GATE, FEATURE)
-            memory = memory * tl.trans(tl.exp(log_g)) + tl.trans(key) * new_v[None, :]
-        kept = memory
+            kept, key, written = tl.exp(log_g), tl.sum(key, 0), new_v
+            recurrent = product(query * kept, memory, READ)
+            memory = memory.to(tl.float32) * tl.trans(kept)
+        recurrent += tl.sum(query * key[None, :], 1)[:, None] * written[None, :]
+        memory += key[:, None] * written[None, :]
         if MOST > 0:
-            kept = tl.clamp(kept, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(state + cell, kept.to(state.dtype.element_ty), mask=within)
-
-    for g in tl.static_range(G):
-        head = h * G + g
-        if g + 1 < G:
-            next_x, next_other = load_query(q + b * stride, head + 1, columns, partner, D, R)
-            next_first, next_second = load_map(down_q, up_q, head + 1, columns, D, RANK, RP)
-        w = tl.load(mixing + head).to(tl.float32)
-        if LOGITS:
-            w = sigmoid(w + tl.load(logits + b * logits_stride + head).to(tl.float32))
+            memory = tl.clamp(memory, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(own_state, memory.to(state.dtype.element_ty), mask=within)
+        if RMS:
+            recurrent = recurrent / tl.sqrt(tl.sum(recurrent * recurrent, 1) / D + epsilon)[:, None]
         if OPENING > 0:
-            rows_of = (head * D + mine[:, None]) * OPENING + ranks[None, :]
-            opens = tl.load(opening + rows_of, mask=narrow[:, None], other=0.0).to(tl.float32)
-        near, far = x, x
-        if R > 0:
-            near = x * c + other * s
-            if SINKS > 0:
-                far = x * sink_c + other * sink_s
-        score = tl.where(seen, tl.sum(window_k * near[None, :], 1) * scale, -float("inf"))
-        highest = tl.max(score, 0)
-        if SINKS > 0:
-            sink_score = tl.where(gone, tl.sum(sink_k * far[None, :], 1) * scale, -float("inf"))
-            highest = tl.maximum(highest, tl.max(sink_score, 0))
-        weight = tl.exp(score - highest)
-        total, result = tl.sum(weight, 0), tl.sum(weight[:, None] * window_v, 0)
-        if SINKS > 0:
-            sink_weight = tl.exp(sink_score - highest)
-            total += tl.sum(sink_weight, 0)
-            result += tl.sum(sink_weight[:, None] * sink_v, 0)
-        result = result / total
-        if GATE != "none":
-            query = mapped(x[None, :], first, second, columns, D, FEATURE, RANK)
-            if ERASE:
-                query = of_length_one(query)
-            recurrent = tl.sum(tl.trans(query) * memory, 0)
-            if RMS:
-                recurrent = recurrent / tl.sqrt(tl.sum(recurrent * recurrent, 0) / D + epsilon)
-            if OPENING > 0:
-                recurrent = recurrent * 2.0 * sigmoid(tl.sum(opens * for_opening[None, :], 1))
-            result = w * recurrent + (1.0 - w) * result
-        tl.store(output + (b * KV * G + head) * D + mine, result.to(output.dtype.element_ty), mask=narrow)
-        if g + 1 < G:
-            x, other, first, second = next_x, next_other, next_first, next_second
+            ranks = tl.arange(0, OPENING)
+            place = (query_heads[:, None] * D + mine)[:, :, None] * OPENING + ranks
+            opens = tl.load(opening + place, mask=((rows < G)[:, None] & narrow)[:, :, None], other=0.0)
+            for_opening = tl.load(low + b * low_stride + ranks).to(tl.float32)
+            recurrent *= 2.0 * sigmoid(tl.sum(opens.to(tl.float32) * for_opening, 2))
+        result = w[:, None] * recurrent + (1.0 - w)[:, None] * result
+    place = output + b * KV * G * D + (query_heads[:, None] * D + mine)
+    tl.store(place, result.to(output.dtype.element_ty), mask=(rows < G)[:, None] & narrow)
 
     # what stays: values by columns, keys once
-    token = (pair * (M + W) + M + slot) * D
-    sink = (pair * (M + W) + before) * D
     is_sink = (before < M) & (fresh != 0)
-    tl.store(values + token + mine, new_v.to(kept_type), mask=narrow)
+    tl.store(own_values + (M + slot) * D + mine, new_v.to(kept_type), mask=narrow)
     if is_sink:
-        tl.store(values + sink + mine, new_v.to(kept_type), mask=narrow)
+        tl.store(own_values + before * D + mine, new_v.to(kept_type), mask=narrow)
     if part == 0:
-        tl.store(keys + token + columns, turned.to(kept_type), mask=wide)
+        tl.store(own_keys + (M + slot) * D + columns, turned, mask=wide)
         if is_sink:
-            tl.store(keys + sink + columns, turned.to(kept_type), mask=wide)
+            tl.store(own_keys + before * D + columns, turned, mask=wide)
         if h == 0:
             tl.store(ring_valid + b * W + slot, fresh.to(tl.uint8))
 
 
 def program(pairs: int, D: int, whole: bool) -> tuple[int, int]:
     """Value channels and warps of a program: many channels, but for few heads as few as fill the GPU; all of them if it
-    needs the `whole` head."""
-    size = triton.next_power_of_2(D)
-    if whole:
-        return size, 4 if size <= 32 else 8
-    while size > 16 and (size > 64 or pairs * triton.cdiv(D, size) < 256):
+    needs the `whole` head. Fewer than 32 channels would have all warps work out the same scores."""
+    size, warps = side(D), 4 if D <= 64 else 8
+    while not whole and size > 32 and (size > 64 or pairs * triton.cdiv(D, size) < 256):
         size //= 2
-    return size, 4
+    return size, warps
 
 
 def run(
@@ -242,29 +264,37 @@ def run(
     """As `step.step`; `launch`, in place of what `program` says, is for tuning."""
     heads = heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
     (B, rows, D), KV, M = heads.shape, held.keys.shape[1], clock.sink_time.shape[1]
-    H = rows - 2 * KV
-    q, k, v = heads.split([H, KV, KV], dim=1)
+    H, state = rows - 2 * KV, held.state.dtype
     output = torch.empty(B, H, D, dtype=heads.dtype, device=heads.device)
     cos, sin = (mixing, mixing) if rope is None else rope  # an argument that nothing reads
     sink_cos, sink_sin = (cos, sin) if sink_rope is None else sink_rope
     block, warps = launch or program(B * KV, D, beyond.epsilon is not None)
     rank, overlap = 0 if beyond.maps is None else beyond.maps[0].shape[-1], overlaps(heads)
+    at_once = min(H // KV, WIDEST // max(rank, 1))
+    bounded = settings.gate in DELTA or settings.feature_map == "softmax"  # queries of the state, by 1
+    narrow = bounded and heads.dtype != torch.float32 and state == torch.float16
     step_kernel[(B * KV, triton.cdiv(D, block))](
-        q, k, v, heads.stride(0),
+        heads, heads.stride(0),
         cos, sin, 0 if rope is None else cos.stride(0), sink_cos, sink_sin, 0 if rope is None else sink_cos.stride(0),
         mixing, mixing if decay is None else decay, clock.time, clock.real, clock.valid, clock.sink_time,
         held.keys, held.values, held.valid, held.state, output, *given(beyond, mixing),
         KV, settings.scale, 1.0 / settings.temperature, settings.lower, settings.strength, beyond.epsilon or 0.0,
-        G=H // KV, D=D, DP=triton.next_power_of_2(D), BV=block, R=0 if rope is None else cos.shape[-1], M=M,
-        MP=triton.next_power_of_2(max(M, 1)), SINKS=min(settings.sinks, M), W=settings.window,
-        WP=triton.next_power_of_2(settings.window), GATE=settings.gate, FEATURE=settings.feature_map,
-        ERASE=settings.gate in DELTA, RANK=rank, RP=triton.next_power_of_2(max(rank, 1)),
+        G=H // KV, ROWS=side(H // KV + 1), D=D, DP=side(D), BV=block, R=0 if rope is None else cos.shape[-1],
+        M=M, MP=side(M), SINKS=min(settings.sinks, M), W=settings.window, WP=side(settings.window),
+        GATE=settings.gate, FEATURE=settings.feature_map, ERASE=settings.gate in DELTA,
+        RANK=rank, RP=side(at_once * rank), RP1=side(rank), AT_ONCE=at_once, EARLY=D <= 64,
         GATES=0 if beyond.gate is None else beyond.gate.shape[-1], LOGITS=beyond.mixing is not None,
         RMS=beyond.epsilon is not None, OPENING=0 if beyond.opening is None else beyond.opening[1].shape[-1],
-        MOST=torch.finfo(torch.float16).max if held.state.dtype == torch.float16 else 0.0,
-        OVERLAP=overlap, num_warps=warps, **({"launch_pdl": True} if overlap else {}),
+        MOST=torch.finfo(torch.float16).max if state == torch.float16 else 0.0,
+        READ=tl.float16 if narrow else tl.float32, OVERLAP=overlap, num_warps=warps,
+        **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return output
+
+
+def side(length: int) -> int:
+    """That of a matrix product's operand that has as much."""
+    return max(SMALLEST, triton.next_power_of_2(length))
 
 
 def given(beyond: Beyond, unread: Tensor) -> tuple[Tensor | int, ...]:
