@@ -112,16 +112,6 @@ def inverse(a, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def by_fine(x, y, DTYPE: tl.constexpr):
-    """x y, as `exact` of an x that is finer than y, which is in DTYPE."""
-    high = x.to(DTYPE)
-    z = product(high, y, DTYPE)
-    if tl.float32 != DTYPE:
-        z += product(x.to(tl.float32) - high.to(tl.float32), y, DTYPE)
-    return z
-
-
-@triton.jit
 def load_square(squares, place):
     """One chunk's tokens by its tokens `[C, C]`."""
     i = tl.arange(0, CHUNK)
@@ -223,7 +213,7 @@ def delta_states_kernel(
     KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The state before every chunk, and what its tokens write if each is alone, r, for BV value channels of one head."""
+    """The state before every chunk, and its tokens' r, for BV value channels of one head."""
     block, pair, chunks = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.cdiv(T, CHUNK)
     at = (pair // KV * T * KV + pair % KV) * D
     first += pair // KV * T
@@ -305,7 +295,6 @@ def delta_query_gradients_kernel(
     unit_key = load_tile(key + theirs, rows, columns, T, KV * D, D)
     gain = load_tile(residual + theirs, rows, columns, T, KV * D, D)
     inverted = load_square(solved, pair * chunks + chunk)
-    written = by_fine(inverted, gain, DTYPE)
     state = load_state(states, pair * chunks + chunk, columns, D)
     between = tl.where((rows[:, None] >= rows[None, :]) & (rows[None, :] >= starts[:, None]), between, 0.0)
     dgain, dunit_key = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
@@ -318,27 +307,31 @@ def delta_query_gradients_kernel(
         x = load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32)
         y, scale = unit(x, columns, D, FEATURE)
         query = y.to(FINE)
-        m = product(between * product(query, tl.trans(unit_key), FINE), inverted, FINE)
-        dp = between * product(dout, tl.trans(written), DTYPE)
+        p = between * product(query, tl.trans(unit_key), FINE)
+        m = product(p, inverted, FINE)
+        dm = product(dout, tl.trans(gain), DTYPE)
+        dp = product(dm, tl.trans(inverted), DTYPE)
         dgain += product(tl.trans(w * m), dout, DTYPE)
-        dunit_key += product(tl.trans(w * dp), query, DTYPE)
-        dread_query = reaching * product(dout, tl.trans(state), DTYPE)
-        read = tl.sum(m * product(dout, tl.trans(gain), DTYPE), 1) + tl.sum(y * dread_query, 1)
-        read = tl.where(rows < T, read, 0.0)
-        dquery = product(dp, unit_key, DTYPE) + dread_query
-        dstate += product(tl.trans(w * reaching * y), dout, DTYPE)
-        dsum += w * read
-        draw = w * unit_backward(y, scale, dquery, FEATURE)
+        dquery = reaching * product(dout, tl.trans(state), DTYPE)
+        read = tl.sum(y * dquery, 1)
         if FEATURE != "given":
             place = dmixing + index * chunks + chunk
-            tl.store(place, tl.load(place) + tl.sum(read, 0))
+            tl.store(place, tl.load(place) + tl.sum(read + tl.sum(m * dm, 1), 0))
+        if GATED:
+            p *= w * dp
+            dsum += tl.sum(p, 1) - tl.sum(p, 0) + w * read
+        dp *= between
+        dunit_key += product(tl.trans(w * dp), query, DTYPE)
+        dquery += product(dp, unit_key, DTYPE)
+        dstate += product(tl.trans(w * reaching * y), dout, DTYPE)
+        draw = w * unit_backward(y, scale, dquery, FEATURE)
+        if FEATURE != "given":
             draw += load_tile(dq + ours, rows, columns, T, H * D, D).to(tl.float32)
         store_tile(dq + ours, rows, columns, draw, T, H * D, D)
     store_tile(dresidual + theirs, rows, columns, dgain, T, KV * D, D)
     store_tile(dkey + theirs, rows, columns, dunit_key, T, KV * D, D)
     store_state(dread, pair * chunks + chunk, columns, dstate, D)
     if GATED:
-        dsum -= tl.sum(unit_key.to(tl.float32) * dunit_key, 1)
         tl.store(dsums + pair * T + rows, dsum, mask=rows < T)
 
 
@@ -408,7 +401,7 @@ def delta_key_gradients_kernel(
 
     unit_key = load_tile(key + at, rows, columns, T, KV * D, D)
     gain = load_tile(residual + at, rows, columns, T, KV * D, D)
-    gain = by_fine(load_square(solved, pair * chunks + chunk), gain, DTYPE)
+    gain = product(load_square(solved, pair * chunks + chunk), gain, DTYPE)
     seen = (rows[:, None] > rows[None, :]) & (rows[None, :] >= starts[:, None])
     between = tl.where(seen, between, 0.0)
     da = -product(z, tl.trans(gain), DTYPE)
