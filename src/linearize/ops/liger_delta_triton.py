@@ -296,7 +296,7 @@ def delta_query_gradients_kernel(
     gain = load_tile(residual + theirs, rows, columns, T, KV * D, D)
     inverted = load_square(solved, pair * chunks + chunk)
     state = load_state(states, pair * chunks + chunk, columns, D)
-    between = tl.where((rows[:, None] >= rows[None, :]) & (rows[None, :] >= starts[:, None]), between, 0.0)
+    seen = (rows[:, None] >= rows[None, :]) & (rows[None, :] >= starts[:, None])
     dgain, dunit_key = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
     dstate, dsum = tl.zeros([DP, DP], tl.float32), tl.zeros([CHUNK], tl.float32)
     for group in range(GROUPS):
@@ -305,25 +305,28 @@ def delta_query_gradients_kernel(
         w = 1.0 if FEATURE == "given" else tl.load(mixing + head * GROUPS + group)
         dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
         x = load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32)
-        y, scale = unit(x, columns, D, FEATURE)
-        query = y.to(FINE)
-        p = between * product(query, tl.trans(unit_key), FINE)
+        query, scale = unit(x, columns, D, FEATURE)
+        query = query.to(FINE)
+        p = tl.where(seen, between * product(query, tl.trans(unit_key), FINE), 0.0)
         m = product(p, inverted, FINE)
         dm = product(dout, tl.trans(gain), DTYPE)
-        dp = product(dm, tl.trans(inverted), DTYPE)
         dgain += product(tl.trans(w * m), dout, DTYPE)
-        dquery = reaching * product(dout, tl.trans(state), DTYPE)
-        read = tl.sum(y * dquery, 1)
-        if FEATURE != "given":
-            place = dmixing + index * chunks + chunk
-            tl.store(place, tl.load(place) + tl.sum(read + tl.sum(m * dm, 1), 0))
+        read = tl.sum(m * dm, 1)
+        dp = product(dm, tl.trans(inverted), DTYPE)
         if GATED:
             p *= w * dp
-            dsum += tl.sum(p, 1) - tl.sum(p, 0) + w * read
-        dp *= between
+            dsum += tl.sum(p, 1) - tl.sum(p, 0)
+        dp = tl.where(seen, between * dp, 0.0)
         dunit_key += product(tl.trans(w * dp), query, DTYPE)
+        dquery = reaching * product(dout, tl.trans(state), DTYPE)
+        y = query.to(tl.float32)
+        before = tl.sum(y * dquery, 1)
+        dsum += w * before
+        if FEATURE != "given":
+            place = dmixing + index * chunks + chunk
+            tl.store(place, tl.load(place) + tl.sum(read + before, 0))
         dquery += product(dp, unit_key, DTYPE)
-        dstate += product(tl.trans(w * reaching * y), dout, DTYPE)
+        dstate += product(tl.trans(w * reaching * query.to(tl.float32)), dout, DTYPE)
         draw = w * unit_backward(y, scale, dquery, FEATURE)
         if FEATURE != "given":
             draw += load_tile(dq + ours, rows, columns, T, H * D, D).to(tl.float32)
