@@ -28,9 +28,9 @@ class Solved(NamedTuple):
 def empty(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What the forward pass writes, but for the gates: keys, residual, left, solved, states."""
     D, fine = call.q.shape[3], torch.float32 if call.dtype == torch.float32 else torch.float16
-    key, residual, left = (torch.empty_like(call.k, dtype=dtype) for dtype in (fine, call.dtype, call.dtype))
-    solved = key.new_empty(call.pairs, call.chunks, CHUNK, CHUNK)
-    return key, residual, left, solved, left.new_empty(call.pairs, call.chunks, D, D)
+    key, residual, left = (torch.empty_like(call.k, dtype=call.dtype) for _ in range(3))
+    solved = key.new_empty(call.pairs, call.chunks, CHUNK, CHUNK, dtype=fine)
+    return key, residual, left, solved, key.new_empty(call.pairs, call.chunks, D, D)
 
 
 def heads(call: Call) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def add_gradients(call: Call, made: Solved, doutput: Tensor, dfinal: Tensor, sum
     kernels.delta_key_gradients_kernel[grid](
         call.k, call.v, key, residual, solved, call.first, beta, log_g, states, dstates, dresidual, dkey, dsums,
         sums.k, sums.v, sums.beta, sums.log_g, T, call.rate, call.strength,
-        **told, **heads(call), **fine(call), **launch("delta_key_gradients", call),
+        **told, **heads(call), **launch("delta_key_gradients", call),
     )  # fmt: skip
     return dinitial
 

@@ -256,10 +256,10 @@ def delta_output_kernel(
     to_query, _ = load_sums(log_g + pair * T, rows, T, GATED)
     between = decay_mask(log_g + pair * T, to_query, rows, T, GATED)
     query, _ = unit(load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32), columns, D, FEATURE)
-    query = query.to(FINE)
+    query = query.to(DTYPE)
     unit_key = load_tile(key + theirs, rows, columns, T, KV * D, D)
     seen = (rows[:, None] >= rows[None, :]) & (rows[None, :] >= starts[:, None])
-    p = tl.where(seen, between * product(query, tl.trans(unit_key), FINE), 0.0)
+    p = tl.where(seen, between * product(query, tl.trans(unit_key), DTYPE), 0.0)
     m = product(p, load_square(solved, pair * chunks + chunk), FINE)
     out = product(query, load_state(states, pair * chunks + chunk, columns, D), DTYPE)
     out *= reached(tl.exp(to_query), starts, start, PACKED)[:, None]
@@ -306,8 +306,8 @@ def delta_query_gradients_kernel(
         dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
         x = load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32)
         query, scale = unit(x, columns, D, FEATURE)
-        query = query.to(FINE)
-        p = tl.where(seen, between * product(query, tl.trans(unit_key), FINE), 0.0)
+        query = query.to(DTYPE)
+        p = tl.where(seen, between * product(query, tl.trans(unit_key), DTYPE), 0.0)
         m = product(p, inverted, FINE)
         dm = product(dout, tl.trans(gain), DTYPE)
         dgain += product(tl.trans(w * m), dout, DTYPE)
@@ -377,7 +377,7 @@ def delta_key_gradients_kernel(
     k, v, key, residual, solved, first, beta, log_g, states, dstates, dresidual, dkey, dsums, dk, dv, dbeta, dlog_g, T,
     rate, strength,
     KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FEATURE: tl.constexpr, GATED: tl.constexpr,
-    PACKED: tl.constexpr, DTYPE: tl.constexpr, FINE: tl.constexpr,
+    PACKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """To the gradients of a chunk's keys and values, those as keys, values and gates of the recurrence; where those are
     given, their gradients, `dbeta` and `dlog_g` `[B * KV, T]` too."""
@@ -408,7 +408,7 @@ def delta_key_gradients_kernel(
     seen = (rows[:, None] > rows[None, :]) & (rows[None, :] >= starts[:, None])
     between = tl.where(seen, between, 0.0)
     da = -product(z, tl.trans(gain), DTYPE)
-    a = da * between * product(unit_key, tl.trans(unit_key), FINE)
+    a = da * between * product(unit_key, tl.trans(unit_key), DTYPE)
     dwrite += tl.sum(a, 1)
     da *= between * write[:, None]
     dunit_key = load_tile(dkey + at, rows, columns, T, KV * D, D).to(tl.float32)
