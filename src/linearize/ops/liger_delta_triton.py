@@ -34,6 +34,7 @@ from linearize.ops.liger_triton import (
     store_tile,
 )
 
+FAINT = tl.constexpr(1e-4)  # a β with which entries of X, in fp16, have few digits left
 LEAST = tl.constexpr(1e-12)  # length of a vector; shorter ones are not made longer than this makes them
 
 # --- features and gates ---
@@ -326,7 +327,7 @@ def delta_query_gradients_kernel(
             place = dmixing + index * chunks + chunk
             tl.store(place, tl.load(place) + tl.sum(read + before, 0))
         dquery += product(dp, unit_key, DTYPE)
-        dstate += product(tl.trans(w * reaching * query.to(tl.float32)), dout, DTYPE)
+        dstate += product(tl.trans(w * reaching * y), dout, DTYPE)
         draw = w * unit_backward(y, scale, dquery, FEATURE)
         if FEATURE != "given":
             draw += load_tile(dq + ours, rows, columns, T, H * D, D).to(tl.float32)
@@ -437,7 +438,8 @@ def delta_key_gradients_kernel(
         decay = tl.load(log_g + rows, mask=rows < T, other=0.0)
         ddecay = tl.where(decay > GONE, tl.cumsum(dsum, 0, reverse=True) + last, 0.0)
     if FEATURE == "given":
-        tl.store(dbeta + pair * T + rows, dwrite, mask=rows < T)
+        direct = tl.sum(z * gain, 1) / tl.maximum(write, FAINT)  # of this, `dwrite` is the sum, which nearly cancels
+        tl.store(dbeta + pair * T + rows, tl.where(write > FAINT, direct, dwrite), mask=rows < T)
         if GATED:
             tl.store(dlog_g + pair * T + rows, ddecay, mask=rows < T)
     else:
