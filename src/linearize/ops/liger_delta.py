@@ -26,7 +26,7 @@ class Solved(NamedTuple):
 
 
 def empty(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the forward pass writes, but for the gates: keys, residual, left, solved, states."""
+    """For what the forward pass makes but for the gates, in the order of `Solved`."""
     D, fine = call.q.shape[3], torch.float32 if call.dtype == torch.float32 else torch.float16
     key, residual, left = (torch.empty_like(call.k, dtype=call.dtype) for _ in range(3))
     solved = key.new_empty(call.pairs, call.chunks, CHUNK, CHUNK, dtype=fine)
@@ -39,7 +39,7 @@ def heads(call: Call) -> dict[str, Any]:
 
 
 def fine(call: Call) -> dict[str, Any]:
-    """How kernels are told the type of what has at most length 2."""
+    """How kernels are told the type of operands that are in fp16's range, as they come from vectors of length 1."""
     return {"FINE": tl.float32 if call.dtype == torch.float32 else tl.float16}
 
 
@@ -55,9 +55,7 @@ def blocks(call: Call, kernel: str) -> tuple[int, dict[str, Any]]:
     return triton.cdiv(D, BV), {"BV": BV, "GATED": gated(call), **launch(kernel, call)}
 
 
-def add_recurrence(
-    call: Call, beta: Tensor, log_g: Tensor, initial: Tensor, output: Tensor
-) -> tuple[Tensor, Solved]:
+def add_recurrence(call: Call, beta: Tensor, log_g: Tensor, initial: Tensor, output: Tensor) -> tuple[Tensor, Solved]:
     """Add the recurrence to the output, and return its final state and what it was made of; β and the log decay
     `[B * KV, T]` are written, unless the call says that they are given."""
     B, T, H, _ = call.q.shape

@@ -3,14 +3,19 @@
 A program works on one chunk of 64 tokens of one head. With b the log decay up to and with each token of a chunk, S the
 state before it, and D_ij = exp(b_i - b_j) from key j to query i, what the tokens really write, u, solves
 
-    (1 + A) u = β v - E S,    A_ij = β_i D_ij k_i·k_j for j < i,    E_i = β_i exp(b_i) k_i
+    (1 + A) u = r,    A_ij = β_i D_ij k_i·k_j for j < i,    r = β (v - exp(b) k S)
 
-With the inverse X of 1 + A: u = `fresh` - `erased` S, fresh = X β v, erased = X E. Then o = exp(b) q S + (D · q kᵀ) u
-and S ← exp(b_C) S + (exp(b_C - b) k)ᵀ u. Backward, z = Xᵀ du is the gradient of β v, -z Sᵀ of E, and -z uᵀ of A.
+r, `residual`, is what each would write if it were alone in the chunk. With the inverse X of 1 + A, `solved`,
+o = exp(b) q S + M r with M = (D · q kᵀ) X, and S ← exp(b_C) S + leftᵀ r with left = Xᵀ (exp(b_C - b) k), what later
+tokens leave of each key. Backward, z = Mᵀ do + left dS is the gradient of r, -z uᵀ that of A, dM Xᵀ that of D · q kᵀ.
+
+Why r and not u = X r: where keys are nearly the same and β is near 2, the u of a chunk are large and nearly cancel in
+every sum over tokens, so that rounding them, or their weights, is felt many times over; of M r and leftᵀ r nothing
+cancels. X and q kᵀ, which are to be multiplied, have entries of at most 2 and are FINE: fp16 where all else is bf16.
 
 q and k are of length 1, after the feature map. Where FEATURE is "given", so are q, k, β and the log decay, nothing is
-added to anything, and there are no mixing weights. Tensors are contiguous: q, o `[B, T, H, D]`; k, v, key, fresh,
-erased, u `[B, T, KV, D]`; β and the log decay `[B * KV, T]` in fp32; X `[B * KV, chunks, C, C]`; states
+added to anything, and there are no mixing weights. Tensors are contiguous: q, o `[B, T, H, D]`; k, v, key, residual,
+left `[B, T, KV, D]`; β and the log decay `[B * KV, T]` in fp32; X `[B * KV, chunks, C, C]`; states
 `[B * KV, chunks, D, D]`.
 """
 
@@ -166,7 +171,7 @@ def delta_solve_kernel(
     KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FEATURE: tl.constexpr, GATED: tl.constexpr,
     PACKED: tl.constexpr, DTYPE: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
-    """Keys, gates, and what they alone make of a chunk: X, `solved`, and Xᵀ F, `left`; β = strength · σ(mean of k),
+    """Keys, gates, and what they alone make of a chunk: X, `solved`, and `left`; β = strength · σ(mean of k),
     unless given."""
     chunk, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start = chunk * CHUNK
@@ -281,7 +286,7 @@ def delta_query_gradients_kernel(
     GATED: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one chunk's queries of one key/value head, added to `dq` and `dmixing`; and from its own queries
-    alone those of u, of keys, of the state that they read, `dread` `[B * KV, chunks, D, D]`, and, where there is a
+    alone those of r, of keys, of the state that they read, `dread` `[B * KV, chunks, D, D]`, and, where there is a
     decay, of b `[B * KV, T]`."""
     chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
     pair = tl.program_id(1).to(tl.int64)
@@ -406,6 +411,7 @@ def delta_key_gradients_kernel(
     unit_key = load_tile(key + at, rows, columns, T, KV * D, D)
     gain = load_tile(residual + at, rows, columns, T, KV * D, D)
     gain = product(load_square(solved, pair * chunks + chunk), gain, DTYPE)
+    direct = tl.sum(z * gain, 1) / tl.maximum(write, FAINT)  # `dwrite`, whose terms nearly cancel, without them
     seen = (rows[:, None] > rows[None, :]) & (rows[None, :] >= starts[:, None])
     between = tl.where(seen, between, 0.0)
     da = -product(z, tl.trans(gain), DTYPE)
@@ -438,7 +444,6 @@ def delta_key_gradients_kernel(
         decay = tl.load(log_g + rows, mask=rows < T, other=0.0)
         ddecay = tl.where(decay > GONE, tl.cumsum(dsum, 0, reverse=True) + last, 0.0)
     if FEATURE == "given":
-        direct = tl.sum(z * gain, 1) / tl.maximum(write, FAINT)  # of this, `dwrite` is the sum, which nearly cancels
         tl.store(dbeta + pair * T + rows, tl.where(write > FAINT, direct, dwrite), mask=rows < T)
         if GATED:
             tl.store(dlog_g + pair * T + rows, ddecay, mask=rows < T)
