@@ -105,6 +105,16 @@ def exact(x, y, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def by_fine(x, y, DTYPE: tl.constexpr):
+    """x yᵀ of an x that has no bounds and a y that is in fp16: in bf16, y is split in two."""
+    high = y.to(DTYPE)
+    z = product(x, tl.trans(high), DTYPE)
+    if tl.float32 != DTYPE:
+        z += product(x, tl.trans(y.to(tl.float32) - high.to(tl.float32)), DTYPE)
+    return z
+
+
+@triton.jit
 def inverse(a, DTYPE: tl.constexpr):
     """(1 + a)^-1 `[C, C]` of a strictly lower triangle: inverses X and Z of neighbouring blocks on the diagonal, with
     c below the first, merge to [[X, 0], [-Z c X, Z]]; 1 + 1 tokens, 2 + 2, ..."""
@@ -318,7 +328,7 @@ def delta_query_gradients_kernel(
         dm = product(dout, tl.trans(gain), DTYPE)
         dgain += product(tl.trans(w * m), dout, DTYPE)
         read = tl.sum(m * dm, 1)
-        dp = product(dm, tl.trans(inverted), DTYPE)
+        dp = by_fine(dm, inverted, DTYPE)
         if GATED:
             p *= w * dp
             dsum += tl.sum(p, 1) - tl.sum(p, 0)
