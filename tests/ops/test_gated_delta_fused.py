@@ -98,6 +98,23 @@ def test_correlated_keys_and_eigenvalues_of_minus_one(correlation):
 
 
 @needs_interpreter
+@pytest.mark.parametrize(("beta", "correlation"), [(1.0, 0.95), (2.0, 0.5)])
+def test_correlated_keys_without_decay_in_half_precision(beta, correlation):
+    """What nearly cancels, what the tokens of a chunk write, is not rounded."""
+    given = inputs(200, D=64, correlation=correlation)
+    given[3][:], given[4][:] = 0.0, beta
+    assert_is_the_equation(given, None, torch.bfloat16, 1.5e-2)
+
+
+@needs_interpreter
+def test_gradient_of_a_beta_of_nothing_in_half_precision():
+    given = inputs(200, D=64, correlation=0.95)
+    given[3][:], given[4][:, ::3] = 0.0, 0.0
+    given[4][:, 1::3] = 1e-6
+    assert_is_the_equation(given, None, torch.bfloat16, 1.5e-2)
+
+
+@needs_interpreter
 def test_documents_do_not_see_each_other():
     assert_is_the_equation(inputs(130, B=2, groups=1), documents(130, [20, 23, 100], [64]))
 

@@ -63,6 +63,7 @@ def assert_is_the_equation(
     operator=fused,
     dtype: torch.dtype = torch.float32,
     tolerance: float = 1e-5,
+    of_mixing: float | None = None,
 ) -> None:
     given = [*(x.to(dtype) for x in given[:3]), *given[3:]]
     decay = -torch.rand(given[1].shape[2])
@@ -83,7 +84,8 @@ def assert_is_the_equation(
     sum((w * x).sum() for w, x in zip(weights, expected, strict=True)).backward()
     for name, x, other in zip(("q", "k", "v", "mixing", "state"), ours, truth, strict=True):
         assert x.grad is not None, name
-        assert_close(x.grad.cpu(), other.grad, tolerance)
+        allowed = of_mixing if name == "mixing" and of_mixing is not None else tolerance
+        assert_close(x.grad.cpu(), other.grad, allowed)
 
 
 @needs_interpreter
@@ -123,6 +125,15 @@ def test_delta_rule_with_correlated_keys_and_eigenvalues_of_minus_one(gate, feat
     given = inputs(130)
     given[1] = given[1][:, :1] + 0.3 * given[1] + 4.0  # β near 2
     assert_is_the_equation(given, settings(gate, feature_map=feature_map, strength=2.0), rope(130))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("gate", liger.DELTA)
+def test_delta_rule_with_correlated_keys_in_half_precision(gate):
+    """What nearly cancels is not rounded; the mixing weights' gradient is a sum of large terms by itself."""
+    given, fixed = inputs(200, D=64), settings(gate, D=64, strength=2.0)
+    given[1] = given[1][:, :1] + 0.3 * given[1] + 2.0  # β around 1.8
+    assert_is_the_equation(given, fixed, rope(200), None, fused, torch.bfloat16, 1.5e-2, of_mixing=4e-2)
 
 
 @needs_interpreter

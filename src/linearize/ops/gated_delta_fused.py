@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from linearize.ops.liger import Settings, first_tokens
-from linearize.ops.liger_delta import Gradients, Solved, add_gradients, add_recurrence
-from linearize.ops.liger_fused import CHUNK, Call, call_of
+from linearize.ops.liger_delta import Gradients, Solved, add_gradients, add_recurrence, empty
+from linearize.ops.liger_fused import Call, call_of
 
 
 @torch.library.custom_op("linearize::delta", mutates_args=())
@@ -20,10 +19,10 @@ def operator(
     call = _call(q, k, v, state, first)
     output = torch.empty_like(call.q)
     with torch.cuda.device_of(q):  # kernels run on the current device; backward, autograd sees to it
-        final, made = add_recurrence(call, beta, log_g, state, output, keep=keep)
-    kept = (made.key, made.written, made.erased, made.solved, made.states)
-    key, written, erased, solved, states = kept if keep else (x.new_empty(0) for x in kept)
-    return output, final, key, written, erased, solved, states
+        final, made = add_recurrence(call, beta, log_g, state, output)
+    kept = (made.key, made.residual, made.left, made.solved, made.states)
+    key, residual, left, solved, states = kept if keep else (x.new_empty(0) for x in kept)
+    return output, final, key, residual, left, solved, states
 
 
 @operator.register_fake
@@ -31,20 +30,18 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor, state: Tensor, first: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     output, final = q.new_empty(q.shape), state.new_empty(state.shape)
-    dtype = torch.float32 if v.dtype == torch.float32 else torch.bfloat16
-    (B, _, KV, D), chunks = k.shape, triton.cdiv(k.shape[1], CHUNK)
-    key, written, erased = (k.new_empty(k.shape if keep else 0, dtype=dtype) for _ in range(3))
-    solved, states = (k.new_empty((B * KV, chunks, N, N) if keep else 0, dtype=dtype) for N in (CHUNK, D))
-    return output, final, key, written, erased, solved, states
+    kept = empty(_call(q, k, v, state, first))
+    key, residual, left, solved, states = kept if keep else (x.new_empty(0) for x in kept)
+    return output, final, key, residual, left, solved, states
 
 
 @torch.library.custom_op("linearize::delta_gradients", mutates_args=())
 def gradients(
     doutput: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, key: Tensor,
-    written: Tensor, erased: Tensor, solved: Tensor, beta: Tensor, log_g: Tensor, states: Tensor
+    residual: Tensor, left: Tensor, solved: Tensor, beta: Tensor, log_g: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Of q, k, v, the log decay, β and the initial state."""
-    call, made = _call(q, k, v, dfinal, first), Solved(key, written, erased, solved, beta, log_g, states)
+    call, made = _call(q, k, v, dfinal, first), Solved(key, residual, left, solved, beta, log_g, states)
     sums = Gradients(*(torch.empty_like(x) for x in (q, k, v, call.mixing, beta, log_g)))
     dinitial = add_gradients(call, made, doutput.contiguous(), dfinal.contiguous(), sums)
     return sums.q, sums.k, sums.v, sums.log_g, sums.beta, dinitial
@@ -53,15 +50,15 @@ def gradients(
 @gradients.register_fake
 def _(
     doutput: Tensor, dfinal: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, key: Tensor,
-    written: Tensor, erased: Tensor, solved: Tensor, beta: Tensor, log_g: Tensor, states: Tensor
+    residual: Tensor, left: Tensor, solved: Tensor, beta: Tensor, log_g: Tensor, states: Tensor
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return tuple(x.new_empty(x.shape) for x in (q, k, v, log_g, beta, dfinal))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, log_g, beta, state, first, _ = inputs
-    _, _, key, written, erased, solved, states = output
-    ctx.save_for_backward(q, k, v, first, key, written, erased, solved, beta, log_g, states)
+    _, _, key, residual, left, solved, states = output
+    ctx.save_for_backward(q, k, v, first, key, residual, left, solved, beta, log_g, states)
     ctx.set_materialize_grads(False)
     ctx.state = state.shape
 

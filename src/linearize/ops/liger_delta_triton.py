@@ -3,14 +3,19 @@
 A program works on one chunk of 64 tokens of one head. With b the log decay up to and with each token of a chunk, S the
 state before it, and D_ij = exp(b_i - b_j) from key j to query i, what the tokens really write, u, solves
 
-    (1 + A) u = β v - E S,    A_ij = β_i D_ij k_i·k_j for j < i,    E_i = β_i exp(b_i) k_i
+    (1 + A) u = r,    A_ij = β_i D_ij k_i·k_j for j < i,    r = β (v - exp(b) k S)
 
-With the inverse X of 1 + A: u = `fresh` - `erased` S, fresh = X β v, erased = X E. Then o = exp(b) q S + (D · q kᵀ) u
-and S ← exp(b_C) S + (exp(b_C - b) k)ᵀ u. Backward, z = Xᵀ du is the gradient of β v, -z Sᵀ of E, and -z uᵀ of A.
+r, `residual`, is what each would write if it were alone in the chunk. With the inverse X of 1 + A, `solved`,
+o = exp(b) q S + M r with M = (D · q kᵀ) X, and S ← exp(b_C) S + leftᵀ r with left = Xᵀ (exp(b_C - b) k), what later
+tokens leave of each key. Backward, z = Mᵀ do + left dS is the gradient of r, -z uᵀ that of A, dM Xᵀ that of D · q kᵀ.
+
+Why r and not u = X r: where keys are nearly the same and β is near 2, the u of a chunk are large and nearly cancel in
+every sum over tokens, so that rounding them, or their weights, is felt many times over; of M r and leftᵀ r nothing
+cancels. X and q kᵀ, which are to be multiplied, have entries of at most 2 and are FINE: fp16 where all else is bf16.
 
 q and k are of length 1, after the feature map. Where FEATURE is "given", so are q, k, β and the log decay, nothing is
-added to anything, and there are no mixing weights. Tensors are contiguous: q, o `[B, T, H, D]`; k, v, key, fresh,
-erased, u `[B, T, KV, D]`; β and the log decay `[B * KV, T]` in fp32; X `[B * KV, chunks, C, C]`; states
+added to anything, and there are no mixing weights. Tensors are contiguous: q, o `[B, T, H, D]`; k, v, key, residual,
+left `[B, T, KV, D]`; β and the log decay `[B * KV, T]` in fp32; X `[B * KV, chunks, C, C]`; states
 `[B * KV, chunks, D, D]`.
 """
 
@@ -34,6 +39,7 @@ from linearize.ops.liger_triton import (
     store_tile,
 )
 
+FAINT = tl.constexpr(1e-4)  # a β with which entries of X, in fp16, have few digits left
 LEAST = tl.constexpr(1e-12)  # length of a vector; shorter ones are not made longer than this makes them
 
 # --- features and gates ---
@@ -99,6 +105,16 @@ def exact(x, y, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def by_fine(x, y, DTYPE: tl.constexpr):
+    """x yᵀ of an x that has no bounds and a y that is in fp16: in bf16, y is split in two."""
+    high = y.to(DTYPE)
+    z = product(x, tl.trans(high), DTYPE)
+    if tl.float32 != DTYPE:
+        z += product(x, tl.trans(y.to(tl.float32) - high.to(tl.float32)), DTYPE)
+    return z
+
+
+@triton.jit
 def inverse(a, DTYPE: tl.constexpr):
     """(1 + a)^-1 `[C, C]` of a strictly lower triangle: inverses X and Z of neighbouring blocks on the diagonal, with
     c below the first, merge to [[X, 0], [-Z c X, Z]]; 1 + 1 tokens, 2 + 2, ..."""
@@ -111,6 +127,13 @@ def inverse(a, DTYPE: tl.constexpr):
     return x
 
 
+@triton.jit
+def load_square(squares, place):
+    """One chunk's tokens by its tokens `[C, C]`."""
+    i = tl.arange(0, CHUNK)
+    return tl.load(squares + place * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :])
+
+
 # --- who sees whom ---
 
 
@@ -120,6 +143,13 @@ def reached(values, starts, start, PACKED: tl.constexpr):
     if PACKED:
         values = tl.where(starts < tl.maximum(start, 1), values, 0.0)
     return values
+
+
+@triton.jit
+def reach(log_g, first, rows, start, T, GATED: tl.constexpr, PACKED: tl.constexpr):
+    """The share of the state before a chunk that each token finds `[C]`."""
+    to_query, _ = load_sums(log_g, rows, T, GATED)
+    return reached(tl.exp(to_query), load_first(first, rows, T, PACKED), start, PACKED)
 
 
 @triton.jit
@@ -147,19 +177,19 @@ def kept(log_g, first, rows, start, T, GATED: tl.constexpr, PACKED: tl.constexpr
 
 @triton.jit(do_not_specialize=["T"])
 def delta_solve_kernel(
-    k, v, first, key, fresh, erased, solved, beta, log_g, T, rate, strength,
+    k, first, key, left, solved, beta, log_g, T, rate, strength,
     KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FEATURE: tl.constexpr, GATED: tl.constexpr,
-    PACKED: tl.constexpr, DTYPE: tl.constexpr, KEEP: tl.constexpr,
+    PACKED: tl.constexpr, DTYPE: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
-    """Keys, gates, and what a chunk's tokens write, but for the state; β = strength · σ(mean of k), unless given. With
-    KEEP, X goes to `solved`."""
+    """Keys, gates, and what they alone make of a chunk: X, `solved`, and `left`; β = strength · σ(mean of k),
+    unless given."""
     chunk, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start = chunk * CHUNK
-    rows, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP)
+    i, rows, columns = tl.arange(0, CHUNK), start + tl.arange(0, CHUNK), tl.arange(0, DP)
     at = (pair // KV * T * KV + pair % KV) * D
-    starts = load_first(first + pair // KV * T, rows, T, PACKED)
+    first += pair // KV * T
+    starts = load_first(first, rows, T, PACKED)
     x = load_tile(k + at, rows, columns, T, KV * D, D).to(tl.float32)
-    values = load_tile(v + at, rows, columns, T, KV * D, D)
     beta += pair * T
     log_g += pair * T
     pooled = tl.sum(x, 1) / D
@@ -168,7 +198,7 @@ def delta_solve_kernel(
     else:
         write = tl.where(rows < T, strength * sigmoid(pooled), 0.0)
         tl.store(beta + rows, write, mask=rows < T)
-    to_query, between = tl.zeros([CHUNK], tl.float32), tl.full([CHUNK, CHUNK], 1.0, tl.float32)
+    between = tl.full([CHUNK, CHUNK], 1.0, tl.float32)
     if GATED:
         if FEATURE == "given":
             decay = tl.load(log_g + rows, mask=rows < T, other=0.0)
@@ -181,31 +211,29 @@ def delta_solve_kernel(
         else:
             between = decay_between(decay[:, None])
     unit_key, _ = unit(x, columns, D, FEATURE)
-    unit_key = tl.where((rows < T)[:, None], unit_key, 0.0).to(DTYPE)
+    unit_key = tl.where((rows < T)[:, None], unit_key, 0.0).to(FINE)
     store_tile(key + at, rows, columns, unit_key, T, KV * D, D)
     seen = (rows[:, None] > rows[None, :]) & (rows[None, :] >= starts[:, None])
-    a = tl.where(seen, write[:, None] * between * product(unit_key, tl.trans(unit_key), DTYPE), 0.0)
-    inverted = inverse(a, DTYPE)
-    if KEEP:
-        i = tl.arange(0, CHUNK)
-        place = solved + (pair * tl.num_programs(0) + chunk) * CHUNK * CHUNK
-        tl.store(place + i[:, None] * CHUNK + i[None, :], inverted.to(solved.dtype.element_ty))
-    inverted *= write[None, :]
-    store_tile(fresh + at, rows, columns, product(inverted, values, DTYPE), T, KV * D, D)
-    inverted *= reached(tl.exp(to_query), starts, start, PACKED)[None, :]
-    store_tile(erased + at, rows, columns, product(inverted, unit_key, DTYPE), T, KV * D, D)
+    a = tl.where(seen, write[:, None] * between * product(unit_key, tl.trans(unit_key), FINE), 0.0)
+    inverted = inverse(a, FINE)
+    place = solved + (pair * tl.num_programs(0) + chunk) * CHUNK * CHUNK
+    tl.store(place + i[:, None] * CHUNK + i[None, :], inverted.to(FINE))
+    ending = lasting(tl.sum(tl.where(i[:, None] == CHUNK - 1, between, 0.0), 0), first, rows, start, T, PACKED)
+    inverted *= ending[:, None]
+    store_tile(left + at, rows, columns, product(tl.trans(inverted), unit_key, FINE), T, KV * D, D)
 
 
 @triton.jit(do_not_specialize=["T"])
 def delta_states_kernel(
-    key, fresh, erased, first, log_g, initial, states, written, final, T,
+    key, v, left, first, beta, log_g, initial, states, residual, final, T,
     KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The state before every chunk, and what its tokens write, u, for BV value channels of one head."""
+    """The state before every chunk, and its tokens' r, for BV value channels of one head."""
     block, pair, chunks = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.cdiv(T, CHUNK)
     at = (pair // KV * T * KV + pair % KV) * D
     first += pair // KV * T
+    beta += pair * T
     log_g += pair * T
     channels, columns = tl.arange(0, DP), block * BV + tl.arange(0, BV)
     inside = (channels < D)[:, None] & (columns < D)[None, :]
@@ -214,24 +242,24 @@ def delta_states_kernel(
     for chunk in range(chunks):
         start = chunk * CHUNK
         rows = start + tl.arange(0, CHUNK)
-        loss = load_tile(erased + at, rows, channels, T, KV * D, D)
-        gain = load_tile(fresh + at, rows, columns, T, KV * D, D).to(tl.float32)
         unit_key = load_tile(key + at, rows, channels, T, KV * D, D)
+        values = load_tile(v + at, rows, columns, T, KV * D, D).to(tl.float32)
+        remainder = load_tile(left + at, rows, channels, T, KV * D, D)
+        write = tl.load(beta + rows, mask=rows < T, other=0.0)
         tl.store(states + (pair * chunks + chunk) * D * D + offsets, state.to(states.dtype.element_ty), mask=inside)
-        gain -= product(loss, state, DTYPE)
-        store_tile(written + at, rows, columns, gain, T, KV * D, D)
-        _, to_end = load_sums(log_g, rows, T, GATED)
-        gain *= lasting(tl.exp(to_end), first, rows, start, T, PACKED)[:, None]
+        reaching = reach(log_g, first, rows, start, T, GATED, PACKED)
+        gain = write[:, None] * (values - reaching[:, None] * product(unit_key, state, DTYPE))
+        store_tile(residual + at, rows, columns, gain, T, KV * D, D)
         state *= kept(log_g, first, rows, start, T, GATED, PACKED)
-        state += product(tl.trans(unit_key), gain, DTYPE)
+        state += product(tl.trans(remainder), gain, DTYPE)
     tl.store(final + pair * D * D + offsets, state, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])
 def delta_output_kernel(
-    q, key, written, mixing, first, log_g, states, output, T,
+    q, key, residual, solved, mixing, first, log_g, states, output, T,
     KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FEATURE: tl.constexpr,
-    GATED: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
+    GATED: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
     """To the output, w · recurrence, for one chunk and one query head; alone, the recurrence is the output."""
     chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
@@ -248,9 +276,10 @@ def delta_output_kernel(
     unit_key = load_tile(key + theirs, rows, columns, T, KV * D, D)
     seen = (rows[:, None] >= rows[None, :]) & (rows[None, :] >= starts[:, None])
     p = tl.where(seen, between * product(query, tl.trans(unit_key), DTYPE), 0.0)
+    m = product(p, load_square(solved, pair * chunks + chunk), FINE)
     out = product(query, load_state(states, pair * chunks + chunk, columns, D), DTYPE)
     out *= reached(tl.exp(to_query), starts, start, PACKED)[:, None]
-    out += product(p, load_tile(written + theirs, rows, columns, T, KV * D, D), DTYPE)
+    out += product(m, load_tile(residual + theirs, rows, columns, T, KV * D, D), DTYPE)
     if FEATURE != "given":
         out *= tl.load(mixing + query_head)
         out += load_tile(output + ours, rows, columns, T, H * D, D).to(tl.float32)
@@ -262,12 +291,12 @@ def delta_output_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def delta_query_gradients_kernel(
-    q, key, written, mixing, first, log_g, states, doutput, dq, dmixing, dread, dwritten, dkey, dsums, T,
+    q, key, residual, solved, mixing, first, log_g, states, doutput, dq, dmixing, dread, dresidual, dkey, dsums, T,
     KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FEATURE: tl.constexpr,
-    GATED: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
+    GATED: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one chunk's queries of one key/value head, added to `dq` and `dmixing`; and from its own queries
-    alone those of u, of keys, of the state that they read, `dread` `[B * KV, chunks, D, D]`, and, where there is a
+    alone those of r, of keys, of the state that they read, `dread` `[B * KV, chunks, D, D]`, and, where there is a
     decay, of b `[B * KV, T]`."""
     chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
     pair = tl.program_id(1).to(tl.int64)
@@ -280,9 +309,10 @@ def delta_query_gradients_kernel(
     between = decay_mask(log_g + pair * T, to_query, rows, T, GATED)
     reaching = reached(tl.exp(to_query), starts, start, PACKED)[:, None]
     unit_key = load_tile(key + theirs, rows, columns, T, KV * D, D)
-    gain = load_tile(written + theirs, rows, columns, T, KV * D, D)
+    gain = load_tile(residual + theirs, rows, columns, T, KV * D, D)
+    inverted = load_square(solved, pair * chunks + chunk)
     state = load_state(states, pair * chunks + chunk, columns, D)
-    between = tl.where((rows[:, None] >= rows[None, :]) & (rows[None, :] >= starts[:, None]), between, 0.0)
+    seen = (rows[:, None] >= rows[None, :]) & (rows[None, :] >= starts[:, None])
     dgain, dunit_key = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
     dstate, dsum = tl.zeros([DP, DP], tl.float32), tl.zeros([CHUNK], tl.float32)
     for group in range(GROUPS):
@@ -291,40 +321,50 @@ def delta_query_gradients_kernel(
         w = 1.0 if FEATURE == "given" else tl.load(mixing + head * GROUPS + group)
         dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
         x = load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32)
-        y, scale = unit(x, columns, D, FEATURE)
-        query = y.to(DTYPE)
-        p = between * product(query, tl.trans(unit_key), DTYPE)
-        dp = between * product(dout, tl.trans(gain), DTYPE)
-        dgain += product(tl.trans(w * p), dout, DTYPE)
+        query, scale = unit(x, columns, D, FEATURE)
+        query = query.to(DTYPE)
+        p = tl.where(seen, between * product(query, tl.trans(unit_key), DTYPE), 0.0)
+        m = product(p, inverted, FINE)
+        dm = product(dout, tl.trans(gain), DTYPE)
+        dgain += product(tl.trans(w * m), dout, DTYPE)
+        read = tl.sum(m * dm, 1)
+        dp = by_fine(dm, inverted, DTYPE)
+        if GATED:
+            p *= w * dp
+            dsum += tl.sum(p, 1) - tl.sum(p, 0)
+        dp = tl.where(seen, between * dp, 0.0)
         dunit_key += product(tl.trans(w * dp), query, DTYPE)
-        dquery = product(dp, unit_key, DTYPE) + reaching * product(dout, tl.trans(state), DTYPE)
-        dstate += product(tl.trans(w * reaching * y), dout, DTYPE)
-        read = tl.where(rows < T, tl.sum(query.to(tl.float32) * dquery, 1), 0.0)
-        dsum += w * read
-        draw = w * unit_backward(y, scale, dquery, FEATURE)
+        dquery = reaching * product(dout, tl.trans(state), DTYPE)
+        y = query.to(tl.float32)
+        before = tl.sum(y * dquery, 1)
+        dsum += w * before
         if FEATURE != "given":
             place = dmixing + index * chunks + chunk
-            tl.store(place, tl.load(place) + tl.sum(read, 0))
+            tl.store(place, tl.load(place) + tl.sum(read + before, 0))
+        dquery += product(dp, unit_key, DTYPE)
+        dstate += product(tl.trans(w * reaching * y), dout, DTYPE)
+        draw = w * unit_backward(y, scale, dquery, FEATURE)
+        if FEATURE != "given":
             draw += load_tile(dq + ours, rows, columns, T, H * D, D).to(tl.float32)
         store_tile(dq + ours, rows, columns, draw, T, H * D, D)
-    store_tile(dwritten + theirs, rows, columns, dgain, T, KV * D, D)
+    store_tile(dresidual + theirs, rows, columns, dgain, T, KV * D, D)
     store_tile(dkey + theirs, rows, columns, dunit_key, T, KV * D, D)
     store_state(dread, pair * chunks + chunk, columns, dstate, D)
     if GATED:
-        dsum -= tl.sum(unit_key.to(tl.float32) * dunit_key, 1)
         tl.store(dsums + pair * T + rows, dsum, mask=rows < T)
 
 
 @triton.jit(do_not_specialize=["T"])
 def delta_state_gradients_kernel(
-    key, erased, first, log_g, dread, dfinal, dwritten, dstates, dinitial, T,
+    key, left, first, beta, log_g, dread, dfinal, dresidual, dstates, dinitial, T,
     KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`delta_states_kernel` backwards: the gradient of the state after every chunk, and from it the rest of u's."""
+    """`delta_states_kernel` backwards: the gradient of the state after every chunk, and from it the rest of r's."""
     block, pair, chunks = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.cdiv(T, CHUNK)
     at = (pair // KV * T * KV + pair % KV) * D
     first += pair // KV * T
+    beta += pair * T
     log_g += pair * T
     channels, columns = tl.arange(0, DP), block * BV + tl.arange(0, BV)
     inside = (channels < D)[:, None] & (columns < D)[None, :]
@@ -334,23 +374,23 @@ def delta_state_gradients_kernel(
         chunk = chunks - 1 - n
         start = chunk * CHUNK
         rows = start + tl.arange(0, CHUNK)
-        loss = load_tile(erased + at, rows, channels, T, KV * D, D)
         unit_key = load_tile(key + at, rows, channels, T, KV * D, D)
-        dgain = load_tile(dwritten + at, rows, columns, T, KV * D, D).to(tl.float32)
+        remainder = load_tile(left + at, rows, channels, T, KV * D, D)
+        dgain = load_tile(dresidual + at, rows, columns, T, KV * D, D).to(tl.float32)
         read = tl.load(dread + (pair * chunks + chunk) * D * D + offsets, mask=inside, other=0.0).to(tl.float32)
+        write = tl.load(beta + rows, mask=rows < T, other=0.0)
         tl.store(dstates + (pair * chunks + chunk) * D * D + offsets, dstate.to(dstates.dtype.element_ty), mask=inside)
-        _, to_end = load_sums(log_g, rows, T, GATED)
-        to_end = lasting(tl.exp(to_end), first, rows, start, T, PACKED)
-        dgain += to_end[:, None] * product(unit_key, dstate, DTYPE)
-        store_tile(dwritten + at, rows, columns, dgain, T, KV * D, D)
+        dgain += product(remainder, dstate, DTYPE)
+        store_tile(dresidual + at, rows, columns, dgain, T, KV * D, D)
+        dgain *= (write * reach(log_g, first, rows, start, T, GATED, PACKED))[:, None]
         dstate *= kept(log_g, first, rows, start, T, GATED, PACKED)
-        dstate += read - product(tl.trans(loss), dgain, DTYPE)
+        dstate += read - product(tl.trans(unit_key), dgain, DTYPE)
     tl.store(dinitial + pair * D * D + offsets, dstate, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])
 def delta_key_gradients_kernel(
-    k, v, key, written, solved, first, beta, log_g, states, dstates, dwritten, dkey, dsums, dk, dv, dbeta, dlog_g, T,
+    k, v, key, residual, solved, first, beta, log_g, states, dstates, dresidual, dkey, dsums, dk, dv, dbeta, dlog_g, T,
     rate, strength,
     KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FEATURE: tl.constexpr, GATED: tl.constexpr,
     PACKED: tl.constexpr, DTYPE: tl.constexpr,
@@ -364,13 +404,12 @@ def delta_key_gradients_kernel(
     first += batch * T
     log_g += pair * T
     start = chunk * CHUNK
-    i, rows, columns = tl.arange(0, CHUNK), start + tl.arange(0, CHUNK), tl.arange(0, DP)
+    rows, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP)
     starts = load_first(first, rows, T, PACKED)
     to_query, to_end = load_sums(log_g, rows, T, GATED)
     between = decay_mask(log_g, to_query, rows, T, GATED)
     write = tl.load(beta + pair * T + rows, mask=rows < T, other=0.0)
-    inverted = tl.load(solved + (pair * chunks + chunk) * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :])
-    z = product(tl.trans(inverted), load_tile(dwritten + at, rows, columns, T, KV * D, D), DTYPE)
+    z = load_tile(dresidual + at, rows, columns, T, KV * D, D).to(tl.float32)
 
     values = load_tile(v + at, rows, columns, T, KV * D, D).to(tl.float32)
     dwrite = tl.sum(z * values, 1)
@@ -380,7 +419,9 @@ def delta_key_gradients_kernel(
     store_tile(dv + at, rows, columns, dvalues, T, KV * D, D)
 
     unit_key = load_tile(key + at, rows, columns, T, KV * D, D)
-    gain = load_tile(written + at, rows, columns, T, KV * D, D)
+    gain = load_tile(residual + at, rows, columns, T, KV * D, D)
+    gain = product(load_square(solved, pair * chunks + chunk), gain, DTYPE)
+    direct = tl.sum(z * gain, 1) / tl.maximum(write, FAINT)  # `dwrite`, whose terms nearly cancel, without them
     seen = (rows[:, None] > rows[None, :]) & (rows[None, :] >= starts[:, None])
     between = tl.where(seen, between, 0.0)
     da = -product(z, tl.trans(gain), DTYPE)
@@ -413,7 +454,7 @@ def delta_key_gradients_kernel(
         decay = tl.load(log_g + rows, mask=rows < T, other=0.0)
         ddecay = tl.where(decay > GONE, tl.cumsum(dsum, 0, reverse=True) + last, 0.0)
     if FEATURE == "given":
-        tl.store(dbeta + pair * T + rows, dwrite, mask=rows < T)
+        tl.store(dbeta + pair * T + rows, tl.where(write > FAINT, direct, dwrite), mask=rows < T)
         if GATED:
             tl.store(dlog_g + pair * T + rows, ddecay, mask=rows < T)
     else:
