@@ -333,6 +333,28 @@ def test_the_window_is_a_kernel_where_the_recurrence_is_not(monkeypatch):
 
 
 @pytest.mark.skipif(not TRITON, reason="triton is not installed")
+def test_a_kernel_that_takes_more_than_the_device_has(monkeypatch):
+    """Of shared memory, say: the recurrence goes by operations."""
+    from triton.runtime.errors import OutOfResources
+
+    from linearize.ops import step_triton
+
+    run, refused = step_triton.run, []
+
+    def too_much(heads, mixing, settings, *rest):
+        if settings.gate != "none":
+            refused.append(settings.gate)
+            raise OutOfResources(120_000, 101_376, "shared memory")
+        return run(heads, mixing, settings, *rest)
+
+    monkeypatch.setattr(step, "why_not_fused", lambda *_: None)
+    monkeypatch.setattr(step_triton, "run", too_much)
+    fixed = settings("gated_deltanet", feature_map="linear")
+    assert_is_the_truth("dispatched", inputs(10), fixed, beyond(10), rope(10))
+    assert len(refused) == 10
+
+
+@pytest.mark.skipif(not TRITON, reason="triton is not installed")
 def test_what_the_kernel_lacks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
 

@@ -111,10 +111,15 @@ def step(
     """
     fixed = rope, sink_rope, clock, held, decay
     if (reason := why_not_fused(heads, settings, rope, held, beyond)) is None:
+        from triton.runtime.errors import OutOfResources
+
         from linearize.ops.step_triton import run
 
-        with torch.cuda.device_of(heads):  # kernels run on the current device
-            return run(heads, mixing, settings, *fixed, beyond)
+        try:
+            with torch.cuda.device_of(heads):  # kernels run on the current device
+                return run(heads, mixing, settings, *fixed, beyond)
+        except OutOfResources as error:  # before anything ran
+            reason = str(error)
     if heads.is_cuda:
         warn_once(f"decoding steps of Liger Attention run unfused, several times slower: {reason}")
     if settings.gate == "none":

@@ -242,8 +242,9 @@ def step_kernel(
 
 def program(pairs: int, D: int, whole: bool) -> tuple[int, int]:
     """Value channels and warps of a program: many channels, but for few heads as few as fill the GPU; all of them if it
-    needs the `whole` head. Fewer than 32 channels would have all warps work out the same scores."""
-    size, warps = side(D), 4 if D <= 64 else 8
+    needs the `whole` head. Fewer than 32 channels would have all warps work out the same scores. Eight warps are the
+    faster where large heads are few, four where a multiprocessor has several to work on."""
+    size, warps = side(D), 4 if D <= 64 or pairs >= 512 else 8
     while not whole and size > 32 and (size > 64 or pairs * triton.cdiv(D, size) < 256):
         size //= 2
     return size, warps
