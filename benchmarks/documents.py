@@ -305,6 +305,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "state-tracking-settings": tracking_settings,
     "state-tracking-cpu": partial(tracking, "state-tracking-cpu"),
     "state-tracking": partial(tracking, "state-tracking"),
+    "state-tracking-tasks": partial(tracking, "state-tracking-tasks"),
     "state-tracking-runs": tracking_runs,
 }
 

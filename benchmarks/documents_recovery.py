@@ -10,8 +10,8 @@ from benchmarks.results import RESULTS, made_on, measured, report_made_on, versi
 from linearize import drawing
 from linearize.drawing import LABELS
 from linearize.evaluate.late_gap import closed, late_gap, pooled
-from linearize.figures import recall
-from linearize.measures import Interval, LateGap, Suite
+from linearize.figures import by_distance
+from linearize.measures import Interval, LateGap, RecallScore, Suite
 from linearize.report import table, verdict
 from linearize.results import Report
 from linearize.results import read as read_report
@@ -31,31 +31,75 @@ def demo_table() -> str:
 
 def claim() -> str:
     """Late losses of the default recipe and its baselines by length, over both seeds, and the shares closed."""
-    return "\n".join([*_by_length(_claimed(), LABELS), "", _claim_made_on()])
+    return "\n".join([*_by_length(_claimed(), LABELS), "", f"{made_on(_claims()[0])}."])
+
+
+def _claims() -> list[dict[str, Any]]:
+    found = [measured(f"claim-seed-{seed}") for seed in SEEDS]
+    assert all(found)
+    return found  # type: ignore[return-value]
 
 
 def _claimed() -> list[LateGap]:
+    """By length, over the seeds."""
+    return _over_seeds([Suite.model_validate(data["suite"]) for data in _claims()])
+
+
+def _over_seeds(suites: list[Suite]) -> list[LateGap]:
+    return [pooled(found) for found in zip(*(suite.late for suite in suites), strict=True)]
+
+
+def _claimed_recall() -> dict[str, list[RecallScore]]:
+    """By model, the mean of the seeds."""
+    suites = [Suite.model_validate(data["suite"]).recall for data in _claims()]
+    return {
+        model: [_mean(cells) for cells in zip(*(suite[model] for suite in suites), strict=True)]
+        for model in suites[0]
+        if model in ORDER[:4]
+    }
+
+
+def _mean(cells: tuple[RecallScore, ...]) -> RecallScore:
+    accuracy, exact = (float(np.mean([getattr(x, key) for x in cells])) for key in ("accuracy", "exact"))
+    return cells[0].model_copy(update={"trials": sum(x.trials for x in cells), "accuracy": accuracy, "exact": exact})
+
+
+def earlier() -> str:
+    """The shares closed, and needles found, by what the default recipe was before."""
+    fp32 = [_suite(_report(f"default-seed-{seed}")) for seed in SEEDS]
+    recall = {
+        "states in fp32, text of any length, no repeats": (_over_seeds(fp32), fp32[0].recall["converted"]),
+        "16,384 tokens a step, a tenth of repeats": (
+            _larger_steps(),
+            _suite(_report("larger-steps-seed-1")).recall["converted"],
+        ),
+        "the default": (_claimed(), _claimed_recall()["converted"]),
+    }
+    lines = ["| recipe | T | closed of window only | of equal memory | late loss | needles at 128, 512, 1,024 |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for label, (gaps, scores) in recall.items():
+        needles = {score.distance: f"{score.accuracy:.0%}" for score in scores if score.task == "needle"}
+        found = ", ".join(needles[distance] for distance in (128, 512, 1024))
+        for gap in gaps:
+            shares = " | ".join(_interval(gap.closed[base]) for base in BASELINES)
+            first = gap is gaps[0]
+            lines.append(
+                f"| {label if first else ''} | {gap.length:,} | {shares} | {np.mean(gap.losses['converted']):.4f} | "
+                f"{found if first else ''} |"
+            )
+    return "\n".join(lines)
+
+
+def _larger_steps() -> list[LateGap]:
     """By length; seed 0 are rows of `benchmarks.recovery`, seed 1 is a run."""
-    rows, data = _rows("claim-seed-0")
+    rows, data = _rows("larger-steps-seed-0")
     found = []
-    for gap in _suite(_report("claim-seed-1")).late:
+    for gap in _suite(_report("larger-steps-seed-1")).late:
         length = str(gap.length)
         losses = {"teacher": [data["teacher"]["late"][length]]} | {n: [row["late"][length]] for n, row in rows.items()}
         losses["recurrence_off"] = [rows["converted"]["recurrence_off"]["late"][length]]
         found.append(pooled([late_gap(gap.length, data["teacher"]["articles"][length], losses), gap]))
     return found
-
-
-def _claim_made_on() -> str:
-    scored = made_on(_rows("claim-seed-0")[1])
-    return f"{report_made_on(_report('claim-seed-1'))} Seed 0, trained there too, was scored on {scored}."
-
-
-def earlier() -> str:
-    """As `claim`, of the default recipe before it."""
-    reports = [_report(f"default-seed-{seed}") for seed in SEEDS]
-    gaps = [pooled(found) for found in zip(*(_suite(report).late for report in reports), strict=True)]
-    return "\n".join([*_by_length(gaps, LABELS), "", report_made_on(reports[0])])
 
 
 def recovered() -> str:
@@ -68,7 +112,7 @@ def recovered() -> str:
     for name in ORDER[:4]:
         shares = [_interval(gap.closed[base]) if name == "converted" else "–" for base in BASELINES]
         lines.append(f"| {LABELS[name]} | {np.mean(gap.losses[name]):.3f} | {' | '.join(shares)} |")
-    return "\n".join([*lines, "", _claim_made_on()])
+    return "\n".join([*lines, "", f"{made_on(_claims()[0])}."])
 
 
 def three_layers() -> str:
@@ -100,12 +144,11 @@ def _by_length(gaps: list[LateGap], names: dict[str, str]) -> list[str]:
 
 def recalled() -> str:
     """Answers found by distance, without a full layer and with three."""
-    found = {}
-    for kind, name in (("no full layer", "claim-seed-1"), ("three full layers", "three-layers")):
-        for model, scores in _suite(_report(name)).recall.items():
-            if model in ORDER[:4]:
-                label = LABELS[model] if model == "teacher" else f"{LABELS[model]}, {kind}"
-                found[label] = {(score.task, score.distance): score for score in scores}
+    full = _suite(_report("three-layers")).recall
+    shown = {LABELS["teacher"]: full["teacher"]}
+    for kind, recall in (("no full layer", _claimed_recall()), ("three full layers", full)):
+        shown |= {f"{LABELS[model]}, {kind}": recall[model] for model in ORDER[1:4]}
+    found = {label: {(score.task, score.distance): score for score in scores} for label, scores in shown.items()}
     distances = sorted({distance for scores in found.values() for _, distance in scores})
     lines = ["| task | model | " + " | ".join(f"{distance:,}" for distance in distances) + " |"]
     lines.append("| --- | --- |" + " ---: |" * len(distances))
@@ -113,8 +156,8 @@ def recalled() -> str:
         for label, cells in found.items():
             shares = " | ".join(f"{cells[task, distance].accuracy:.0%}" for distance in distances)
             lines.append(f"| {task} | {label} | {shares} |")
-    trials = next(iter(next(iter(found.values())).values())).trials
-    return "\n".join([*lines, "", f"{trials} trials each; chance is 10 %."])
+    trials = sorted({score.trials for cells in found.values() for score in cells.values()})
+    return "\n".join([*lines, "", f"{' or '.join(map(str, trials))} trials each; chance is 10 %."])
 
 
 def tokens() -> str:
@@ -168,7 +211,7 @@ def trained_otherwise() -> str:
     for name, row in rows.items():
         if name in SHARES:
             continue
-        base = "default" if not name.startswith("long") else "long-20M" if name.endswith("-20M") else "long"
+        base = _base_of(name)
         own = [f"`{setting}`" for setting in row["set"] if setting not in rows[base]["set"]]
         own += [f"not `{setting}`" for setting in rows[base]["set"] if setting not in row["set"]]
         mean, error = _difference(row["late"]["1024"], rows[base]["late"]["1024"])
@@ -182,19 +225,41 @@ def trained_otherwise() -> str:
     return "\n".join([*lines, "", f"The error is one standard error over sequences. {made_on(data)}."])
 
 
+def _base_of(name: str) -> str:
+    if name.startswith(("long-batch-4-", "long-batch-2")):
+        return "long-batch-4"
+    return "default" if not name.startswith("long") else "long-20M" if name.endswith("-20M") else "long"
+
+
+def recipes() -> str:
+    """The shipped recipes, trained alike."""
+    rows, data = _rows("recipes")
+    lines = ["| recipe | late loss | closed of window only | needles at 128, 512 | new parameters | cache, MB |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["late_loss"]):
+        share = "–" if name == "window-only" else _interval(_closed(rows["window-only"], row, data))
+        needles = {cell["distance"]: cell["accuracy"] for cell in row["recall"] if cell["task"] == "needle"}
+        new, cache = f"{row['new_parameters']:,}", f"{row['cache_bytes'] / 1e6:.1f}"
+        found = f"{needles[128]:.0%}, {needles[512]:.0%}"
+        lines.append(f"| {name} | {row['late_loss']:.4f} | {share} | {found} | {new} | {cache} |")
+    return "\n".join([*lines, "", f"Teacher {data['teacher']['late_loss']:.4f}. {made_on(data)}."])
+
+
 def short_tasks() -> str:
-    """Multiple choice of the window alone beside its teacher."""
+    """Multiple choice of the models beside their teacher."""
     data = measured("tasks_h100")
     assert data is not None
-    lines = ["| task | metric | items | teacher | window only | difference, points |"]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
-    for best, ours in zip(data["tasks"]["teacher"], data["tasks"]["window_only"], strict=True):
-        scores = f"{100 * best['score']:.1f} | {100 * ours['score']:.1f}"
-        lines.append(
-            f"| {ours['task']} | {ours['metric']} | {ours['items']:,} | {scores} | {_points(ours['difference'])} |"
-        )
-    lines.append(f"| five short tasks | | | | | {_points(data['short_tasks']['window_only'])} |")
-    return "\n".join([*lines, "", f"The interval is 95 %, over items. {made_on(data)}."])
+    best, models = data["tasks"]["teacher"], [name for name in ORDER[1:4] if name in data["tasks"]]
+    lines = ["| task | metric | items | teacher | " + " | ".join(LABELS[name] for name in models) + " |"]
+    lines.append("| --- | --- | ---: | ---: |" + " ---: |" * len(models))
+    for place, row in enumerate(best):
+        cells = [data["tasks"][name][place] for name in models]
+        shown = " | ".join(f"{100 * cell['score']:.1f}, {_points(cell['difference'])}" for cell in cells)
+        lines.append(f"| {row['task']} | {row['metric']} | {row['items']:,} | {100 * row['score']:.1f} | {shown} |")
+    shown = " | ".join(_points(data["short_tasks"][name]) for name in models)
+    lines.append(f"| five short tasks | | | | {shown} |")
+    note = "In points, with the difference from the teacher's and its 95 % interval, over items."
+    return "\n".join([*lines, "", f"{note} {made_on(data)}."])
 
 
 def _points(found: dict[str, float]) -> str:
@@ -204,8 +269,10 @@ def _points(found: dict[str, float]) -> str:
 def pictures() -> dict[str, Figure]:
     """How the share closed grows, and recall by distance."""
     found = {"scaling": _scaling()}
-    for name, picture in (("claim-seed-1", "recall"), ("three-layers", "recall_three_layers")):
-        figure = recall(_report(name))
+    window = _report("three-layers").models.converted.window
+    recalls = {"recall": _claimed_recall(), "recall_three_layers": _suite(_report("three-layers")).recall}
+    for picture, scores in recalls.items():
+        figure = by_distance(scores, window)
         assert figure is not None
         found[picture] = figure
     return found

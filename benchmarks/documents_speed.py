@@ -98,7 +98,7 @@ def errors() -> str:
         for side, back in (("without a backward pass", False), ("with one", True))
     }
     said = "; ".join(f"{side} {', '.join(f'`{gate}`' for gate in names)}" for side, names in gates.items())
-    commits = ", ".join(dict.fromkeys(data["commit"] for data in (forward, fused, alone, step)))
+    commits = ", ".join(dict.fromkeys(x for data in (forward, fused, alone, step) for x in data["commit"].split(", ")))
     return "\n".join(
         [
             *lines,

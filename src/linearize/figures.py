@@ -193,8 +193,13 @@ def half_lives(report: Report) -> Figure | None:
 
 
 def recall(report: Report) -> Figure | None:
-    """A panel for each recall task: accuracy against distance, chance dotted, what the window covers shaded."""
+    """A panel for each recall task of the suite."""
     found = {} if report.suite is None else report.suite.recall
+    return by_distance(found, report.models.converted.window)
+
+
+def by_distance(found: dict[str, list[RecallScore]], window: int | None) -> Figure | None:
+    """A panel for each task: accuracy against distance, chance dotted, what the window covers shaded."""
     tasks = list(dict.fromkeys(score.task for scores in found.values() for score in scores))
     if not tasks:
         return None
@@ -204,7 +209,7 @@ def recall(report: Report) -> Figure | None:
     for place, task in enumerate(tasks):
         box = (left + place * (width + gap), 0.17, width, 0.7)
         ax = drawing.panel(figure, box, task.replace("_", " "), "distance" if place == 0 else "", "")
-        _recall_panel(ax, {name: [s for s in scores if s.task == task] for name, scores in found.items()}, report)
+        _recall_panel(ax, {name: [s for s in scores if s.task == task] for name, scores in found.items()}, window)
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
         if place:
             ax.tick_params(labelleft=False)
@@ -213,15 +218,15 @@ def recall(report: Report) -> Figure | None:
     return figure
 
 
-def _recall_panel(ax: Axes, lines: dict[str, list[RecallScore]], report: Report) -> None:
+def _recall_panel(ax: Axes, lines: dict[str, list[RecallScore]], window: int | None) -> None:
     distances = sorted({score.distance for scores in lines.values() for score in scores})
     ax.set_xscale("log", base=2)
     ax.set_xlim(distances[0] / 1.3, distances[-1] * 1.3)
     ax.set_ylim(-0.03, 1.03)
     ax.yaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
     drawing.ticks(ax.xaxis, distances[:: math.ceil(len(distances) / 3)], context)
-    if report.models.converted.window:
-        ax.axvspan(distances[0] / 1.3, report.models.converted.window, color=SHADE, zorder=0, lw=0)
+    if window:
+        ax.axvspan(distances[0] / 1.3, window, color=SHADE, zorder=0, lw=0)
     for name, scores in lines.items():
         x = np.array([score.distance for score in scores], dtype=float)
         drawing.line(ax, x, np.array([score.accuracy for score in scores]), name, marker="o")
