@@ -231,9 +231,9 @@ def _base_of(name: str) -> str:
     return "default" if not name.startswith("long") else "long-20M" if name.endswith("-20M") else "long"
 
 
-def short_tasks() -> str:
+def short_tasks(name: str) -> str:
     """Multiple choice of the models beside their teacher."""
-    data = measured("tasks_h100")
+    data = measured(name)
     assert data is not None
     best, models = data["tasks"]["teacher"], [name for name in ORDER[1:4] if name in data["tasks"]]
     lines = ["| task | metric | items | teacher | " + " | ".join(LABELS[name] for name in models) + " |"]
