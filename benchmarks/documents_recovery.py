@@ -66,28 +66,25 @@ def _mean(cells: tuple[RecallScore, ...]) -> RecallScore:
 
 def earlier() -> str:
     """The shares closed, and needles found, by what the default recipe was before."""
-    fp32 = [_suite(_report(f"default-seed-{seed}")) for seed in SEEDS]
-    recall = {
-        "states in fp32, text of any length, no repeats": (_over_seeds(fp32), fp32[0].recall["converted"]),
-        "16,384 tokens a step, a tenth of repeats": (
-            _larger_steps(),
-            _suite(_report("larger-steps-seed-1")).recall["converted"],
-        ),
+    old, second = [_suite(_report(f"default-seed-{seed}")) for seed in SEEDS], _report("larger-steps-seed-1")
+    cells = [suite.recall["converted"] for suite in old]
+    found = {
+        "states in fp32, text of any length, no repeats": (_over_seeds(old), [*map(_mean, zip(*cells, strict=True))]),
+        "16,384 tokens a step, a tenth of repeats": (_larger_steps(), _suite(second).recall["converted"]),
         "the default": (_claimed(), _claimed_recall()["converted"]),
     }
     lines = ["| recipe | T | closed of window only | of equal memory | late loss | needles at 128, 512, 1,024 |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for label, (gaps, scores) in recall.items():
+    for label, (gaps, scores) in found.items():
         needles = {score.distance: f"{score.accuracy:.0%}" for score in scores if score.task == "needle"}
-        found = ", ".join(needles[distance] for distance in (128, 512, 1024))
+        name, recalled = label, ", ".join(needles[distance] for distance in (128, 512, 1024))
         for gap in gaps:
             shares = " | ".join(_interval(gap.closed[base]) for base in BASELINES)
-            first = gap is gaps[0]
-            lines.append(
-                f"| {label if first else ''} | {gap.length:,} | {shares} | {np.mean(gap.losses['converted']):.4f} | "
-                f"{found if first else ''} |"
-            )
-    return "\n".join(lines)
+            loss = f"{np.mean(gap.losses['converted']):.4f}"
+            lines.append(f"| {name} | {gap.length:,} | {shares} | {loss} | {recalled} |")
+            name = recalled = ""
+    scored = made_on(_rows("larger-steps-seed-0")[1])
+    return "\n".join([*lines, "", f"{report_made_on(second)} Seed 0 of the second was scored on {scored}."])
 
 
 def _larger_steps() -> list[LateGap]:
