@@ -312,10 +312,10 @@ def delta_query_gradients_kernel(
     gain = load_tile(residual + theirs, rows, columns, T, KV * D, D)
     inverted = load_square(solved, pair * chunks + chunk)
     state = load_state(states, pair * chunks + chunk, columns, D)
-    seen = (rows[:, None] >= rows[None, :]) & (rows[None, :] >= starts[:, None])
+    between = tl.where((rows[:, None] >= rows[None, :]) & (rows[None, :] >= starts[:, None]), between, 0.0)
     dgain, dunit_key = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
     dstate, dsum = tl.zeros([DP, DP], tl.float32), tl.zeros([CHUNK], tl.float32)
-    for group in range(GROUPS):
+    for group in tl.range(0, GROUPS, disable_licm=True):  # offsets and masks, made anew, need no registers meanwhile
         index = batch * H + head * GROUPS + group
         ours = (batch * T * H + head * GROUPS + group) * D
         w = 1.0 if FEATURE == "given" else tl.load(mixing + head * GROUPS + group)
@@ -323,17 +323,19 @@ def delta_query_gradients_kernel(
         x = load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32)
         query, scale = unit(x, columns, D, FEATURE)
         query = query.to(DTYPE)
-        p = tl.where(seen, between * product(query, tl.trans(unit_key), DTYPE), 0.0)
+        dstate += product(tl.trans(query), w * reaching * dout.to(tl.float32), DTYPE)
+        dout = dout.to(DTYPE)
+        p = (between * product(query, tl.trans(unit_key), DTYPE)).to(FINE)
         m = product(p, inverted, FINE)
+        dgain += product(tl.trans((w * m).to(DTYPE)), dout, DTYPE)
         dm = product(dout, tl.trans(gain), DTYPE)
-        dgain += product(tl.trans(w * m), dout, DTYPE)
         read = tl.sum(m * dm, 1)
         dp = by_fine(dm, inverted, DTYPE)
         if GATED:
-            p *= w * dp
-            dsum += tl.sum(p, 1) - tl.sum(p, 0)
-        dp = tl.where(seen, between * dp, 0.0)
-        dunit_key += product(tl.trans(w * dp), query, DTYPE)
+            change = w * p.to(tl.float32) * dp
+            dsum += tl.sum(change, 1) - tl.sum(change, 0)
+        dp *= between
+        dunit_key += product(tl.trans((w * dp).to(DTYPE)), query, DTYPE)
         dquery = reaching * product(dout, tl.trans(state), DTYPE)
         y = query.to(tl.float32)
         before = tl.sum(y * dquery, 1)
@@ -342,7 +344,6 @@ def delta_query_gradients_kernel(
             place = dmixing + index * chunks + chunk
             tl.store(place, tl.load(place) + tl.sum(read + before, 0))
         dquery += product(dp, unit_key, DTYPE)
-        dstate += product(tl.trans(w * reaching * y), dout, DTYPE)
         draw = w * unit_backward(y, scale, dquery, FEATURE)
         if FEATURE != "given":
             draw += load_tile(dq + ours, rows, columns, T, H * D, D).to(tl.float32)
