@@ -428,6 +428,10 @@ def delta_key_gradients_kernel(
     da = -product(z, tl.trans(gain), DTYPE)
     a = da * between * product(unit_key, tl.trans(unit_key), DTYPE)
     dwrite += tl.sum(a, 1)
+    dsum = tl.zeros([CHUNK], tl.float32)
+    if GATED:
+        a *= write[:, None]
+        dsum = tl.load(dsums + pair * T + rows, mask=rows < T, other=0.0) + tl.sum(a, 1) - tl.sum(a, 0)
     da *= between * write[:, None]
     dunit_key = load_tile(dkey + at, rows, columns, T, KV * D, D).to(tl.float32)
     dunit_key += product(da, unit_key, DTYPE) + product(tl.trans(da), unit_key, DTYPE)
@@ -440,6 +444,7 @@ def delta_key_gradients_kernel(
     dunit_key -= (write * reaching)[:, None] * derased
 
     dstate = load_state(dstates, pair * chunks + chunk, columns, D)
+    last = tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
     ending = lasting(tl.exp(to_end), first, rows, start, T, PACKED)
     dended = ending[:, None] * product(gain, tl.trans(dstate), DTYPE)
     dunit_key += dended
@@ -447,10 +452,7 @@ def delta_key_gradients_kernel(
     ddecay = tl.zeros([CHUNK], tl.float32)
     if GATED:
         held = tl.sum(unit_key.to(tl.float32) * dended, 1)
-        a *= write[:, None]
-        dsum = tl.load(dsums + pair * T + rows, mask=rows < T, other=0.0)
-        dsum += tl.sum(a, 1) - tl.sum(a, 0) - write * dread - held
-        last = tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
+        dsum -= write * dread + held
         last = last * kept(log_g, first, rows, start, T, GATED, PACKED) + tl.sum(held, 0)
         decay = tl.load(log_g + rows, mask=rows < T, other=0.0)
         ddecay = tl.where(decay > GONE, tl.cumsum(dsum, 0, reverse=True) + last, 0.0)
