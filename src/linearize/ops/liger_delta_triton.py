@@ -343,7 +343,10 @@ def delta_query_gradients_kernel(
         if FEATURE != "given":
             place = dmixing + index * chunks + chunk
             tl.store(place, tl.load(place) + tl.sum(read + before, 0))
-        dquery += product(dp, unit_key, DTYPE)
+        within = product(dp, unit_key, DTYPE)
+        if DP > 64:  # a bare sum would become one product's start, and each half of 8 warps would make the whole of it
+            within = tl.where((rows < T)[:, None], within, 0.0)
+        dquery += within
         draw = w * unit_backward(y, scale, dquery, FEATURE)
         if FEATURE != "given":
             draw += load_tile(dq + ours, rows, columns, T, H * D, D).to(tl.float32)
