@@ -41,9 +41,6 @@ def test_tokenising_stops_at_the_limit(monkeypatch):
     assert counting.seen < 200
 
 
-# --- sequences ---
-
-
 def documents(*lengths: int) -> list[np.ndarray]:
     """Documents of these lengths whose tokens are all different: 100, 101, ...; 200, 201, ...; ..."""
     return [np.arange(length, dtype=np.int32) + 100 * number for number, length in enumerate(lengths, start=1)]

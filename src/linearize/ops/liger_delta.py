@@ -27,9 +27,9 @@ class Solved(NamedTuple):
 
 def empty(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """For what the forward pass makes but for the gates, in the order of `Solved`."""
-    D, fine = call.q.shape[3], torch.float32 if call.dtype == torch.float32 else torch.float16
+    D, bounded = call.q.shape[3], torch.float32 if call.dtype == torch.float32 else torch.float16
     key, residual, left = (torch.empty_like(call.k, dtype=call.dtype) for _ in range(3))
-    solved = key.new_empty(call.pairs, call.chunks, CHUNK, CHUNK, dtype=fine)
+    solved = key.new_empty(call.pairs, call.chunks, CHUNK, CHUNK, dtype=bounded)
     return key, residual, left, solved, key.new_empty(call.pairs, call.chunks, D, D)
 
 

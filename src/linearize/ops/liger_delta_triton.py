@@ -94,7 +94,7 @@ def decay_mask(log_g, to_query, rows, T, GATED: tl.constexpr):
 
 @triton.jit
 def exact(x, y, DTYPE: tl.constexpr):
-    """x y with nearly fp32's precision: in bf16, both are split in two."""
+    """x y with nearly fp32's precision: in half the precision, both are split in two."""
     if tl.float32 == DTYPE:
         z = product(x, y, DTYPE)
     else:
@@ -312,10 +312,10 @@ def delta_query_gradients_kernel(
     gain = load_tile(residual + theirs, rows, columns, T, KV * D, D)
     inverted = load_square(solved, pair * chunks + chunk)
     state = load_state(states, pair * chunks + chunk, columns, D)
-    seen = (rows[:, None] >= rows[None, :]) & (rows[None, :] >= starts[:, None])
+    between = tl.where((rows[:, None] >= rows[None, :]) & (rows[None, :] >= starts[:, None]), between, 0.0)
     dgain, dunit_key = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
     dstate, dsum = tl.zeros([DP, DP], tl.float32), tl.zeros([CHUNK], tl.float32)
-    for group in range(GROUPS):
+    for group in tl.range(0, GROUPS, disable_licm=True):  # offsets and masks, made anew, need no registers meanwhile
         index = batch * H + head * GROUPS + group
         ours = (batch * T * H + head * GROUPS + group) * D
         w = 1.0 if FEATURE == "given" else tl.load(mixing + head * GROUPS + group)
@@ -323,17 +323,19 @@ def delta_query_gradients_kernel(
         x = load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32)
         query, scale = unit(x, columns, D, FEATURE)
         query = query.to(DTYPE)
-        p = tl.where(seen, between * product(query, tl.trans(unit_key), DTYPE), 0.0)
+        dstate += product(tl.trans(query), w * reaching * dout.to(tl.float32), DTYPE)
+        dout = dout.to(DTYPE)
+        p = (between * product(query, tl.trans(unit_key), DTYPE)).to(FINE)
         m = product(p, inverted, FINE)
+        dgain += product(tl.trans((w * m).to(DTYPE)), dout, DTYPE)
         dm = product(dout, tl.trans(gain), DTYPE)
-        dgain += product(tl.trans(w * m), dout, DTYPE)
         read = tl.sum(m * dm, 1)
         dp = by_fine(dm, inverted, DTYPE)
         if GATED:
-            p *= w * dp
-            dsum += tl.sum(p, 1) - tl.sum(p, 0)
-        dp = tl.where(seen, between * dp, 0.0)
-        dunit_key += product(tl.trans(w * dp), query, DTYPE)
+            change = w * p.to(tl.float32) * dp
+            dsum += tl.sum(change, 1) - tl.sum(change, 0)
+        dp *= between
+        dunit_key += product(tl.trans((w * dp).to(DTYPE)), query, DTYPE)
         dquery = reaching * product(dout, tl.trans(state), DTYPE)
         y = query.to(tl.float32)
         before = tl.sum(y * dquery, 1)
@@ -341,8 +343,10 @@ def delta_query_gradients_kernel(
         if FEATURE != "given":
             place = dmixing + index * chunks + chunk
             tl.store(place, tl.load(place) + tl.sum(read + before, 0))
-        dquery += product(dp, unit_key, DTYPE)
-        dstate += product(tl.trans(w * reaching * y), dout, DTYPE)
+        within = product(dp, unit_key, DTYPE)
+        if DP > 64:  # a bare sum would become one product's start, and each half of 8 warps would make the whole of it
+            within = tl.where((rows < T)[:, None], within, 0.0)
+        dquery += within
         draw = w * unit_backward(y, scale, dquery, FEATURE)
         if FEATURE != "given":
             draw += load_tile(dq + ours, rows, columns, T, H * D, D).to(tl.float32)
@@ -420,13 +424,18 @@ def delta_key_gradients_kernel(
 
     unit_key = load_tile(key + at, rows, columns, T, KV * D, D)
     gain = load_tile(residual + at, rows, columns, T, KV * D, D)
-    gain = product(load_square(solved, pair * chunks + chunk), gain, DTYPE)
-    direct = tl.sum(z * gain, 1) / tl.maximum(write, FAINT)  # `dwrite`, whose terms nearly cancel, without them
+    written = product(load_square(solved, pair * chunks + chunk), gain, DTYPE)
+    # β's gradient as one sum; `dwrite` is several, which nearly cancel
+    direct = tl.sum(z * written, 1) / tl.maximum(write, FAINT)
     seen = (rows[:, None] > rows[None, :]) & (rows[None, :] >= starts[:, None])
     between = tl.where(seen, between, 0.0)
-    da = -product(z, tl.trans(gain), DTYPE)
+    da = -product(z, tl.trans(written), DTYPE)
     a = da * between * product(unit_key, tl.trans(unit_key), DTYPE)
     dwrite += tl.sum(a, 1)
+    dsum = tl.zeros([CHUNK], tl.float32)
+    if GATED:
+        a *= write[:, None]
+        dsum = tl.load(dsums + pair * T + rows, mask=rows < T, other=0.0) + tl.sum(a, 1) - tl.sum(a, 0)
     da *= between * write[:, None]
     dunit_key = load_tile(dkey + at, rows, columns, T, KV * D, D).to(tl.float32)
     dunit_key += product(da, unit_key, DTYPE) + product(tl.trans(da), unit_key, DTYPE)
@@ -439,17 +448,15 @@ def delta_key_gradients_kernel(
     dunit_key -= (write * reaching)[:, None] * derased
 
     dstate = load_state(dstates, pair * chunks + chunk, columns, D)
+    last = tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
     ending = lasting(tl.exp(to_end), first, rows, start, T, PACKED)
-    dended = ending[:, None] * product(gain, tl.trans(dstate), DTYPE)
+    dended = ending[:, None] * product(written, tl.trans(dstate), DTYPE)
     dunit_key += dended
 
     ddecay = tl.zeros([CHUNK], tl.float32)
     if GATED:
         held = tl.sum(unit_key.to(tl.float32) * dended, 1)
-        a *= write[:, None]
-        dsum = tl.load(dsums + pair * T + rows, mask=rows < T, other=0.0)
-        dsum += tl.sum(a, 1) - tl.sum(a, 0) - write * dread - held
-        last = tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
+        dsum -= write * dread + held
         last = last * kept(log_g, first, rows, start, T, GATED, PACKED) + tl.sum(held, 0)
         decay = tl.load(log_g + rows, mask=rows < T, other=0.0)
         ddecay = tl.where(decay > GONE, tl.cumsum(dsum, 0, reverse=True) + last, 0.0)

@@ -272,8 +272,10 @@ def run(
     block, warps = launch or program(B * KV, D, beyond.epsilon is not None)
     rank, overlap = 0 if beyond.maps is None else beyond.maps[0].shape[-1], overlaps(heads)
     at_once = min(H // KV, WIDEST // max(rank, 1))
-    bounded = settings.gate in DELTA or settings.feature_map == "softmax"  # queries of the state, by 1
-    narrow = bounded and heads.dtype != torch.float32 and state == torch.float16
+    short = (
+        settings.gate in DELTA or settings.feature_map == "softmax"
+    )  # no query is longer than 1, so that fp16 holds it
+    in_fp16 = short and heads.dtype != torch.float32 and state == torch.float16
     step_kernel[(B * KV, triton.cdiv(D, block))](
         heads, heads.stride(0),
         cos, sin, 0 if rope is None else cos.stride(0), sink_cos, sink_sin, 0 if rope is None else sink_cos.stride(0),
@@ -287,7 +289,7 @@ def run(
         GATES=0 if beyond.gate is None else beyond.gate.shape[-1], LOGITS=beyond.mixing is not None,
         RMS=beyond.epsilon is not None, OPENING=0 if beyond.opening is None else beyond.opening[1].shape[-1],
         MOST=torch.finfo(torch.float16).max if state == torch.float16 else 0.0,
-        READ=tl.float16 if narrow else tl.float32, OVERLAP=overlap, num_warps=warps,
+        READ=tl.float16 if in_fp16 else tl.float32, OVERLAP=overlap, num_warps=warps,
         **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return output
