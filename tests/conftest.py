@@ -19,6 +19,7 @@ CHECKED += (
     "ops.gated_delta",
     "ops.liger",
 )  # not kernels: Triton reads their source
+pytest.register_assert_rewrite("tiny")  # so that a failure says by how much
 install_import_hook([f"linearize.{name}" for name in CHECKED], "beartype.beartype")  # before linearize is imported
 torch.set_num_threads(1)  # tiny models, and other tests may run beside these
 
