@@ -247,8 +247,7 @@ def key_and_gate_backward(
 def running_sum(x, SCALAR: tl.constexpr, REVERSE: tl.constexpr = False):
     """The sum of x `[C, K]` up to and with each token, or from it on. (Triton cannot scan a tile of width 1.)"""
     if SCALAR:
-        i, t = tl.arange(0, CHUNK)[None, :], tl.arange(0, CHUNK)[:, None]
-        sums = tl.sum(tl.where(t >= i if REVERSE else t <= i, x, 0.0), 0)[:, None]
+        sums = tl.cumsum(tl.sum(x, 1), 0, reverse=REVERSE)[:, None]
     else:
         sums = tl.cumsum(x, 0, reverse=REVERSE)
     return sums
