@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=500, help="begin nothing after this long")
     parser.add_argument("--model", choices=SHAPES, action="append", help="only this one")
     parser.add_argument(
-        "--structure", choices=CONVERTED, help="of the converted side, gla where none is given; one for each file"
+        "--structure", choices=CONVERTED, help="of the converted side, one for each file; else gla, of a prompt default"
     )
     parser.add_argument("--smoke", action="store_true", help="only see whether it is right")
     parser.add_argument("--prompt", action="store_true", help="read a prompt of a million tokens in chunks")
@@ -105,7 +105,8 @@ def main() -> None:
     elif arguments.prompt:
         from benchmarks.prompt import read_prompt
 
-        read_prompt(arguments.out, (arguments.model or ["SmolLM2-135M"])[0], arguments.tokens, stop)
+        name, structure = (arguments.model or ["SmolLM2-135M"])[0], arguments.structure or "default"
+        read_prompt(arguments.out, name, arguments.tokens, stop, structure=structure)
     else:
         arguments.structure = arguments.structure or "gla"
         compare(arguments.out, arguments.model or [name for name in SHAPES if name != "tiny"], stop, arguments)

@@ -227,7 +227,7 @@ def _decoding_goal(row: dict[str, Any]) -> float:
 
 def generation() -> str:
     """The paper's table: seconds and GB to go from 128 tokens to a length, 16 sequences at once."""
-    if (data := measured("decode_h100")) is None:
+    if (data := measured("decode_default_h100")) is None:
         return "Not measured yet."
     rows = sorted((row for row in data["rows"] if (row["model"], row["batch"]) == ("Llama-3-8B", 16)), key=_context)
     if len(rows) < 2:  # what lies between is summed up from the ends
@@ -250,7 +250,7 @@ def generation() -> str:
             before[side] = row["context"], step
             cells.append(f"{spent[side]:.1f} s, {(row['weights'] + used) / 1e9:.1f} GB")
         lines.append(f"| {row['context']:,} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"{made_on(data)}."])
 
 
 def _context(row: dict[str, Any]) -> int:
@@ -313,7 +313,7 @@ def long_prompt() -> str:
         [
             *lines,
             "",
-            f"{data['model']}, chunks of {data['chunk']:,}, bf16; {made}. The last layer's state "
+            f"{data['model']}, {data['structure']}, chunks of {data['chunk']:,}, bf16; {made}. The last layer's state "
             f"after 20,000 tokens in chunks of 1,000, and in one call, differs by {others} of its norm.",
         ]
     )

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from benchmarks.decode import DEVICE, GPU, freed, peak, random_model
+from benchmarks.decode import CONVERTED, DEVICE, GPU, freed, peak, random_model
 from benchmarks.results import provenance, write
 from linearize import convert
 from linearize.cache import cache_bytes
 
 
 @torch.no_grad()
-def read_prompt(out: Path, name: str, tokens: int, stop: float, chunk: int = 8192) -> None:
+def read_prompt(out: Path, name: str, tokens: int, stop: float, chunk: int = 8192, structure: str = "default") -> None:
     """Read `tokens` random tokens in chunks: speed, memory and the cache's bytes as it goes; and the state that other
     chunks give."""
-    model = convert(random_model(name), structure="gla", mixing_weight=0.3)
+    model = convert(random_model(name), **CONVERTED[structure] | {"mixing_weight": 0.3})
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), device=DEVICE)
     short = ids[:, : min(tokens, 20000)]
     states = [prefilled(model, short, size)[0].layers[-1].state.double() for size in (chunk, 1000, len(short[0]))]
@@ -44,7 +44,8 @@ def read_prompt(out: Path, name: str, tokens: int, stop: float, chunk: int = 819
         torch.cuda.synchronize()
     after = {"decoded": 64, "seconds": time.perf_counter() - start, "finite": bool(logits.isfinite().all())}
     print(rows[-1], after, flush=True)
-    write(out, {**provenance(), "model": name, "chunk": chunk, "other_chunks": agreement, "rows": rows, **after})
+    told = {"model": name, "structure": structure, "chunk": chunk, "other_chunks": agreement}
+    write(out, {**provenance(), **told, "rows": rows, **after})
 
 
 def prefilled(

@@ -14,7 +14,8 @@ if torch.cuda.is_available():
 import interpreted  # noqa: F401
 
 SETTINGS = {"mixing_weight": 0.4, "sinks": 3}
-calls = []
+calls: list[tuple] = []  # of the operator
+windows: list[tuple] = []  # of the window's kernel
 
 
 @pytest.fixture
@@ -80,15 +81,64 @@ def test_branches_with_kernels_of_their_own_give_the_same(structure, monkeypatch
         assert_close(found[1][name], expected, 1e-4)
 
 
+@pytest.fixture
+def by_kernels(fused, monkeypatch):
+    """All that a GPU takes kernels for, in fp32; counts the calls of the window's kernel, too."""
+    run = liger.windowed
+
+    def count(*arguments):
+        windows.append(arguments)
+        return run(*arguments)
+
+    def switch() -> None:
+        fused()
+        windows.clear()
+        for module in (gated_delta, liger):
+            monkeypatch.setattr(module, "why_not_fused", lambda *_: None)
+        monkeypatch.setattr(liger, "why_not_windowed", lambda *_: None)
+        monkeypatch.setattr(liger, "windowed", count)
+        for module in (gated_delta, mixer):
+            monkeypatch.setattr(module, "kernel_dtype", lambda _: torch.float32)
+
+    return switch
+
+
+@pytest.mark.parametrize(
+    ("settings", "operators", "alone"),
+    [
+        ({"structure": "gla"}, 6, 4),
+        ({"structure": "lightning", "window": 20, "sinks": 0}, 8, 6),
+        ({"structure": "gated_deltanet"}, 6, 4),
+        ({"structure": "gated_deltanet", "gate_source": "learned", "feature_map": "none", "readout": "rms"}, 0, 6),
+        ({"structure": "none", "rope": "none"}, 0, 6),
+    ],
+)
 @torch.no_grad()
-def test_decoding_goes_on_from_a_fused_prompt(fused):
-    converted = model("gla")
-    expected = logits(converted, ids(1, 75), use_cache=False)
-    fused()
+def test_a_prompt_goes_on_by_kernels(settings, operators, alone, by_kernels):
+    """From where the sinks have left the window, which is 64 tokens but for one; before, by operations."""
+    converted = model(**settings)
+    expected = logits(converted, ids(2, 180), use_cache=False)
+    by_kernels()
     cache = DynamicCache(config=converted.config)
-    parts = [logits(converted, part, past_key_values=cache) for part in ids(1, 75).split([70, 1, 4], dim=1)]
+    parts = [logits(converted, part, past_key_values=cache) for part in ids(2, 180).split([40, 30, 70, 1, 39], dim=1)]
     assert_close(torch.cat(parts, dim=1), expected)
-    assert len(calls) == 2
+    assert (len(calls), len(windows)) == (operators, alone)
+
+
+@torch.no_grad()
+def test_a_padded_prompt_goes_on_without_kernels(by_kernels):
+    """The first row's window is not full."""
+    converted = model("gla")
+    mask = (torch.arange(180) >= torch.tensor([[45], [0]])).long()
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    expected = logits(converted, ids(2, 180), use_cache=False, **given)
+    by_kernels()
+    cache, parts = DynamicCache(config=converted.config), []
+    for begin, end in ((0, 100), (100, 120), (120, 180)):
+        now = {"attention_mask": mask[:, :end], "position_ids": given["position_ids"][:, begin:end]}
+        parts.append(logits(converted, ids(2, 180)[:, begin:end], past_key_values=cache, **now))
+    assert_close(torch.cat(parts, dim=1)[:, 45:], expected[:, 45:])
+    assert (len(calls), len(windows)) == (4, 2)
 
 
 @pytest.mark.parametrize("settings", [{"structure": "gla"}, {"structure": "deltanet", "negative_eigenvalues": True}])

@@ -127,11 +127,11 @@ class LinearizedAttention(nn.Module):
         if self.config.local != "none":
             before = None if past is None or cache is None else (cache.sink_keys, cache.sink_values)
             sinks = self.document_sinks(q, rotated[1], v, tokens, before)
-        output, state = self.fused(q, k, v, position_embeddings, tokens, cache)
+        output, state = self.fused(q, k, v, position_embeddings, sinks, past, memory, tokens, cache)
         if state is not None:
             memory = Memory(state)
         elif sinks is not None and self.ablated != "window":
-            output = self.windowed(q, k, v, position_embeddings, past, tokens)
+            output = self.windowed(q, k, v, position_embeddings, sinks, past, tokens)
             if output is None:
                 output, normalizer = self.local(*rotated, v, sinks, past, tokens)
         if self.recurrence is not None and self.ablated != "recurrence" and state is None:
@@ -167,11 +167,15 @@ class LinearizedAttention(nn.Module):
         k: Tensor,
         v: Tensor,
         angles: tuple[Tensor, Tensor],
+        sinks: Sinks | None,
+        past: Past | None,
+        memory: Memory | None,
         tokens: Tokens,
         cache: MixerCacheLayer | None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Output and final state of both branches by one kernel: on a GPU, for a whole text; else nothing."""
-        if self.recurrence is None or self.ablated or (cache is not None and cache.is_initialized):
+        """Output and final state of both branches by kernels, on a GPU; else nothing. A text from its beginning is one
+        operator's; of one that goes on from a cache, the window is another's."""
+        if self.recurrence is None or self.ablated or (past is not None and q.shape[1] == 1):
             return None, None
         settings, rope = self.kernel, None if self.rotate is _unrotated else angles
         reason = settings if isinstance(settings, str) else liger.why_not_fused(q, k, v, settings, tokens.first, rope)
@@ -187,7 +191,14 @@ class LinearizedAttention(nn.Module):
         if self.config.structure == "lightning":
             decay = -rates(self.layer, q.device).float()
         weights = mixing.weight if hasattr(mixing, "weight") else mixing.weights().to(q.device)
-        return liger.fused(q, k, v, weights, settings, rope, None, tokens.first, decay)
+        if past is None:
+            return liger.fused(q, k, v, weights, settings, rope, None, tokens.first, decay)
+        local = None if sinks is None else self.windowed(q, k, v, angles, sinks, past, tokens)
+        if local is None or memory is None:
+            return None, None
+        # with a weight of 1, what the operator makes of a window that begins here is nothing
+        read, state = liger.fused(q, k, v, torch.ones_like(weights), settings, rope, memory.state, None, decay)
+        return torch.lerp(local, read, weights[:, None].to(local.dtype)), state
 
     def step_settings(self) -> liger.Settings | None:
         """What `ops.step` is to be told: of the whole layer or, with gate "none", of the window alone, where the
@@ -321,17 +332,35 @@ class LinearizedAttention(nn.Module):
         return local_attention(q, k, v, window, self.scoring(), sinks, past, tokens.valid, tokens.document, first)
 
     def windowed(
-        self, q: Tensor, k: Tensor, v: Tensor, angles: tuple[Tensor, Tensor], past: Past | None, tokens: Tokens
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        angles: tuple[Tensor, Tensor],
+        sinks: Sinks,
+        past: Past | None,
+        tokens: Tokens,
     ) -> Tensor | None:
-        """The softmax branch by a kernel of its own, from q and k before RoPE: on a GPU, for a whole text; else
-        nothing."""
+        """The softmax branch by a kernel of its own, from q and k before RoPE: on a GPU, for a text from its beginning
+        or one that goes on where sinks have left a full window; else nothing."""
         settings, dtype, rope = self.plain_window(), kernel_dtype(v), None if self.rotate is _unrotated else angles
-        if settings is None or dtype is None or past is not None or tokens.sink_rope is not None:
+        if settings is None or dtype is None or tokens.sink_rope is not None:
             return None
+        before = 0
+        if past is not None:  # sinks and window lead the text; what is rotated already turns by no angle
+            known = sinks.time[:, : settings.sinks] <= -settings.window
+            if q.shape[1] == 1 or tokens.valid is not None or not bool(past.valid.all() & known.all()):
+                return None
+            before = settings.sinks + settings.window
+            q = F.pad(q, (0, 0, 0, 0, before, 0))
+            k = torch.cat([sinks.k[:, : settings.sinks], past.k, k], dim=1)
+            v = torch.cat([sinks.v[:, : settings.sinks], past.v, v], dim=1)
+            if rope is not None:
+                rope = F.pad(rope[0], (0, 0, before, 0), value=1.0), F.pad(rope[1], (0, 0, before, 0))
         q, k, v = (x.to(dtype) for x in (q, k, v))
         if liger.why_not_windowed(q, k, v, settings, tokens.first, rope) is not None:
             return None
-        return liger.windowed(q, k, v, settings, rope, tokens.first)
+        return liger.windowed(q, k, v, settings, rope, tokens.first)[:, before:]
 
     def mixed(self, read: Any, local: Tensor | None, normalizer: Tensor | None, hidden: Tensor) -> Tensor:
         """Both branches as one; the recurrence's output where it is the only one."""
