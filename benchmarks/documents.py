@@ -6,7 +6,7 @@ A part stands between `<!-- part: NAME -->` and `<!-- end -->`.
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -199,14 +199,16 @@ def tracking(name: str) -> str:
         return "Not measured yet."
     data = json.loads(path.read_text(encoding="utf-8"))
     results = [Result.model_validate(result) for result in data["results"]]
-    settings, defaults = data["settings"], Settings().model_dump()
-    changed = ", ".join(f"`{key}={value}`" for key, value in settings.items() if value != defaults[key])
+    settings = Settings.model_validate(data["settings"])
+    changed = _named(settings, Settings())
+    for task in settings.own:
+        changed += f"; of {task} {_named(settings.of(task), settings)}"
     longest = max(results, key=lambda result: result.seconds)
     made = (
         f"{data['hardware']}, {versions(data['versions'])}; {sum(r.seconds for r in results):.0f} s of training, "
         f"{longest.seconds:.0f} of them for {longest.task} with {longest.structure}."
     )
-    return "\n".join([tracking_table(results), "", f"Settings: {changed or 'the defaults'}. {made}"])
+    return "\n".join([tracking_table(results), "", f"Settings: {changed}. {made}"])
 
 
 def tracking_runs(folder: Path = RESULTS / "state-tracking-runs") -> str:
@@ -214,20 +216,25 @@ def tracking_runs(folder: Path = RESULTS / "state-tracking-runs") -> str:
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     if not found:
         return "Not measured yet."
-    every, defaults = [data["settings"] for data in found], Settings().model_dump()
-    varied = {key for key in defaults if any(settings[key] != every[0][key] for settings in every)}
-    shared = [f"`{key}={value}`" for key, value in every[0].items() if key not in varied and value != defaults[key]]
+    runs = [(Result.model_validate(result), data["settings"]) for data in found for result in data["results"]]
+    every = [Settings.model_validate(settings).of(result.task) for result, settings in runs]
+    varied = {key for key, value in every[0] if any(getattr(settings, key) != value for settings in every)}
     rows = []
-    for data in found:
-        special = ", ".join(f"`{key}={value}`" for key, value in data["settings"].items() if key in varied)
-        for result in map(Result.model_validate, data["results"]):
-            accuracy = f"{result.longer:.3f} ({result.trained:.3f})"
-            row = f"| {special} | {result.task}, {result.format} | {eigenvalues(result)} | {accuracy} |"
-            row += f" {result.steps:,} | {result.seconds:.0f} |"
-            rows.append((-result.longer, row))
+    for (result, _), settings in zip(runs, every, strict=True):
+        special = ", ".join(f"`{key}={getattr(settings, key)}`" for key in Settings.model_fields if key in varied)
+        row = f"| {special} | {result.task}, {result.format} | {eigenvalues(result)} |"
+        row += f" {result.longer:.3f} ({result.trained:.3f}) | {result.steps:,} | {result.seconds:.0f} |"
+        rows.append((-result.longer, row))
+    shared = _named(every[0], Settings(), varied)
     lines = ["| settings | task | eigenvalues | accuracy | steps | s |", "| --- | --- | --- | ---: | ---: | ---: |"]
     made = "; ".join(dict.fromkeys(f"{data['hardware']}, {versions(data['versions'])}" for data in found)) + "."
-    return "\n".join([*lines, *(row for _, row in sorted(rows)), "", f"All with {', '.join(shared)}. {made}"])
+    return "\n".join([*lines, *(row for _, row in sorted(rows)), "", f"All with {shared}. {made}"])
+
+
+def _named(settings: Settings, usual: Settings, but: Collection[str] = ()) -> str:
+    """What differs from the `usual`."""
+    pairs = [(key, value) for key, value in settings if value != getattr(usual, key) and key not in {*but, "own"}]
+    return ", ".join(f"`{key}={value}`" for key, value in pairs)
 
 
 def _keys(model: type[BaseModel]) -> str:
