@@ -235,7 +235,7 @@ def run(call: Call, initial: Tensor) -> tuple[Tensor, Tensor]:
     starts, final = initial, torch.empty_like(initial)
     if segments > 1:
         starts = states_before(call, initial, segments, size)
-    flows.flow_kernel[(segments, B * H)](
+    flows.flow_kernel[(segments, call.pairs)](
         call.q, call.k, call.v, call.mixing, call.first, call.decay, starts, output, totals, final, T, size, *gate,
         **told, **call.gating(), **launch("flow", call),
     )  # fmt: skip
@@ -249,8 +249,7 @@ def run(call: Call, initial: Tensor) -> tuple[Tensor, Tensor]:
 def flow_segments(call: Call) -> tuple[int, int]:
     """Into how many segments `flow_kernel` cuts a sequence, of at least 8 chunks, and their chunks."""
     wanted = MULTIPROCESSORS * LAUNCHES["flow"][padded(call.q.shape[3])].programs
-    heads = call.q.shape[0] * call.q.shape[2]
-    size = max(8, triton.cdiv(call.chunks, max(1, wanted // heads)))
+    size = max(8, triton.cdiv(call.chunks, max(1, wanted // call.pairs)))
     return triton.cdiv(call.chunks, size), size
 
 
