@@ -174,7 +174,8 @@ def start_compiler(target: Any) -> None:
 
 def with_settings(task: Task, launch: Launch) -> Task:
     """The task by other settings."""
-    told = task.told | ({"BV": launch.block} if "BV" in task.told else {})
+    settings = {"BV": launch.block, "STAGES": launch.num_stages}
+    told = task.told | {name: value for name, value in settings.items() if name in task.told}
     told.pop("maxnreg", None)
     return task._replace(told=told | options(launch))
 

@@ -78,7 +78,8 @@ def pass_over_states(call: Call, name: str, kernel: Any, inputs: tuple, initial:
     BV, carried = (min(LAUNCHES[kind][padded(D)].block, padded(D)) for kind in (name, "delta_carry"))
     blocks = triton.cdiv(D, BV)
     segments, size = segments_of(call, blocks)
-    told = heads(call) | {"BV": BV, "GATED": gated(call)} | launch(name, call)
+    options = launch(name, call)
+    told = heads(call) | {"BV": BV, "GATED": gated(call), "STAGES": options["num_stages"]} | options
     starts, final = initial, torch.empty_like(initial)
     if segments > 1:
         effects, grid = initial.new_empty(call.pairs, segments - 1, 2, D, D), (2 * padded(D) // BV, segments - 1)

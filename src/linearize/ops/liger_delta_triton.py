@@ -19,9 +19,11 @@ left `[B, T, KV, D]`; β and the log decay `[B * KV, T]` in fp32; X `[B * KV, ch
 `[B * KV, chunks, D, D]`.
 
 The passes over the states go from chunk to chunk. A long sequence of few heads is cut into segments of chunks: over a
-segment S becomes M S + N, where N is what the pass makes of no state, M what it makes of the identity if nothing is
-written, both of them for all segments at once. From these follows what enters each segment, and then all pass again,
-each from its own state. Backward, likewise, with Mᵀ.
+segment S becomes P S + N, where N is what the pass makes of no state, and P what it makes of the identity if nothing is
+written, both for all segments at once. From these follows what enters each segment, and then all pass again, each from
+its own state. Backward likewise, with Pᵀ. These loops say STAGES themselves, so that the compiler loads all that a
+chunk needs ahead of it, and not only operands of products; from three on, since with two it waits for what it begins to
+load.
 """
 
 import triton
@@ -194,7 +196,7 @@ def entering(initial, place, channels, columns, D: tl.constexpr, DP: tl.constexp
 
 @triton.jit
 def store_effect(effects, place, channels, columns, state, D: tl.constexpr, DP: tl.constexpr):
-    """What a segment made of `entering` without STORE, N and M `[2, D, D]`."""
+    """What a segment made of `entering` without STORE, N and P `[2, D, D]`."""
     side, column = columns // DP, columns % DP
     inside = (channels < D)[:, None] & (column < D)[None, :]
     offsets = (side * D * D + column)[None, :] + channels[:, None] * D
@@ -203,8 +205,8 @@ def store_effect(effects, place, channels, columns, state, D: tl.constexpr, DP: 
 
 @triton.jit(do_not_specialize=["SEGMENTS"])
 def delta_carry_kernel(initial, effects, starts, SEGMENTS, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr):
-    """What enters each segment, `starts` `[B * KV, SEGMENTS, D, D]`, from what all but the last make of what enters
-    them, `effects` `[B * KV, SEGMENTS - 1, 2, D, D]`; all in fp32, since nothing later makes up for what is lost."""
+    """What enters each segment, `starts` `[B * KV, SEGMENTS, D, D]`, from N and P of all but the last, `effects`
+    `[B * KV, SEGMENTS - 1, 2, D, D]`; in fp32, so that a state is rounded no more often than without segments."""
     block, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channels, columns = tl.arange(0, DP), block * BV + tl.arange(0, BV)
     inside = (channels < D)[:, None] & (columns < D)[None, :]
@@ -273,7 +275,7 @@ def delta_solve_kernel(
 def delta_states_kernel(
     key, v, left, first, beta, log_g, initial, states, residual, final, T, SEGMENT,
     KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    DTYPE: tl.constexpr, STORE: tl.constexpr,
+    DTYPE: tl.constexpr, STAGES: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """The state before every chunk, and its tokens' r, for BV value channels of one head and one segment of SEGMENT
     chunks, from `initial` `[B * KV, segments, D, D]`; `final` `[B * KV, D, D]` is the state after the last segment.
@@ -288,7 +290,8 @@ def delta_states_kernel(
     inside = (channels < D)[:, None] & (columns < D)[None, :]
     offsets = channels[:, None] * D + columns[None, :]
     state = entering(initial, pair * segments + segment, channels, columns, D, DP, STORE)
-    for chunk in range(segment * SEGMENT, tl.minimum(chunks, (segment + 1) * SEGMENT)):
+    begin, end = segment * SEGMENT, tl.minimum(chunks, (segment + 1) * SEGMENT)
+    for chunk in tl.range(begin, end, num_stages=STAGES if STAGES > 2 else None):
         start = chunk * CHUNK
         rows = start + tl.arange(0, CHUNK)
         unit_key = load_tile(key + at, rows, channels, T, KV * D, D)
@@ -416,7 +419,7 @@ def delta_query_gradients_kernel(
 def delta_state_gradients_kernel(
     key, left, first, beta, log_g, dread, dfinal, dresidual, dstates, dinitial, T, SEGMENT,
     KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    DTYPE: tl.constexpr, STORE: tl.constexpr,
+    DTYPE: tl.constexpr, STAGES: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """`delta_states_kernel` backwards: the gradient of the state after every chunk, and from it the rest of r's. The
     first segment is the one at the end."""
@@ -430,7 +433,8 @@ def delta_state_gradients_kernel(
     inside = (channels < D)[:, None] & (columns < D)[None, :]
     offsets = channels[:, None] * D + columns[None, :]
     dstate = entering(dfinal, pair * segments + segment, channels, columns, D, DP, STORE)
-    for n in range(segment * SEGMENT, tl.minimum(chunks, (segment + 1) * SEGMENT)):
+    begin, end = segment * SEGMENT, tl.minimum(chunks, (segment + 1) * SEGMENT)
+    for n in tl.range(begin, end, num_stages=STAGES if STAGES > 2 else None):
         chunk = chunks - 1 - n
         start = chunk * CHUNK
         rows = start + tl.arange(0, CHUNK)
