@@ -4,8 +4,8 @@
 
 Errors are relative to the equation in float64, in the norm: of output and final state, without and with a backward
 pass, and of every gradient; 9 query and 3 key/value heads. Times are of one layer of SmolLM2-135M in training, forward
-and backward, replayed as a CUDA graph, as training does. Programs are compiled side by side, and every case runs as
-soon as its own are: first without a backward pass.
+and backward, replayed as a CUDA graph, as training does, also of one long sequence, which is cut into segments.
+Programs are compiled side by side, and every case runs as soon as its own are: first without a backward pass.
 """
 
 import argparse
@@ -55,6 +55,7 @@ def cases(sizes: list[int]) -> Iterator[Case]:
     yield from (Case(D) for D in sizes)
     yield from (Case(D, kind) for D in sizes for kind in ("packed", "steep", "correlated"))
     yield from (Case(D, T=T) for D in sizes for T in (2, 65))
+    yield from (Case(D, B=1, T=4200) for D in sizes)  # cut into segments
 
 
 def inputs(case: Case) -> Given:
@@ -91,7 +92,7 @@ def errors(case: Case, backward: bool, device: str) -> dict[str, Any]:
     row: dict[str, Any] = {**case._asdict(), "backward": backward}
     try:
         results, weights = run(given.to(device), gated_delta, backward)
-        expected, _ = run(given.to("cpu", torch.float64), reference, backward, weights)
+        expected, _ = run(given.to(device, torch.float64), reference, backward, weights)
         norms = [((x - y).norm() / y.norm()).item() for x, y in zip(results, expected, strict=True)]
         return row | dict(zip(NAMES, norms, strict=False))
     except Exception as error:  # the other cases are worth knowing
@@ -145,7 +146,8 @@ def main() -> None:
     given = parser.parse_args()
     stop = time.perf_counter() + given.seconds
     sizes, passes = given.sizes, [False, True]
-    sides = [(Case(D, B=8, T=1024), back, name) for D in sizes for name in ("kernels", "chunked") for back in passes]
+    layers = [Case(D, B=8, T=1024) for D in sizes] + [Case(64, B=1, T=32768)]
+    sides = [(layer, back, name) for layer in layers for name in ("kernels", "chunked") for back in passes]
     timings = [("times", *side[:2], partial(timed, *side)) for side in sides]
     plain, special = (
         [("errors", case, back, partial(errors, case, back, "cuda")) for back in passes for case in some]
@@ -168,7 +170,7 @@ def main() -> None:
 
 def described(row: dict[str, Any]) -> str:
     """A line for the terminal."""
-    what = f"D={row['D']:3} B={row['B']} T={row['T']:4} {row['kind']:10} {row.get('operator', ''):7} "
+    what = f"D={row['D']:3} B={row['B']} T={row['T']:5} {row['kind']:10} {row.get('operator', ''):7} "
     what += "forward + backward" if row["backward"] else "forward           "
     if "seconds" in row:
         return f"{what} {1000 * statistics.median(row['seconds']):.3f} ms"

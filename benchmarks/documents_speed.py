@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import Any
 
 from benchmarks.decode import SHAPES, fastest, floor, ratio
@@ -81,11 +82,11 @@ def errors() -> str:
         return "Not measured yet."
     forward, fused, alone, step = (data for data in found if data is not None)
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in [*forward["rows"], *fused["rows"]]:
-        rule = "Liger Attention, delta rule" if row["gate"] in DELTA else "Liger Attention, decay"
+    for row in [*forward["rows"], *fused["rows"], *alone["errors"]]:
+        rule = "delta rule, any gates"
+        if "gate" in row:
+            rule = "Liger Attention, delta rule" if row["gate"] in DELTA else "Liger Attention, decay"
         groups.setdefault((rule, f"{row['T']:,} tokens" if row["T"] > 1000 else row["kind"]), []).append(row)
-    for row in alone["errors"]:
-        groups.setdefault(("delta rule, any gates", row["kind"]), []).append(row)
     lines = ["| kernels | inputs | " + " | ".join(f"{what}, D = {D}" for what in ERRORS for D in SIZES) + " |"]
     lines.append("| --- | --- |" + " ---: |" * len(ERRORS) * len(SIZES))
     for (rule, kind), rows in groups.items():
@@ -120,14 +121,14 @@ def delta_times() -> str:
     if (data := measured("delta_h100")) is None:
         return "Not measured yet."
     rows = [row for row in data["times"] if "error" not in row]
-    times = {(row["D"], row["backward"], row["operator"]): 1000 * median(row["seconds"]) for row in rows}
+    shape = itemgetter("B", "T", "D", "backward")
+    chunked = {shape(row): 1000 * median(row["seconds"]) for row in rows if row["operator"] == "chunked"}
     lines = ["| B × T, D | pass | PyTorch's chunks | kernels |", "| --- | --- | ---: | ---: |"]
     for row in (row for row in rows if row["operator"] == "kernels"):
-        ours, theirs = (times[row["D"], row["backward"], name] for name in ("kernels", "chunked"))
-        lines.append(
-            f"| {row['B']} × {row['T']:,}, {row['D']} | {'forward + backward' if row['backward'] else 'forward'} | "
-            f"{theirs:.3f} | {ours:.3f} ({theirs / ours:.1f}×) |"
-        )
+        ours, theirs = 1000 * median(row["seconds"]), chunked.get(shape(row))
+        compared = f"– | {ours:.3f}" if theirs is None else f"{theirs:.3f} | {ours:.3f} ({theirs / ours:.1f}×)"
+        what = "forward + backward" if row["backward"] else "forward"
+        lines.append(f"| {row['B']} × {row['T']:,}, {row['D']} | {what} | {compared} |")
     return "\n".join([*lines, "", f"Milliseconds, median; {made_on(data)}."])
 
 

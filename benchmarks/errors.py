@@ -40,7 +40,7 @@ def cases(sizes: list[int]) -> Iterator[Case]:
         yield from (Case(gate, D, "packed") for gate in ("gla", "mamba2", "gated_deltanet"))
         yield from (Case(gate, D, "steep") for gate in ("gla", "rwkv6", "gated_deltanet"))
         yield from (Case(gate, D, "correlated") for gate in DELTA)
-        yield Case("gla", D, T=4200)  # cut into segments
+        yield from (Case(gate, D, T=4200) for gate in ("gla", "gated_deltanet"))  # cut into segments
 
 
 class Given(NamedTuple):

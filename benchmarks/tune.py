@@ -1,11 +1,14 @@
 """Find the launch settings of the kernels of Liger Attention on this GPU: the table `LAUNCHES` in `liger_fused`.
 
     python -m benchmarks.tune --out docs/results/launches_h100.json --sizes 128 64 --seconds 400
+    python -m benchmarks.tune --out launches.json --gate deltanet --shape 1 32768 --heads 9 3 --sizes 64 \
+        --kernels delta_states delta_carry delta_state_gradients
 
 For every kernel and head size: each candidate is compiled (side by side, in processes that share Triton's cache), run
 within a whole forward and backward pass whose results must be those of the settings in the table, and timed alone; the
-median of many runs by device events. bf16, window 64, 4 sinks, gate `gla`, random inputs. What does not compile or
-does not fit is kept with its reason. Prints the table to paste.
+median of many runs by device events. bf16, window 64, 4 sinks, random inputs; other shapes than 4 x 8,192 tokens, and
+other gates than `gla`, if told so. What does not compile or does not fit is kept with its reason. Prints the table to
+paste.
 """
 
 import argparse
@@ -65,8 +68,9 @@ def candidates(kernel: str, D: int) -> list[Launch]:
     """What is tried, the settings in the table first. `num_stages` matters only to kernels with loops over tiles,
     and registers are limited where more programs on a multiprocessor might pay for it."""
     current = LAUNCHES[kernel][D]
-    if "state" in kernel:
-        passes = itertools.product((2, 4, 8), (1, 2, 3, 4), (32, 64, 128))
+    if "state" in kernel or kernel == "delta_carry":
+        blocks = (16, 32) if kernel == "delta_carry" else (32, 64, 128)
+        passes = itertools.product((2, 4, 8), (1, 2, 3, 4), blocks)
         found = [Launch(warps, stages, block) for warps, stages, block in passes if block <= D]
     elif kernel == "flow":
         flows = itertools.product((4, 8), (1, 2, 3), (0, 128, 168), (1, 2))
@@ -170,7 +174,8 @@ def start_compiler(target: Any) -> None:
 
 def with_settings(task: Task, launch: Launch) -> Task:
     """The task by other settings."""
-    told = task.told | ({"BV": launch.block} if "BV" in task.told else {})
+    settings = {"BV": launch.block, "STAGES": launch.num_stages}
+    told = task.told | {name: value for name, value in settings.items() if name in task.told}
     told.pop("maxnreg", None)
     return task._replace(told=told | options(launch))
 
@@ -336,6 +341,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 64], help="head sizes")
     parser.add_argument("--kernels", nargs="+", default=list(LAUNCHES), choices=list(LAUNCHES))
+    parser.add_argument("--shape", type=int, nargs=2, default=(4, 8192), help="sequences, tokens of each")
     parser.add_argument("--heads", type=int, nargs=2, default=(32, 8), help="query heads, key/value heads")
     parser.add_argument("--gate", default="gla")
     parser.add_argument("--processes", type=int, default=16, help="that compile")
@@ -347,7 +353,7 @@ def main() -> None:
     context, target = multiprocessing.get_context("spawn"), driver.active.get_current_target()
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(given.processes, context, start_compiler, (target,)) as pool:
-        problems = {D: Problem((4, 8192, *given.heads, D), given.gate) for D in given.sizes}
+        problems = {D: Problem((*given.shape, *given.heads, D), given.gate) for D in given.sizes}
         wanted: list[tuple[int, str, Launch, list[Task]]] = []
         for D, problem in problems.items():
             with recording(runs=False) as tasks:
@@ -373,7 +379,7 @@ def main() -> None:
             for launch in candidates(kernel, padded(D)):
                 if time.perf_counter() - start > given.seconds:
                     continue
-                row = {"D": D, "heads": given.heads, "kernel": kernel, **launch._asdict()}
+                row = {"D": D, "shape": given.shape, "heads": given.heads, "kernel": kernel, **launch._asdict()}
                 for job in jobs[D, kernel, program_of(launch)]:
                     row |= job.result()
                 if "error" not in row:

@@ -56,6 +56,19 @@ def test_launches_belong_to_the_kernel_before(monkeypatch):
     assert names == ["states_kernel", "carry_kernel", "states_kernel"]
 
 
+def test_passes_of_the_delta_rule_in_segments(monkeypatch):
+    from linearize.ops import liger_delta
+
+    monkeypatch.setattr(liger_delta, "segments_of", lambda call, blocks: (2, 1))
+    with tune.recording(runs=False) as tasks:
+        tune.Problem(SHAPE, "deltanet", "cpu", torch.float32).run()
+    for kernel, launches in (("delta_states", 4), ("delta_carry", 3), ("delta_state_gradients", 2)):
+        mine = tune.tasks_of(kernel, tasks)
+        assert [task.kernel.split(":")[1] for task in mine] == [f"{kernel}_kernel"] * launches
+    told = tune.with_settings(mine[0], Launch(2, 4, 8)).told
+    assert (told["num_warps"], told["num_stages"], told["STAGES"], told["BV"]) == (2, 4, 4, 8)
+
+
 @pytest.mark.parametrize("kernel", LAUNCHES)
 def test_candidates_begin_with_the_table(kernel):
     found = tune.candidates(kernel, 128)

@@ -119,6 +119,66 @@ def test_documents_do_not_see_each_other():
     assert_is_the_equation(inputs(130, B=2, groups=1), documents(130, [20, 23, 100], [64]))
 
 
+def cut(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Sequences into segments of so many chunks."""
+    from linearize.ops import liger_delta
+
+    monkeypatch.setattr(liger_delta, "segments_of", lambda call, blocks: (-(-call.chunks // size), size))
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("size", "correlation", "log_decay"),
+    [(1, 0.0, None), (2, 0.999, 0.0), (3, 0.9, None), (2, 0.9, -0.01), (1, 0.0, -20.0), (2, 0.0, -1e4)],
+)
+def test_segments(monkeypatch, size, correlation, log_decay):
+    """The last one is shorter; the last chunk too."""
+    cut(monkeypatch, size)
+    given = inputs(300, groups=1, correlation=correlation)
+    if log_decay is not None:
+        given[3][:, ::3], given[4][:] = log_decay, 2.0
+    assert_is_the_equation(given)
+
+
+@needs_interpreter
+def test_segments_of_documents_heads_and_head_sizes(monkeypatch):
+    """Documents begin within segments, and with one."""
+    cut(monkeypatch, 2)
+    given = inputs(270, B=2, KV=2, groups=1, D=24)
+    assert_is_the_equation(given, documents(270, [20, 23, 100], [128]))
+
+
+@needs_interpreter
+def test_segments_in_half_precision(monkeypatch):
+    """What goes from segment to segment is not rounded."""
+    cut(monkeypatch, 1)
+    given = inputs(330, D=64, groups=1, correlation=0.5)
+    given[3][:], given[4][:] = 0.0, 2.0
+    assert_is_the_equation(given, None, torch.bfloat16, 1.5e-2)
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "KV", "D", "expected"),
+    [
+        (16, 2048, 3, 64, (1, 32)),
+        (1, 2048, 3, 64, (1, 32)),
+        (4, 8192, 8, 128, (1, 128)),
+        (1, 4200, 1, 64, (11, 6)),
+        (1, 32768, 3, 64, (22, 24)),
+        (1, 32768, 8, 128, (8, 64)),
+        (1, 2**20, 1, 64, (66, 249)),
+    ],
+)
+def test_into_how_many_segments(monkeypatch, B, T, KV, D, expected):
+    """By shapes alone: long sequences of few heads, so that a pass has a program for each multiprocessor."""
+    from linearize.ops import liger_delta
+    from linearize.ops.gated_delta_fused import _call
+
+    q, k, state = (torch.empty(*shape, device="meta") for shape in ((B, T, KV, D), (B, T, KV, D), (B, KV, D, D)))
+    blocks = D // min(D, liger_delta.LAUNCHES["delta_states"][D].block)
+    assert liger_delta.segments_of(_call(q, k, k, state, None), blocks) == expected
+
+
 @needs_interpreter
 def test_padding_neither_writes_nor_decays():
     given = inputs(80, B=2)
@@ -152,6 +212,13 @@ def test_gpu_lengths(T, D):
 def test_gpu_documents():
     given = inputs(300, B=2, groups=3, D=64)
     assert_is_the_equation(given, documents(300, [20, 23, 100], [64]), torch.bfloat16, 5e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize(("D", "begins"), [(64, [700, 1100, 4000]), (128, [])])
+def test_gpu_segments(D, begins):
+    given, document = inputs(4200, groups=1, D=D), documents(4200, begins) if begins else None
+    assert_is_the_equation(given, document, torch.bfloat16, 5e-3)
 
 
 @needs_gpu

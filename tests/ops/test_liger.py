@@ -208,6 +208,27 @@ def test_segments(monkeypatch, gate, packed):
     assert_is_the_equation(inputs(200, groups=1), settings(gate), rope(200), first)
 
 
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("gate", "fixed", "size", "packed"),
+    [
+        ("gated_deltanet", {}, 2, False),
+        ("deltanet", {}, 1, True),
+        ("gated_deltanet", {"strength": 2.0}, 3, True),
+        ("deltanet", {"strength": 2.0, "feature_map": "none"}, 1, False),
+    ],
+)
+def test_segments_of_the_delta_rule(monkeypatch, gate, fixed, size, packed):
+    """With keys that are nearly the same, and β up to 2."""
+    from linearize.ops import liger_delta
+
+    monkeypatch.setattr(liger_delta, "segments_of", lambda call, blocks: (-(-call.chunks // size), size))
+    given = inputs(300, groups=3)
+    given[1] = given[1][:, :1] + 0.3 * given[1] + fixed.get("strength", 0.0)
+    first = documents(300, [70, 150]) if packed else None
+    assert_is_the_equation(given, settings(gate, **fixed), rope(300), first)
+
+
 def assert_is_the_window(
     given: list[Tensor],
     fixed: Settings,
@@ -363,6 +384,7 @@ def test_gpu_fp16(gate):
 
 
 @needs_gpu
-def test_gpu_segments():
+@pytest.mark.parametrize("gate", ["gla", "gated_deltanet"])
+def test_gpu_segments(gate):
     given = inputs(4200, D=64, KV=1, groups=1)
-    assert_is_the_equation(given, settings(D=64), rope(4200, 64), dtype=torch.bfloat16, tolerance=5e-3)
+    assert_is_the_equation(given, settings(gate, D=64), rope(4200, 64), dtype=torch.bfloat16, tolerance=5e-3)

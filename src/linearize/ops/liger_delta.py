@@ -1,5 +1,6 @@
 """Liger Attention with the delta rule by its Triton kernels: the window, then the recurrence, which adds itself."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,16 @@ import triton.language as tl
 from torch import Tensor
 
 from linearize.ops import liger_delta_triton as kernels
-from linearize.ops.liger_fused import CHUNK, LAUNCHES, Call, add_sink_gradients, launch, padded, window
+from linearize.ops.liger_fused import (
+    CHUNK,
+    LAUNCHES,
+    MULTIPROCESSORS,
+    Call,
+    add_sink_gradients,
+    launch,
+    padded,
+    window,
+)
 from linearize.ops.liger_window import window_gradients
 
 
@@ -48,11 +58,38 @@ def gated(call: Call) -> bool:
     return call.gate == "gated_deltanet"
 
 
-def blocks(call: Call, kernel: str) -> tuple[int, dict[str, Any]]:
-    """Of value channels in a pass over the states, and how its kernel is told."""
-    D = call.q.shape[3]
-    BV = min(LAUNCHES[kernel][padded(D)].block, padded(D))
-    return triton.cdiv(D, BV), {"BV": BV, "GATED": gated(call), **launch(kernel, call)}
+def segments_of(call: Call, blocks: int) -> tuple[int, int]:
+    """Into how many segments a pass over the states is cut, and their chunks: one, unless a multiprocessor for each
+    program, or two in the first pass, which has twice as many, leave at most about half of the steps."""
+    wanted = min(MULTIPROCESSORS // (call.pairs * blocks), math.isqrt(2 * call.chunks))  # fewest: 2 · size + segments
+    if wanted < 4 or call.chunks < 64:
+        return 1, call.chunks
+    size = triton.cdiv(call.chunks, wanted)
+    return triton.cdiv(call.chunks, size), size
+
+
+def pass_over_states(call: Call, name: str, kernel: Any, inputs: tuple, initial: Tensor, made: tuple) -> Tensor:
+    """Write what such a kernel makes of every chunk, and return the state, or its gradient, at the end.
+
+    Where there are too few programs, the sequence is cut into segments: first what each of them but the last makes of
+    what enters it, then what enters each, then all at once.
+    """
+    T, D = call.q.shape[1], call.q.shape[3]
+    BV, carried = (min(LAUNCHES[kind][padded(D)].block, padded(D)) for kind in (name, "delta_carry"))
+    blocks = triton.cdiv(D, BV)
+    segments, size = segments_of(call, blocks)
+    options = launch(name, call)
+    told = heads(call) | {"BV": BV, "GATED": gated(call), "STAGES": options["num_stages"]} | options
+    starts, final = initial, torch.empty_like(initial)
+    if segments > 1:
+        effects, grid = initial.new_empty(call.pairs, segments - 1, 2, D, D), (2 * padded(D) // BV, segments - 1)
+        kernel[(*grid, call.pairs)](*inputs, initial, *made, effects, T, size, STORE=False, **told)
+        starts = initial.new_empty(call.pairs, segments, D, D)
+        kernels.delta_carry_kernel[(triton.cdiv(D, carried), call.pairs)](
+            initial, effects, starts, segments, D=D, DP=padded(D), BV=carried, **launch("delta_carry", call)
+        )
+    kernel[(blocks, segments, call.pairs)](*inputs, starts, *made, final, T, size, STORE=True, **told)
+    return final
 
 
 def add_recurrence(call: Call, beta: Tensor, log_g: Tensor, initial: Tensor, output: Tensor) -> tuple[Tensor, Solved]:
@@ -65,11 +102,8 @@ def add_recurrence(call: Call, beta: Tensor, log_g: Tensor, initial: Tensor, out
         call.k, call.first, key, left, solved, beta, log_g, T, call.rate, call.strength,
         **told, **heads(call), **fine(call), **launch("delta_solve", call),
     )  # fmt: skip
-    final = torch.empty_like(initial)
-    count, passing = blocks(call, "delta_states")
-    kernels.delta_states_kernel[(count, call.pairs)](
-        key, call.v, left, call.first, beta, log_g, initial, states, residual, final, T, **heads(call), **passing
-    )
+    inputs = key, call.v, left, call.first, beta, log_g
+    final = pass_over_states(call, "delta_states", kernels.delta_states_kernel, inputs, initial, (states, residual))
     kernels.delta_output_kernel[(call.chunks, B * H)](
         call.q, key, residual, solved, call.mixing, call.first, log_g, states, output, T,
         **told, **call.heads(), **fine(call), PACKED=call.packed, **launch("delta_output", call),
@@ -93,17 +127,15 @@ def add_gradients(call: Call, made: Solved, doutput: Tensor, dfinal: Tensor, sum
     T, grid = call.q.shape[1], (call.chunks, call.pairs)
     told = {"FEATURE": call.feature_map, "GATED": gated(call)}
     key, residual, left, solved, beta, log_g, states = made
-    dread, dstates, dinitial = torch.empty_like(states), torch.empty_like(states), torch.empty_like(dfinal)
+    dread, dstates = torch.empty_like(states), torch.empty_like(states)
     dresidual, dkey, dsums = torch.empty_like(residual), torch.empty_like(residual), torch.empty_like(log_g)
     kernels.delta_query_gradients_kernel[grid](
         call.q, key, residual, solved, call.mixing, call.first, log_g, states, doutput, sums.q, sums.mixing, dread,
         dresidual, dkey, dsums, T,
         **told, **call.heads(), **fine(call), PACKED=call.packed, **launch("delta_query_gradients", call),
     )  # fmt: skip
-    count, passing = blocks(call, "delta_state_gradients")
-    kernels.delta_state_gradients_kernel[(count, call.pairs)](
-        key, left, call.first, beta, log_g, dread, dfinal, dresidual, dstates, dinitial, T, **heads(call), **passing
-    )
+    inputs, kernel = (key, left, call.first, beta, log_g, dread), kernels.delta_state_gradients_kernel
+    dinitial = pass_over_states(call, "delta_state_gradients", kernel, inputs, dfinal, (dresidual, dstates))
     kernels.delta_key_gradients_kernel[grid](
         call.k, call.v, key, residual, solved, call.first, beta, log_g, states, dstates, dresidual, dkey, dsums,
         sums.k, sums.v, sums.beta, sums.log_g, T, call.rate, call.strength,

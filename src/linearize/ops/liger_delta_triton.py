@@ -17,6 +17,13 @@ q and k are of length 1, after the feature map. Where FEATURE is "given", so are
 added to anything, and there are no mixing weights. Tensors are contiguous: q, o `[B, T, H, D]`; k, v, key, residual,
 left `[B, T, KV, D]`; β and the log decay `[B * KV, T]` in fp32; X `[B * KV, chunks, C, C]`; states
 `[B * KV, chunks, D, D]`.
+
+The passes over the states go from chunk to chunk. A long sequence of few heads is cut into segments of chunks: over a
+segment S becomes P S + N, where N is what the pass makes of no state, and P what it makes of the identity if nothing is
+written, both for all segments at once. From these follows what enters each segment, and then all pass again, each from
+its own state. Backward likewise, with Pᵀ. These loops say STAGES themselves, so that the compiler loads all that a
+chunk needs ahead of it, and not only operands of products; from three on, since with two it waits for what it begins to
+load.
 """
 
 import triton
@@ -172,6 +179,47 @@ def kept(log_g, first, rows, start, T, GATED: tl.constexpr, PACKED: tl.constexpr
     return share
 
 
+# --- segments ---
+
+
+@triton.jit
+def entering(initial, place, channels, columns, D: tl.constexpr, DP: tl.constexpr, STORE: tl.constexpr):
+    """The state with which a segment begins `[DP, BV]`; without STORE nothing and, from column DP on, the identity."""
+    if STORE:
+        inside = (channels < D)[:, None] & (columns < D)[None, :]
+        offsets = channels[:, None] * D + columns[None, :]
+        state = tl.load(initial + place * D * D + offsets, mask=inside, other=0.0)
+    else:
+        state = tl.where(channels[:, None] + DP == columns[None, :], 1.0, 0.0)
+    return state
+
+
+@triton.jit
+def store_effect(effects, place, channels, columns, state, D: tl.constexpr, DP: tl.constexpr):
+    """What a segment made of `entering` without STORE, N and P `[2, D, D]`."""
+    side, column = columns // DP, columns % DP
+    inside = (channels < D)[:, None] & (column < D)[None, :]
+    offsets = (side * D * D + column)[None, :] + channels[:, None] * D
+    tl.store(effects + place * 2 * D * D + offsets, state, mask=inside)
+
+
+@triton.jit(do_not_specialize=["SEGMENTS"])
+def delta_carry_kernel(initial, effects, starts, SEGMENTS, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr):
+    """What enters each segment, `starts` `[B * KV, SEGMENTS, D, D]`, from N and P of all but the last, `effects`
+    `[B * KV, SEGMENTS - 1, 2, D, D]`; in fp32, so that a state is rounded no more often than without segments."""
+    block, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    channels, columns = tl.arange(0, DP), block * BV + tl.arange(0, BV)
+    inside = (channels < D)[:, None] & (columns < D)[None, :]
+    offsets = channels[:, None] * D + columns[None, :]
+    state = tl.load(initial + pair * D * D + offsets, mask=inside, other=0.0)
+    tl.store(starts + pair * SEGMENTS * D * D + offsets, state, mask=inside)
+    for n in range(SEGMENTS - 1):
+        place = 2 * (pair * (SEGMENTS - 1) + n)
+        added = tl.load(effects + place * D * D + offsets, mask=inside, other=0.0)
+        state = product(load_state(effects, place + 1, channels, D), state, tl.float32) + added
+        tl.store(starts + (pair * SEGMENTS + n + 1) * D * D + offsets, state, mask=inside)
+
+
 # --- forward ---
 
 
@@ -223,14 +271,17 @@ def delta_solve_kernel(
     store_tile(left + at, rows, columns, product(tl.trans(inverted), unit_key, FINE), T, KV * D, D)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "SEGMENT"])
 def delta_states_kernel(
-    key, v, left, first, beta, log_g, initial, states, residual, final, T,
+    key, v, left, first, beta, log_g, initial, states, residual, final, T, SEGMENT,
     KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr, STAGES: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """The state before every chunk, and its tokens' r, for BV value channels of one head."""
-    block, pair, chunks = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.cdiv(T, CHUNK)
+    """The state before every chunk, and its tokens' r, for BV value channels of one head and one segment of SEGMENT
+    chunks, from `initial` `[B * KV, segments, D, D]`; `final` `[B * KV, D, D]` is the state after the last segment.
+    Without STORE, what a segment makes of `entering` goes to `final`, as `store_effect` has it, and nothing else."""
+    block, segment, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    segments, chunks = tl.num_programs(1), tl.cdiv(T, CHUNK)
     at = (pair // KV * T * KV + pair % KV) * D
     first += pair // KV * T
     beta += pair * T
@@ -238,21 +289,27 @@ def delta_states_kernel(
     channels, columns = tl.arange(0, DP), block * BV + tl.arange(0, BV)
     inside = (channels < D)[:, None] & (columns < D)[None, :]
     offsets = channels[:, None] * D + columns[None, :]
-    state = tl.load(initial + pair * D * D + offsets, mask=inside, other=0.0)
-    for chunk in range(chunks):
+    state = entering(initial, pair * segments + segment, channels, columns, D, DP, STORE)
+    begin, end = segment * SEGMENT, tl.minimum(chunks, (segment + 1) * SEGMENT)
+    for chunk in tl.range(begin, end, num_stages=STAGES if STAGES > 2 else None):
         start = chunk * CHUNK
         rows = start + tl.arange(0, CHUNK)
         unit_key = load_tile(key + at, rows, channels, T, KV * D, D)
         values = load_tile(v + at, rows, columns, T, KV * D, D).to(tl.float32)
         remainder = load_tile(left + at, rows, channels, T, KV * D, D)
         write = tl.load(beta + rows, mask=rows < T, other=0.0)
-        tl.store(states + (pair * chunks + chunk) * D * D + offsets, state.to(states.dtype.element_ty), mask=inside)
+        if STORE:
+            tl.store(states + (pair * chunks + chunk) * D * D + offsets, state.to(states.dtype.element_ty), mask=inside)
         reaching = reach(log_g, first, rows, start, T, GATED, PACKED)
         gain = write[:, None] * (values - reaching[:, None] * product(unit_key, state, DTYPE))
-        store_tile(residual + at, rows, columns, gain, T, KV * D, D)
+        if STORE:
+            store_tile(residual + at, rows, columns, gain, T, KV * D, D)
         state *= kept(log_g, first, rows, start, T, GATED, PACKED)
         state += product(tl.trans(remainder), gain, DTYPE)
-    tl.store(final + pair * D * D + offsets, state, mask=inside)
+    if not STORE:
+        store_effect(final, pair * segments + segment, channels, columns, state, D, DP)
+    elif segment == segments - 1:
+        tl.store(final + pair * D * D + offsets, state, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -358,14 +415,16 @@ def delta_query_gradients_kernel(
         tl.store(dsums + pair * T + rows, dsum, mask=rows < T)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "SEGMENT"])
 def delta_state_gradients_kernel(
-    key, left, first, beta, log_g, dread, dfinal, dresidual, dstates, dinitial, T,
+    key, left, first, beta, log_g, dread, dfinal, dresidual, dstates, dinitial, T, SEGMENT,
     KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr, STAGES: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """`delta_states_kernel` backwards: the gradient of the state after every chunk, and from it the rest of r's."""
-    block, pair, chunks = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.cdiv(T, CHUNK)
+    """`delta_states_kernel` backwards: the gradient of the state after every chunk, and from it the rest of r's. The
+    first segment is the one at the end."""
+    block, segment, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    segments, chunks = tl.num_programs(1), tl.cdiv(T, CHUNK)
     at = (pair // KV * T * KV + pair % KV) * D
     first += pair // KV * T
     beta += pair * T
@@ -373,8 +432,9 @@ def delta_state_gradients_kernel(
     channels, columns = tl.arange(0, DP), block * BV + tl.arange(0, BV)
     inside = (channels < D)[:, None] & (columns < D)[None, :]
     offsets = channels[:, None] * D + columns[None, :]
-    dstate = tl.load(dfinal + pair * D * D + offsets, mask=inside, other=0.0)
-    for n in range(chunks):
+    dstate = entering(dfinal, pair * segments + segment, channels, columns, D, DP, STORE)
+    begin, end = segment * SEGMENT, tl.minimum(chunks, (segment + 1) * SEGMENT)
+    for n in tl.range(begin, end, num_stages=STAGES if STAGES > 2 else None):
         chunk = chunks - 1 - n
         start = chunk * CHUNK
         rows = start + tl.arange(0, CHUNK)
@@ -383,13 +443,19 @@ def delta_state_gradients_kernel(
         dgain = load_tile(dresidual + at, rows, columns, T, KV * D, D).to(tl.float32)
         read = tl.load(dread + (pair * chunks + chunk) * D * D + offsets, mask=inside, other=0.0).to(tl.float32)
         write = tl.load(beta + rows, mask=rows < T, other=0.0)
-        tl.store(dstates + (pair * chunks + chunk) * D * D + offsets, dstate.to(dstates.dtype.element_ty), mask=inside)
+        if STORE:
+            place = (pair * chunks + chunk) * D * D
+            tl.store(dstates + place + offsets, dstate.to(dstates.dtype.element_ty), mask=inside)
         dgain += product(remainder, dstate, DTYPE)
-        store_tile(dresidual + at, rows, columns, dgain, T, KV * D, D)
+        if STORE:
+            store_tile(dresidual + at, rows, columns, dgain, T, KV * D, D)
         dgain *= (write * reach(log_g, first, rows, start, T, GATED, PACKED))[:, None]
         dstate *= kept(log_g, first, rows, start, T, GATED, PACKED)
         dstate += read - product(tl.trans(unit_key), dgain, DTYPE)
-    tl.store(dinitial + pair * D * D + offsets, dstate, mask=inside)
+    if not STORE:
+        store_effect(dinitial, pair * segments + segment, channels, columns, dstate, D, DP)
+    elif segment == segments - 1:
+        tl.store(dinitial + pair * D * D + offsets, dstate, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])

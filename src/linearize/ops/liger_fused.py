@@ -47,10 +47,11 @@ LAUNCHES: dict[str, dict[int, Launch]] = {
     "window_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "window_key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "delta_solve": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
-    "delta_states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 2, 32), 128: Launch(4, 2)},
+    "delta_states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3, 32), 128: Launch(4, 2)},
+    "delta_carry": {16: Launch(4, 2, 16), 32: Launch(4, 2, 16), 64: Launch(4, 3, 16), 128: Launch(8, 3, 16)},
     "delta_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
     "delta_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
-    "delta_state_gradients": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 2, 32), 128: Launch(4, 2)},
+    "delta_state_gradients": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3, 32), 128: Launch(4, 2)},
     "delta_key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
 }
 
