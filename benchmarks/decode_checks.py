@@ -237,6 +237,7 @@ class Stepped:
             self.layers.append((clock, held, more))
             self.bytes = moved(self.heads, held, more)
             count = min(64, max(2, 2**28 // self.bytes)) if GPU else 2
+        self.first = [x.clone() for x in self.layers[0][1][:4]]
         self.expected: tuple[Tensor, Tensor] | None = None
 
     def run(self, layer: int, launch: Any) -> Tensor:
@@ -247,9 +248,10 @@ class Stepped:
         return run(self.heads, self.mixing, self.fixed, self.turn, self.turn, clock, held, None, more, launch)
 
     def error(self, launch: Any) -> float:
-        """The larger relative error of output and state; the first layer's memory is as before afterwards."""
+        """The larger relative error of output and state, of the first layer as it was at first."""
         clock, held, more = self.layers[0]
-        before = [x.clone() for x in held[:4]]
+        for x, y in zip(held[:4], self.first, strict=True):
+            x.copy_(y)
         if self.expected is None:
             truth = Held(held.keys.double(), held.values.double(), held.valid.clone(), held.state.double())
             cos, sin = (x.double() for x in self.turn)
@@ -257,10 +259,7 @@ class Stepped:
             output = step.plain(*given, clock._replace(marks={}), truth, None, doubled(more))
             self.expected = output, truth.state
         found = self.run(0, launch), held.state
-        worst = max(((x.double() - y).norm() / y.norm()).item() for x, y in zip(found, self.expected, strict=True))
-        for x, y in zip(held[:4], before, strict=True):
-            x.copy_(y)
-        return worst
+        return max(((x.double() - y).norm() / y.norm()).item() for x, y in zip(found, self.expected, strict=True))
 
     def microseconds(self, launch: Any) -> float:
         """Of one layer, the median of replays of a graph of all."""

@@ -125,10 +125,9 @@ def step_kernel(
     # product, since none begins while a program's threads wait for each other
     slot = (t % W).to(tl.int32)
     places, sinks = tl.arange(0, WP), tl.arange(0, MP)
-    window_k = tl.load(own_keys + (M + places[:, None]) * D + columns, mask=(places < W)[:, None] & wide, other=0.0)
-    seen = tl.load(ring_valid + b * W + places, mask=(places < W) & (places != slot), other=0) != 0
+    window_k = tl.load(own_keys + (M + places) * D + columns[:, None], mask=(places < W) & wide[:, None], other=0.0)
     window_v, sink_v, memory = load_block(own_values, own_state, mine, columns, D, M, MP, SINKS, W, WP, GATE)
-    if EARLY:  # else they would take too much of the memory that a program's threads share
+    if EARLY:  # else they would take too much of the memory that a program's threads share, and that programs share
         first, second = load_maps(down_q, up_q, h * G, columns, AT_ONCE, D, RANK, RP)
         first_k, second_k = load_maps(down_k, up_k, h, columns, 1, D, RANK, RP1)
     if SINKS > 0:
@@ -160,6 +159,11 @@ def step_kernel(
             given = gate + b * gate_stride + h * GATES
             for_decay, for_write = tl.load(given).to(tl.float32), tl.load(given + GATES - 1).to(tl.float32)
     x = tl.load(token + (from_head + columns), mask=held, other=0.0)  # last: threads then wait for each other
+    seen = tl.load(ring_valid + b * W + places, mask=(places < W) & (places != slot), other=0) != 0
+
+    if PARTS == 1:  # zeros only now: what is a product's operand as it was loaded is waited for at once
+        window_k = tl.where((places < W) & wide[:, None], window_k, 0.0)
+        window_v = tl.where((places < W)[:, None] & narrow, window_v, 0.0)
 
     # probabilities of the window, of which the new token is no part yet, of the sinks, and of the new token
     near, far, turned = x, x, new_k
@@ -168,7 +172,7 @@ def step_kernel(
         turned = (new_k.to(tl.float32) * c + other_k.to(tl.float32) * s).to(kept_type)
         if SINKS > 0:
             far = rotated(x, other, sink_c, sink_s, held).to(kept_type)
-    score = tl.where(seen, product(near, tl.trans(window_k), kept_type) * scale, -float("inf"))
+    score = tl.where(seen, product(near, window_k, kept_type) * scale, -float("inf"))
     new_score = tl.sum(near.to(tl.float32) * turned.to(tl.float32), 1) * scale
     highest = tl.maximum(tl.max(score, 1), new_score)
     if SINKS > 0:
@@ -289,10 +293,11 @@ def program(pairs: int, D: int, whole: bool) -> Launch:
     """Where few programs are to be had, value channels are divided among as many as fill the GPU, unless one program
     needs the `whole` head; fewer than 32 channels would have all warps work out the same scores. Eight warps are the
     faster where large heads are few. Where whole heads are many, what counts is how many of their programs a
-    multiprocessor has at once, and they go through their channels in blocks."""
+    multiprocessor has at once: they go through their channels in blocks, small heads by two warps where programs of
+    four would not all be there at once."""
     size = side(D)
     if whole and pairs >= 512:
-        return Launch(min(size, 32), 2) if D <= 64 else Launch(32, 4, 128)
+        return Launch(32, 4, 128) if D > 64 else Launch(min(size, 32), 4 if pairs == 512 else 2)
     warps = 4 if D <= 64 or pairs >= 512 else 8
     while not whole and size > 32 and (size > 64 or pairs * triton.cdiv(D, size) < 256):
         size //= 2
@@ -336,7 +341,7 @@ def run(
         R=0 if rope is None else cos.shape[-1], M=M, MP=side(M), SINKS=min(settings.sinks, M),
         W=settings.window, WP=side(settings.window),
         GATE=settings.gate, FEATURE=settings.feature_map, ERASE=settings.gate in DELTA,
-        RANK=rank, RP=side(at_once * rank), RP1=side(rank), AT_ONCE=at_once, EARLY=D <= 64,
+        RANK=rank, RP=side(at_once * rank), RP1=side(rank), AT_ONCE=at_once, EARLY=D <= 64 and parts == 1,
         GATES=0 if beyond.gate is None else beyond.gate.shape[-1], LOGITS=beyond.mixing is not None,
         RMS=beyond.epsilon is not None, OPENING=0 if beyond.opening is None else beyond.opening[1].shape[-1],
         MOST=torch.finfo(torch.float16).max if state == torch.float16 else 0.0,
