@@ -179,46 +179,96 @@ def graph_error(name: str, structure: str) -> dict[str, Any]:
     return found
 
 
+WHOLE_HEADS: dict[int, tuple[tuple[int, ...], ...]] = {  # launches to try, by D: channels at once, warps, registers
+    64: ((64, 4), (32, 2), (32, 4), (32, 4, 96), (64, 2), (32, 2, 128), (64, 4, 128), (32, 1), (64, 8)),
+    128: ((128, 8), (128, 4), (32, 4, 128), (32, 4, 168), (64, 4, 168), (32, 4), (64, 4, 128), (64, 8, 128), (32, 2)),
+}
+
+
 @torch.no_grad()
 def tune(out: Path, stop: float) -> None:
-    """Microseconds of the step's kernel, by value channels and warps of a program: of gla, and of the delta rule with
-    all that the default recipe adds to it, whose programs have whole heads. `floor` is what a copy of its bytes takes;
-    below it are those whose bytes stay in the GPU's cache from one call to the next."""
-    from linearize.ops.step_triton import program, run
+    """Microseconds of the step's kernel by how it is launched, and its error against float64: of the delta rule with
+    all that the default recipe adds to it, whose programs have whole heads, then of gla. `floor` is what a copy of its
+    bytes takes; calls go from layer to layer, as in a model, so that a small cache does not hold them all."""
+    from linearize.ops.step_triton import Launch, program
 
     rows: list[dict[str, Any]] = []
-    speed = copy_speed() if GPU else 0.0
+    speed = copy_speed() if GPU else 1e10
     shapes = ((128, 32, 8), (64, 32, 8), (64, 9, 3))
-    for gate, (D, H, KV), B in itertools.product(("gla", "gated_deltanet"), shapes, BATCHES):
-        whole, mixing = gate in DELTA, torch.rand(H, device=DEVICE)
-        fixed = Settings(gate, D**-0.5, feature_map="linear" if whole else "softmax")
-        more = random_beyond(B, KV, H // KV, D)._replace(opening=None) if whole else step.NOTHING
-        clock, held = random_memory(B, KV, D, fixed)
-        if whole:
-            held = held._replace(state=held.state.half())  # the default recipe's
-        heads, cos, sin = random_inputs(B, KV, H // KV, D)
-        floor = 1e6 * moved(heads, held, more) / speed if speed else None
-        blocks = [D] if whole else [block for block in (16, 32, 64, 128) if block <= D]
-        for launch in itertools.product(blocks, (1, 2, 4, 8, 16)):
+    for gate, (D, H, KV), B in itertools.product(("gated_deltanet", "gla"), shapes, BATCHES[::-1]):
+        whole = gate in DELTA
+        blocks = itertools.product([block for block in (16, 32, 64, 128) if block <= D], (1, 2, 4, 8, 16))
+        chosen = program(B * KV, D, whole)
+        launches = dict.fromkeys([chosen, *(Launch(*x) for x in (WHOLE_HEADS[D] if whole else blocks))])
+        if time.perf_counter() > stop:
+            break
+        problem = Stepped(gate, D, H, KV, B)
+        for launch in launches:
             if time.perf_counter() > stop:
-                continue
-
-            def call(launch: tuple[int, int] = launch) -> None:
-                for _ in range(10):
-                    run(heads, mixing, fixed, (cos, sin), (cos, sin), clock, held, None, more, launch)  # noqa: B023
-
+                break
+            row: dict[str, Any] = {"gate": gate, "B": B, "H": H, "KV": KV, "D": D, **launch._asdict()}
+            row |= {"chosen": launch == chosen, "floor": 1e6 * problem.bytes / speed}
             try:
-                micro = 1e5 * statistics.median(timed(graphed(call)))
+                row |= {"error": problem.error(launch), "micro": problem.microseconds(launch)}
             except Exception as error:
-                print(gate, B, D, *launch, said(error))
-                continue
-            row = {"gate": gate, "B": B, "H": H, "KV": KV, "D": D, "block": launch[0], "warps": launch[1]}
-            rows.append(row | {"micro": micro, "floor": floor, "chosen": launch == program(B * KV, D, whole)})
-        here = [row for row in rows if (row["gate"], row["B"], row["H"], row["D"]) == (gate, B, H, D)]
-        print(f"{gate} B={B} H={H} KV={KV} D={D}", flush=True)
-        for row in sorted(here, key=lambda row: (not row["chosen"], row["micro"]))[:5]:
-            print("   ", row, flush=True)
-        write(out, {**provenance(), "rows": rows})
+                row["failed"] = said(error)
+            rows.append(row)
+            print(*(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+                    for name, value in row.items()), flush=True)  # fmt: skip
+            write(out, {**provenance(), "rows": rows})
+
+
+class Stepped:
+    """A step of as many layers as no cache of a GPU holds."""
+
+    def __init__(self, gate: str, D: int, H: int, KV: int, B: int) -> None:
+        whole, groups = gate in DELTA, H // KV
+        self.mixing = torch.rand(H, device=DEVICE)
+        self.fixed = Settings(gate, D**-0.5, feature_map="linear" if whole else "softmax")
+        self.heads, cos, sin = random_inputs(B, KV, groups, D)
+        self.turn = cos, sin
+        self.layers: list[tuple[Clock, Held, Beyond]] = []
+        self.bytes, count = 0, 2
+        while len(self.layers) < count:
+            more = random_beyond(B, KV, groups, D)._replace(opening=None) if whole else step.NOTHING
+            clock, held = random_memory(B, KV, D, self.fixed)
+            if whole:
+                held = held._replace(state=held.state.half())  # the default recipe's
+            self.layers.append((clock, held, more))
+            self.bytes = moved(self.heads, held, more)
+            count = min(64, max(2, 2**28 // self.bytes)) if GPU else 2
+        self.first = [x.clone() for x in self.layers[0][1][:4]]
+        self.expected: tuple[Tensor, Tensor] | None = None
+
+    def run(self, layer: int, launch: Any) -> Tensor:
+        """One layer's step."""
+        from linearize.ops.step_triton import run
+
+        clock, held, more = self.layers[layer]
+        return run(self.heads, self.mixing, self.fixed, self.turn, self.turn, clock, held, None, more, launch)
+
+    def error(self, launch: Any) -> float:
+        """The larger relative error of output and state, of the first layer as it was at first."""
+        clock, held, more = self.layers[0]
+        for x, y in zip(held[:4], self.first, strict=True):
+            x.copy_(y)
+        if self.expected is None:
+            truth = Held(held.keys.double(), held.values.double(), held.valid.clone(), held.state.double())
+            cos, sin = (x.double() for x in self.turn)
+            given = self.heads.double(), self.mixing.double(), self.fixed, (cos, sin), (cos, sin)
+            output = step.plain(*given, clock._replace(marks={}), truth, None, doubled(more))
+            self.expected = output, truth.state
+        found = self.run(0, launch), held.state
+        return max(((x.double() - y).norm() / y.norm()).item() for x, y in zip(found, self.expected, strict=True))
+
+    def microseconds(self, launch: Any) -> float:
+        """Of one layer, the median of replays of a graph of all."""
+
+        def call() -> None:
+            for layer in range(len(self.layers)):
+                self.run(layer, launch)
+
+        return 1e6 * statistics.median(timed(graphed(call), 0.1)) / len(self.layers)
 
 
 def moved(heads: Tensor, held: Held, more: Beyond) -> int:
