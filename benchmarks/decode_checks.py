@@ -179,35 +179,33 @@ def graph_error(name: str, structure: str) -> dict[str, Any]:
     return found
 
 
-WHOLE_HEADS: dict[int, tuple[tuple[int, ...], ...]] = {  # launches to try, by D: channels at once, warps, registers
-    64: ((64, 4), (32, 2), (32, 4), (32, 4, 96), (64, 2), (32, 2, 128), (64, 4, 128), (32, 1), (64, 8)),
-    128: ((128, 8), (128, 4), (32, 4, 128), (32, 4, 168), (64, 4, 168), (32, 4), (64, 4, 128), (64, 8, 128), (32, 2)),
-}
-
-
 @torch.no_grad()
 def tune(out: Path, stop: float) -> None:
     """Microseconds of the step's kernel by how it is launched, and its error against float64: of the delta rule with
     all that the default recipe adds to it, whose programs have whole heads, then of gla. `floor` is what a copy of its
     bytes takes; calls go from layer to layer, as in a model, so that a small cache does not hold them all."""
-    from linearize.ops.step_triton import Launch, program
+    from linearize.ops.step_triton import program
 
     rows: list[dict[str, Any]] = []
     speed = copy_speed() if GPU else 1e10
     shapes = ((128, 32, 8), (64, 32, 8), (64, 9, 3))
     for gate, (D, H, KV), B in itertools.product(("gated_deltanet", "gla"), shapes, BATCHES[::-1]):
-        whole = gate in DELTA
-        blocks = itertools.product([block for block in (16, 32, 64, 128) if block <= D], (1, 2, 4, 8, 16))
-        chosen = program(B * KV, D, whole)
-        launches = dict.fromkeys([chosen, *(Launch(*x) for x in (WHOLE_HEADS[D] if whole else blocks))])
+        blocks = [D] if gate in DELTA else [block for block in (16, 32, 64, 128) if block <= D]
+        chosen = program(B * KV, D, gate in DELTA)
+        launches = dict.fromkeys([chosen, *itertools.product(blocks, (1, 2, 4, 8, 16))])
         if time.perf_counter() > stop:
             break
         problem = Stepped(gate, D, H, KV, B)
         for launch in launches:
             if time.perf_counter() > stop:
                 break
-            row: dict[str, Any] = {"gate": gate, "B": B, "H": H, "KV": KV, "D": D, **launch._asdict()}
-            row |= {"chosen": launch == chosen, "floor": 1e6 * problem.bytes / speed}
+            row: dict[str, Any] = {"gate": gate, "B": B, "H": H, "KV": KV, "D": D}
+            row |= {
+                "block": launch[0],
+                "warps": launch[1],
+                "chosen": launch == chosen,
+                "floor": 1e6 * problem.bytes / speed,
+            }
             try:
                 row |= {"error": problem.error(launch), "micro": problem.microseconds(launch)}
             except Exception as error:
@@ -240,14 +238,14 @@ class Stepped:
         self.first = [x.clone() for x in self.layers[0][1][:4]]
         self.expected: tuple[Tensor, Tensor] | None = None
 
-    def run(self, layer: int, launch: Any) -> Tensor:
+    def run(self, layer: int, launch: tuple[int, int]) -> Tensor:
         """One layer's step."""
         from linearize.ops.step_triton import run
 
         clock, held, more = self.layers[layer]
         return run(self.heads, self.mixing, self.fixed, self.turn, self.turn, clock, held, None, more, launch)
 
-    def error(self, launch: Any) -> float:
+    def error(self, launch: tuple[int, int]) -> float:
         """The larger relative error of output and state, of the first layer as it was at first."""
         clock, held, more = self.layers[0]
         for x, y in zip(held[:4], self.first, strict=True):
@@ -261,7 +259,7 @@ class Stepped:
         found = self.run(0, launch), held.state
         return max(((x.double() - y).norm() / y.norm()).item() for x, y in zip(found, self.expected, strict=True))
 
-    def microseconds(self, launch: Any) -> float:
+    def microseconds(self, launch: tuple[int, int]) -> float:
         """Of one layer, the median of replays of a graph of all."""
 
         def call() -> None:

@@ -30,7 +30,6 @@ from benchmarks.results import provenance, write
 from linearize.ops import (
     liger_backward_triton,
     liger_delta_triton,
-    liger_flow_triton,
     liger_forward_triton,
     liger_steep_triton,
     liger_window_triton,
@@ -39,7 +38,6 @@ from linearize.ops.liger import Settings, fused
 from linearize.ops.liger_fused import LAUNCHES, Launch, padded
 
 MODULES = (
-    liger_flow_triton,
     liger_forward_triton,
     liger_backward_triton,
     liger_delta_triton,
@@ -72,9 +70,6 @@ def candidates(kernel: str, D: int) -> list[Launch]:
         blocks = (16, 32) if kernel == "delta_carry" else (32, 64, 128)
         passes = itertools.product((2, 4, 8), (1, 2, 3, 4), blocks)
         found = [Launch(warps, stages, block) for warps, stages, block in passes if block <= D]
-    elif kernel == "flow":
-        flows = itertools.product((4, 8), (1, 2, 3), (0, 128, 168), (1, 2))
-        found = [Launch(w, s, current.block, r, programs) for w, s, r, programs in flows]
     else:
         loops = kernel in ("prepare", "key_gradients", "delta_query_gradients") or kernel.startswith("window_")
         grid = itertools.product((4, 8, 16), (1, 2, 3) if loops else (1,), (0, 128, 168))
@@ -118,14 +113,11 @@ def recording(runs: bool = True) -> Iterator[list[Task]]:
 
 
 def tasks_of(kernel: str, tasks: list[Task]) -> list[Task]:
-    """Those of one kernel, and of those without settings of their own that follow it; all that is between `window`
-    and `flow` makes the states that enter the latter's segments, and is its own."""
+    """Those of one kernel, and of those without settings of their own that follow it."""
     owner, mine = "", []
     for task in tasks:
         name = task.kernel.split(":")[1].removesuffix("_kernel")
-        if owner == "window" or (owner == "flow" and name in ("prepare", "states", "flow")):
-            owner = "flow"
-        elif name in LAUNCHES:
+        if name in LAUNCHES:
             owner = name
         if owner == kernel:
             mine.append(task)
@@ -189,11 +181,6 @@ def compiled(task: Task) -> dict[str, Any]:
     except Exception as error:  # whatever the compiler has against it is a result
         return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
     return {"compile_seconds": time.perf_counter() - start, "shared": program.metadata.shared}
-
-
-def program_of(launch: Launch) -> Launch:
-    """What it takes to compile it."""
-    return launch._replace(programs=1)
 
 
 def by_dtype(task: Task) -> Task:
@@ -280,13 +267,11 @@ class Problem:
         self.decay = -torch.rand(KV, device=device)
 
     def run(self) -> list[Tensor]:
-        """Output and final state, without and with a backward pass, and gradients."""
+        """Output, final state and gradients."""
         q, k, v, mixing = self.leaves
         given = q, k, v, mixing, self.settings, self.rope, None, None, self.decay
-        with torch.no_grad():
-            alone = fused(*given)
         output, state = fused(*given)
-        return [*alone, output.detach(), state.detach(), *torch.autograd.grad(output, self.leaves, self.doutput)]
+        return [output.detach(), state.detach(), *torch.autograd.grad(output, self.leaves, self.doutput)]
 
 
 def difference(results: list[Tensor], expected: list[Tensor]) -> float:
@@ -366,12 +351,11 @@ def main() -> None:
         wanted.sort(key=lambda one: one[2] != LAUNCHES[one[1]][padded(one[0])])
         jobs: dict[tuple[int, str, Launch], list[Future]] = {}
         for D, kernel, launch, named in wanted:
-            if (D, kernel, program_of(launch)) not in jobs:
-                again = [with_settings(task, launch) for task in named]
-                jobs[D, kernel, program_of(launch)] = [pool.submit(compiled, task) for task in again]
+            again = [with_settings(task, launch) for task in named]
+            jobs[D, kernel, launch] = [pool.submit(compiled, task) for task in again]
         swept = dict.fromkeys((D, kernel) for D, kernel, _ in jobs)
         for D, kernel in swept:
-            for job in jobs[D, kernel, program_of(LAUNCHES[kernel][padded(D)])]:
+            for job in jobs[D, kernel, LAUNCHES[kernel][padded(D)]]:
                 job.result()
         print(f"{time.perf_counter() - start:.0f} s: {len(jobs)} programs to compile", flush=True)
         for D, kernel in swept:
@@ -380,7 +364,7 @@ def main() -> None:
                 if time.perf_counter() - start > given.seconds:
                     continue
                 row = {"D": D, "shape": given.shape, "heads": given.heads, "kernel": kernel, **launch._asdict()}
-                for job in jobs[D, kernel, program_of(launch)]:
+                for job in jobs[D, kernel, launch]:
                     row |= job.result()
                 if "error" not in row:
                     more, expected = tried(problems[D], kernel, padded(D), launch, expected)

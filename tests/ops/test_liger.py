@@ -71,7 +71,7 @@ def assert_is_the_equation(
     ours = [move(x).detach().clone().requires_grad_() for x in given]
     truth = [x.double().requires_grad_() for x in given]
     moved = None if angles is None else (move(angles[0]), move(angles[1]))
-    with torch.no_grad():  # has kernels of its own
+    with torch.no_grad():
         alone = operator(*ours[:4], fixed, moved, ours[4], move(first), move(decay))
     results = operator(*ours[:4], fixed, moved, ours[4], move(first), move(decay))
     expected = reference(*truth[:4], fixed, angles, truth[4], first, decay)
@@ -203,7 +203,6 @@ def test_segments(monkeypatch, gate, packed):
     from linearize.ops import liger_fused
 
     monkeypatch.setattr(liger_fused, "segments_of", lambda call, blocks: (-(-call.chunks // 2), 2))
-    monkeypatch.setattr(liger_fused, "flow_segments", lambda call: (-(-call.chunks // 2), 2))
     first = documents(200, [70, 150]) if packed else None
     assert_is_the_equation(inputs(200, groups=1), settings(gate), rope(200), first)
 

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from linearize.ops import liger_backward_triton as gradients
-from linearize.ops import liger_flow_triton as flows
 from linearize.ops import liger_forward_triton as kernels
 from linearize.ops import liger_steep_triton as steep
 from linearize.ops import liger_window_triton as windows
@@ -28,13 +27,11 @@ class Launch(NamedTuple):
     num_stages: int
     block: int = 64  # value channels of one program, in the passes over the states
     registers: int = 0  # of a thread at most; 0 for what the compiler likes
-    programs: int = 1  # that a multiprocessor holds, where the sequence is cut into as many
 
 
 # by padded head size; by reasoning about registers and shared memory, not tuned on a device yet
 LAUNCHES: dict[str, dict[int, Launch]] = {
     "window": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
-    "flow": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 2), 128: Launch(8, 2)},
     "prepare": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1), 128: Launch(16, 1)},
     "states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
     "output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
@@ -227,54 +224,8 @@ def window(call: Call, output: Tensor, lse: Tensor | None = None) -> None:
 
 
 def run(call: Call, initial: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and final state, where there is no backward pass: nothing that one needs is written."""
-    B, T, H, D = call.q.shape
-    told, gate = call.heads() | {"PACKED": call.packed}, (call.rate, call.lower)
-    output, totals = torch.empty_like(call.q), initial.new_empty(call.pairs, call.chunks, D)
-    window(call, output)
-    segments, size = flow_segments(call)
-    starts, final = initial, torch.empty_like(initial)
-    if segments > 1:
-        starts = states_before(call, initial, segments, size)
-    flows.flow_kernel[(segments, call.pairs)](
-        call.q, call.k, call.v, call.mixing, call.first, call.decay, starts, output, totals, final, T, size, *gate,
-        **told, **call.gating(), **launch("flow", call),
-    )  # fmt: skip
-    steep.add_output_kernel[(triton.cdiv(call.chunks, steep.STEP.value), call.pairs)](
-        call.q, call.k, call.v, call.mixing, call.first, call.decay, totals, output, T, *gate, **told, **call.gating(),
-        **launch("add_output", call),
-    )  # fmt: skip
-    return output, final
-
-
-def flow_segments(call: Call) -> tuple[int, int]:
-    """Into how many segments `flow_kernel` cuts a sequence, of at least 8 chunks, and their chunks."""
-    wanted = MULTIPROCESSORS * LAUNCHES["flow"][padded(call.q.shape[3])].programs
-    size = max(8, triton.cdiv(call.chunks, max(1, wanted // call.pairs)))
-    return triton.cdiv(call.chunks, size), size
-
-
-def states_before(call: Call, initial: Tensor, segments: int, size: int) -> Tensor:
-    """The state that enters every segment `[B * KV, segments, D, D]`."""
-    T, D, told = call.q.shape[1], call.q.shape[3], call.heads() | {"GROUPS": 0}
-    near_key, totals = torch.empty_like(call.k, dtype=call.dtype), initial.new_empty(call.pairs, call.chunks, D)
-    kernels.prepare_kernel[(call.chunks, call.pairs)](  # of the keys alone
-        call.q, call.k, call.cos, call.sin, call.decay, near_key, near_key, near_key, near_key, totals, T,
-        call.rope_stride, call.rate, call.lower, R=0, **told, **call.gating(), **launch("prepare", call),
-    )  # fmt: skip
-    told.pop("GROUPS")
-    BV = min(LAUNCHES["states"][padded(D)].block, padded(D))
-    blocks = triton.cdiv(D, BV)
-    starts, final = initial.new_empty(call.pairs, segments, D, D), torch.empty_like(initial)
-    finals, products = torch.empty_like(starts), initial.new_empty(call.pairs, segments, D)
-    kernels.states_kernel[(blocks, segments, call.pairs)](
-        near_key, call.v, call.first, totals, torch.zeros_like(starts), finals, finals, products, T, size,
-        BV=BV, STORE=False, PACKED=call.packed, **told, **launch("states", call),
-    )  # fmt: skip
-    kernels.carry_kernel[(blocks, call.pairs)](
-        initial, finals, products, starts, final, segments, D=D, DP=padded(D), BV=BV, REVERSE=False, num_warps=4
-    )
-    return starts
+    """Output and final state, where there is no backward pass."""
+    return forward(call, initial)[:2]
 
 
 def backward(call: Call, made_before: Sequence[Tensor], doutput: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:

@@ -1,19 +1,15 @@
 """The kernel of a decoding step: RoPE, window, sinks, feature map, gate, state, readout and mixing in one.
 
-A program has one key/value head of one sequence, with all its query heads, and value channels in PARTS blocks of BV
-(all of the head where the readout needs their root mean square): it reads the whole window's keys, and its own columns
-of the values and of the state, which it updates in place. Blocks come one after the other, so that a program takes few
-registers and a multiprocessor works on many. What is read at the new token's places among window and sinks counts for
-nothing, since another program may have written them already; the new token comes to the window's sums by itself, and
-keys and values go to the products as they are read.
+A program has one key/value head of one sequence, with all its query heads, and BV of the value channels (all of them
+where the readout needs their root mean square): it reads the whole window's keys, and its own columns of the values and
+of the state, which it updates in place. What it reads at the new token's places among window and sinks it makes
+nothing of, since another program may have written them already.
 
 The group's queries are rows of one tile, the key the row after them, so that what they are multiplied with passes once
 through matrix products: with keys and values as these are stored, probabilities rounded to their dtype, and with the
 state as it was before the step. With a the decay, k the key and u what is written, S = a S' + k uᵀ is read as
 q S = (a q) S' + (q · k) u, and nothing waits for the new state.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -81,58 +77,48 @@ def one_row(x, rows, row):
 
 
 @triton.jit
-def load_block(
-    values, state, mine, columns, D: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
-    SINKS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, GATE: tl.constexpr,
-):  # fmt: skip
-    """Of value channels `mine`: values of the window `[WP, BV]` and of the sinks `[MP, BV]`, and the state
-    `[DP, BV]`; zeros in place of what there is not."""
-    places, sinks = tl.arange(0, WP), tl.arange(0, MP)
-    narrow, sink_v, memory = mine < D, 0.0, 0.0
-    window_v = tl.load(values + (M + places[:, None]) * D + mine, mask=(places < W)[:, None] & narrow, other=0.0)
-    if SINKS > 0:
-        sink_v = tl.load(values + sinks[:, None] * D + mine, mask=(sinks < M)[:, None] & narrow, other=0.0)
-    if GATE != "none":
-        memory = tl.load(state + (columns[:, None] * D + mine), mask=(columns < D)[:, None] & narrow, other=0.0)
-    return window_v, sink_v, memory
-
-
-@triton.jit
 def step_kernel(
     heads, stride, cos, sin, rope_stride, sink_cos, sink_sin, sink_rope_stride,
     mixing, decay, time, real, valid, sink_time, keys, values, ring_valid, state, output,
     down_q, up_q, down_k, up_k, gate, gate_stride, logits, logits_stride, low, low_stride, opening,
     KV, scale, rate, lower, strength, epsilon,
-    G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr,
-    R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, SINKS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, R: tl.constexpr,
+    M: tl.constexpr, MP: tl.constexpr, SINKS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
     GATE: tl.constexpr, FEATURE: tl.constexpr, ERASE: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
     RP1: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr, GATES: tl.constexpr, LOGITS: tl.constexpr,
     RMS: tl.constexpr, OPENING: tl.constexpr, MOST: tl.constexpr, READ: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One token of one key/value head; see the module and `ops.step`."""
-    pair, begin = tl.program_id(0), tl.program_id(1) * PARTS * BV
-    b, h = (pair // KV).to(tl.int64), pair % KV
-    pair = pair.to(tl.int64)
-    columns, mine = tl.arange(0, DP), begin + tl.arange(0, BV)
+    pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, h = pair // KV, pair % KV
+    columns, mine = tl.arange(0, DP), part * BV + tl.arange(0, BV)
     wide, narrow = columns < D, mine < D
     partner = partner_of(columns, R)
     t, before, fresh = tl.load(time), tl.load(real + b), tl.load(valid + b).to(tl.int32)
     kept_type = keys.dtype.element_ty
     own_keys, own_values = keys + pair * (M + W) * D, values + pair * (M + W) * D
-    own_state = state + pair * D * D
 
     # what was there before this step, so that no kernel need have ended for it; all loads come before the first
     # product, since none begins while a program's threads wait for each other
     slot = (t % W).to(tl.int32)
-    places, sinks = tl.arange(0, WP), tl.arange(0, MP)
-    window_k = tl.load(own_keys + (M + places) * D + columns[:, None], mask=(places < W) & wide[:, None], other=0.0)
-    window_v, sink_v, memory = load_block(own_values, own_state, mine, columns, D, M, MP, SINKS, W, WP, GATE)
-    if EARLY:  # else they would take too much of the memory that a program's threads share, and that programs share
-        first, second = load_maps(down_q, up_q, h * G, columns, AT_ONCE, D, RANK, RP)
-        first_k, second_k = load_maps(down_k, up_k, h, columns, 1, D, RANK, RP1)
+    places = tl.arange(0, WP)
+    here = (places < W)[:, None]
+    window_k = tl.load(own_keys + (M + places[:, None]) * D + columns, mask=here & wide, other=0.0)
+    window_v = tl.load(own_values + (M + places[:, None]) * D + mine, mask=here & narrow, other=0.0)
+    seen = tl.load(ring_valid + b * W + places, mask=places < W, other=0) != 0
+    if GATE != "none":
+        own_state = state + pair * D * D + (columns[:, None] * D + mine)
+        within = wide[:, None] & narrow
+        memory = tl.load(own_state, mask=within, other=0.0)
+        if EARLY:  # else they would take too much of the memory that a program's threads share
+            first, second = load_maps(down_q, up_q, h * G, columns, AT_ONCE, D, RANK, RP)
+            first_k, second_k = load_maps(down_k, up_k, h, columns, 1, D, RANK, RP1)
     if SINKS > 0:
+        sinks = tl.arange(0, MP)
+        there = sinks < M
         gone = tl.load(sink_time + b * M + sinks, mask=sinks < SINKS, other=t) <= t - W
-        sink_k = tl.load(own_keys + sinks * D + columns[:, None], mask=(sinks < M) & wide[:, None], other=0.0)
+        sink_v = tl.load(own_values + sinks[:, None] * D + mine, mask=there[:, None] & narrow, other=0.0)
+        sink_k = tl.load(own_keys + sinks * D + columns[:, None], mask=there & wide[:, None], other=0.0)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -140,7 +126,7 @@ def step_kernel(
     # the group's queries and, in the row after them, the key
     rows = tl.arange(0, ROWS)
     token = heads + b * stride
-    from_head = tl.where(rows < G, h * G + rows, KV * G + h)[:, None] * D
+    from_head = tl.where(rows < G, h.to(tl.int32) * G + rows, KV * G + h.to(tl.int32))[:, None] * D
     held = (rows <= G)[:, None] & wide
     own_k, own_v = token + (KV * G + h) * D, token + (KV * G + KV + h) * D
     new_k, new_v = tl.load(own_k + columns, mask=wide, other=0.0), tl.load(own_v + mine, mask=narrow, other=0.0)
@@ -150,7 +136,7 @@ def step_kernel(
         c, s = load_angles(cos, sin, b * rope_stride, columns, R)
         if SINKS > 0:
             sink_c, sink_s = load_angles(sink_cos, sink_sin, b * sink_rope_stride, columns, R)
-    query_heads = h * G + rows
+    query_heads = h.to(tl.int32) * G + rows
     if GATE != "none":
         w = tl.load(mixing + query_heads, mask=rows < G, other=0.0).to(tl.float32)
         if LOGITS:
@@ -159,47 +145,44 @@ def step_kernel(
             given = gate + b * gate_stride + h * GATES
             for_decay, for_write = tl.load(given).to(tl.float32), tl.load(given + GATES - 1).to(tl.float32)
     x = tl.load(token + (from_head + columns), mask=held, other=0.0)  # last: threads then wait for each other
-    seen = tl.load(ring_valid + b * W + places, mask=(places < W) & (places != slot), other=0) != 0
 
-    if PARTS == 1:  # zeros only now: what is a product's operand as it was loaded is waited for at once
-        window_k = tl.where((places < W) & wide[:, None], window_k, 0.0)
-        window_v = tl.where((places < W)[:, None] & narrow, window_v, 0.0)
-
-    # probabilities of the window, of which the new token is no part yet, of the sinks, and of the new token
+    # the window, in which the new token takes its place
     near, far, turned = x, x, new_k
     if R > 0:
         near = rotated(x, other, c, s, held).to(kept_type)
         turned = (new_k.to(tl.float32) * c + other_k.to(tl.float32) * s).to(kept_type)
         if SINKS > 0:
             far = rotated(x, other, sink_c, sink_s, held).to(kept_type)
-    score = tl.where(seen, product(near, window_k, kept_type) * scale, -float("inf"))
-    new_score = tl.sum(near.to(tl.float32) * turned.to(tl.float32), 1) * scale
-    highest = tl.maximum(tl.max(score, 1), new_score)
+    window_k = tl.where((places == slot)[:, None], turned, window_k)
+    window_v = tl.where((places == slot)[:, None], new_v, window_v)
+    seen = (seen | (places == slot)) & (places < W)
+    score = tl.where(seen, product(near, tl.trans(window_k), kept_type) * scale, -float("inf"))
+    highest = tl.max(score, 1)
     if SINKS > 0:
         sink_score = tl.where(gone, product(far, sink_k, kept_type) * scale, -float("inf"))
         highest = tl.maximum(highest, tl.max(sink_score, 1))
-    weight, new_weight = tl.exp(score - highest[:, None]), tl.exp(new_score - highest)
-    total = tl.sum(weight, 1) + new_weight
+    weight = tl.exp(score - highest[:, None])
+    total, result = tl.sum(weight, 1), product(weight, window_v, kept_type)
     if SINKS > 0:
         sink_weight = tl.exp(sink_score - highest[:, None])
         total += tl.sum(sink_weight, 1)
-    share = 1.0 / total
+        result += product(sink_weight, sink_v, kept_type)
+    result = result / total[:, None]
 
-    # what the recurrence reads with, and what it forgets
+    # the recurrence
+    new_k, new_v = new_k.to(tl.float32), new_v.to(tl.float32)
     if GATE != "none":
-        share *= 1.0 - w
         query = x.to(tl.float32)
-        new_k = new_k.to(tl.float32)
         if RANK > 0:
             if not EARLY:
                 first, second = load_maps(down_q, up_q, h * G, columns, AT_ONCE, D, RANK, RP)
                 first_k, second_k = load_maps(down_k, up_k, h, columns, 1, D, RANK, RP1)
             query = add_mapped(query, x, rows, first, second, RANK)
-            for head in tl.static_range(AT_ONCE, G, AT_ONCE):
+            for begin in tl.static_range(AT_ONCE, G, AT_ONCE):
                 first, second = load_maps(
-                    down_q, up_q, h * G + head, columns, AT_ONCE if head + AT_ONCE <= G else G - head, D, RANK, RP
+                    down_q, up_q, h * G + begin, columns, AT_ONCE if begin + AT_ONCE <= G else G - begin, D, RANK, RP
                 )
-                query = add_mapped(query, x, rows - head, first, second, RANK)
+                query = add_mapped(query, x, rows - begin, first, second, RANK)
             if ERASE:
                 query = add_mapped(query, x, rows - G, first_k, second_k, RANK)
         else:
@@ -209,99 +192,62 @@ def step_kernel(
                 for_decay = tl.sum(new_k, 0) / D
                 for_write = for_decay
             query = of_length_one(query)
-            key, kept, asked = one_row(query, rows, G), 1.0, query
+            key = one_row(query, rows, G)
+            recurrent = product(query, memory, READ)
+            kept = 1.0
             if GATE == "gated_deltanet":
                 kept = tl.exp(tl.where(fresh != 0, log_sigmoid(for_decay) * rate, 0.0))
+                recurrent *= kept
             beta = tl.where(fresh != 0, strength * sigmoid(for_write), 0.0)
+            written = beta * (new_v - one_row(recurrent, rows, G))
+            memory = memory.to(tl.float32) * kept
         else:
             inside = (tl.zeros((1,), tl.int32) + fresh) != 0
             fixed = 0.0
             if GATE == "lightning":
                 fixed = tl.load(decay + h)
             key, log_g = key_and_gate(new_k[None, :], inside, columns, fixed, rate, lower, D, GATE, FEATURE)
-            kept, key = tl.exp(log_g), tl.sum(key, 0)
-            asked, kept = query * kept, tl.trans(kept)
-        met = tl.sum(query * key[None, :], 1)
+            kept, key, written = tl.exp(log_g), tl.sum(key, 0), new_v
+            recurrent = product(query * kept, memory, READ)
+            memory = memory.to(tl.float32) * tl.trans(kept)
+        recurrent += tl.sum(query * key[None, :], 1)[:, None] * written[None, :]
+        memory += key[:, None] * written[None, :]
+        if MOST > 0:
+            memory = tl.clamp(memory, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(own_state, memory.to(state.dtype.element_ty), mask=within)
+        if RMS:
+            recurrent = recurrent / tl.sqrt(tl.sum(recurrent * recurrent, 1) / D + epsilon)[:, None]
+        if OPENING > 0:
+            ranks = tl.arange(0, OPENING)
+            place = (query_heads[:, None] * D + mine)[:, :, None] * OPENING + ranks
+            opens = tl.load(opening + place, mask=((rows < G)[:, None] & narrow)[:, :, None], other=0.0)
+            for_opening = tl.load(low + b * low_stride + ranks).to(tl.float32)
+            recurrent *= 2.0 * sigmoid(tl.sum(opens.to(tl.float32) * for_opening, 2))
+        result = w[:, None] * recurrent + (1.0 - w)[:, None] * result
+    place = output + b * KV * G * D + (query_heads[:, None] * D + mine)
+    tl.store(place, result.to(output.dtype.element_ty), mask=(rows < G)[:, None] & narrow)
 
-    # value channels, block by block
-    results, squares = (), tl.zeros((ROWS, BV), tl.float32)
-    for part in tl.static_range(PARTS):
-        if part > 0:
-            mine += BV
-            narrow = mine < D
-            window_v, sink_v, memory = load_block(own_values, own_state, mine, columns, D, M, MP, SINKS, W, WP, GATE)
-            new_v = tl.load(own_v + mine, mask=narrow, other=0.0)
-        result = product(weight, window_v, kept_type) + new_weight[:, None] * new_v.to(tl.float32)
-        if SINKS > 0:
-            result += product(sink_weight, sink_v, kept_type)
-        result *= share[:, None]
-        recurrent = result
-        if GATE != "none":
-            recurrent, written = product(asked, memory, READ), new_v.to(tl.float32)
-            if ERASE:
-                recurrent *= kept
-                written = beta * (written - one_row(recurrent, rows, G))
-            recurrent += met[:, None] * written[None, :]
-            memory = memory.to(tl.float32) * kept + key[:, None] * written[None, :]
-            if MOST > 0:
-                memory = tl.clamp(memory, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
-            place = own_state + (columns[:, None] * D + mine)
-            tl.store(place, memory.to(state.dtype.element_ty), mask=wide[:, None] & narrow)
-            squares += recurrent * recurrent
-        results += ((result, recurrent),)  # type: ignore[assignment]
-        tl.store(own_values + (M + slot) * D + mine, new_v, mask=narrow)
-        if (before < M) & (fresh != 0):
-            tl.store(own_values + before * D + mine, new_v, mask=narrow)
-    if RMS:
-        w_read = w / tl.sqrt(tl.sum(squares, 1) / D + epsilon)
-    elif GATE != "none":
-        w_read = w
-    for part in tl.static_range(PARTS):
-        mine = begin + part * BV + tl.arange(0, BV)
-        there = (rows < G)[:, None] & (mine < D)
-        result, recurrent = results[part][0], results[part][1]
-        if GATE != "none":
-            recurrent *= w_read[:, None]
-            if OPENING > 0:
-                ranks = tl.arange(0, OPENING)
-                place = (query_heads[:, None] * D + mine)[:, :, None] * OPENING + ranks
-                opens = tl.load(opening + place, mask=there[:, :, None], other=0.0)
-                for_opening = tl.load(low + b * low_stride + ranks).to(tl.float32)
-                recurrent *= 2.0 * sigmoid(tl.sum(opens.to(tl.float32) * for_opening, 2))
-            result += recurrent
-        place = output + b * KV * G * D + (query_heads[:, None] * D + mine)
-        tl.store(place, result.to(output.dtype.element_ty), mask=there)
-
-    # keys stay once, values by columns
-    if begin == 0:
+    # what stays: values by columns, keys once
+    is_sink = (before < M) & (fresh != 0)
+    tl.store(own_values + (M + slot) * D + mine, new_v.to(kept_type), mask=narrow)
+    if is_sink:
+        tl.store(own_values + before * D + mine, new_v.to(kept_type), mask=narrow)
+    if part == 0:
         tl.store(own_keys + (M + slot) * D + columns, turned, mask=wide)
-        if (before < M) & (fresh != 0):
+        if is_sink:
             tl.store(own_keys + before * D + columns, turned, mask=wide)
         if h == 0:
             tl.store(ring_valid + b * W + slot, fresh.to(tl.uint8))
 
 
-class Launch(NamedTuple):
-    """How the kernel is launched."""
-
-    block: int  # value channels that a program has at once
-    warps: int
-    registers: int | None = None  # the most that a thread may have
-
-
-def program(pairs: int, D: int, whole: bool) -> Launch:
-    """Where few programs are to be had, value channels are divided among as many as fill the GPU, unless one program
-    needs the `whole` head; fewer than 32 channels would have all warps work out the same scores. Eight warps are the
-    faster where large heads are few. Where whole heads are many, what counts is how many of their programs a
-    multiprocessor has at once: they go through their channels in blocks, small heads by two warps where programs of
-    four would not all be there at once."""
-    size = side(D)
-    if whole and pairs >= 512:
-        return Launch(32, 4, 128) if D > 64 else Launch(min(size, 32), 4 if pairs == 512 else 2)
-    warps = 4 if D <= 64 or pairs >= 512 else 8
+def program(pairs: int, D: int, whole: bool) -> tuple[int, int]:
+    """Value channels and warps of a program: many channels, but for few heads as few as fill the GPU; all of them if it
+    needs the `whole` head. Fewer than 32 channels would have all warps work out the same scores. Eight warps are the
+    faster where large heads are few, four where a multiprocessor has several to work on."""
+    size, warps = side(D), 4 if D <= 64 or pairs >= 512 else 8
     while not whole and size > 32 and (size > 64 or pairs * triton.cdiv(D, size) < 256):
         size //= 2
-    return Launch(size, warps)
+    return size, warps
 
 
 def run(
@@ -314,7 +260,7 @@ def run(
     held: Held,
     decay: Tensor | None = None,
     beyond: Beyond = NOTHING,
-    launch: Launch | None = None,
+    launch: tuple[int, int] | None = None,
 ) -> Tensor:
     """As `step.step`; `launch`, in place of what `program` says, is for tuning."""
     heads = heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
@@ -323,31 +269,28 @@ def run(
     output = torch.empty(B, H, D, dtype=heads.dtype, device=heads.device)
     cos, sin = (mixing, mixing) if rope is None else rope  # an argument that nothing reads
     sink_cos, sink_sin = (cos, sin) if sink_rope is None else sink_rope
-    block, warps, registers = launch or program(B * KV, D, beyond.epsilon is not None)
-    parts = 1 if beyond.epsilon is None else triton.cdiv(D, block)
+    block, warps = launch or program(B * KV, D, beyond.epsilon is not None)
     rank, overlap = 0 if beyond.maps is None else beyond.maps[0].shape[-1], overlaps(heads)
     at_once = min(H // KV, WIDEST // max(rank, 1))
     short = (
         settings.gate in DELTA or settings.feature_map == "softmax"
     )  # no query is longer than 1, so that fp16 holds it
     in_fp16 = short and heads.dtype != torch.float32 and state == torch.float16
-    step_kernel[(B * KV, triton.cdiv(D, block * parts))](
+    step_kernel[(B * KV, triton.cdiv(D, block))](
         heads, heads.stride(0),
         cos, sin, 0 if rope is None else cos.stride(0), sink_cos, sink_sin, 0 if rope is None else sink_cos.stride(0),
         mixing, mixing if decay is None else decay, clock.time, clock.real, clock.valid, clock.sink_time,
         held.keys, held.values, held.valid, held.state, output, *given(beyond, mixing),
         KV, settings.scale, 1.0 / settings.temperature, settings.lower, settings.strength, beyond.epsilon or 0.0,
-        G=H // KV, ROWS=side(H // KV + 1), D=D, DP=side(D), BV=block, PARTS=parts,
-        R=0 if rope is None else cos.shape[-1], M=M, MP=side(M), SINKS=min(settings.sinks, M),
-        W=settings.window, WP=side(settings.window),
+        G=H // KV, ROWS=side(H // KV + 1), D=D, DP=side(D), BV=block, R=0 if rope is None else cos.shape[-1],
+        M=M, MP=side(M), SINKS=min(settings.sinks, M), W=settings.window, WP=side(settings.window),
         GATE=settings.gate, FEATURE=settings.feature_map, ERASE=settings.gate in DELTA,
-        RANK=rank, RP=side(at_once * rank), RP1=side(rank), AT_ONCE=at_once, EARLY=D <= 64 and parts == 1,
+        RANK=rank, RP=side(at_once * rank), RP1=side(rank), AT_ONCE=at_once, EARLY=D <= 64,
         GATES=0 if beyond.gate is None else beyond.gate.shape[-1], LOGITS=beyond.mixing is not None,
         RMS=beyond.epsilon is not None, OPENING=0 if beyond.opening is None else beyond.opening[1].shape[-1],
         MOST=torch.finfo(torch.float16).max if state == torch.float16 else 0.0,
         READ=tl.float16 if in_fp16 else tl.float32, OVERLAP=overlap, num_warps=warps,
         **({"launch_pdl": True} if overlap else {}),
-        **({"maxnreg": registers} if registers and torch.version.hip is None else {}),
     )  # fmt: skip
     return output
 
