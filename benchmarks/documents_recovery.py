@@ -183,6 +183,20 @@ def state_size() -> str:
     return "\n".join([*lines, "", f"{made_on(data)}."])
 
 
+def recipes() -> str:
+    """The shipped recipes, trained alike."""
+    rows, data = _rows("recipes")
+    lines = ["| recipe | late loss | closed of window only | needles at 128, 512 | new parameters | cache, MB |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["late_loss"]):
+        share = "–" if name == "window-only" else _interval(_closed(rows["window-only"], row, data))
+        needles = {cell["distance"]: cell["accuracy"] for cell in row["recall"] if cell["task"] == "needle"}
+        new, cache = f"{row['new_parameters']:,}", f"{row['cache_bytes'] / 1e6:.1f}"
+        found = f"{needles[128]:.0%}, {needles[512]:.0%}"
+        lines.append(f"| {name} | {row['late_loss']:.4f} | {share} | {found} | {new} | {cache} |")
+    return "\n".join([*lines, "", f"Teacher {data['teacher']['late_loss']:.4f}. {made_on(data)}."])
+
+
 def changes() -> str:
     """Each row that differs from the default at 5 million tokens in one thing."""
     rows, data = _rows("scaling")

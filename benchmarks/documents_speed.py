@@ -77,12 +77,12 @@ SIZES = (64, 128)
 
 def errors() -> str:
     """The kernels against float64 on a GPU: the worst relative errors by inputs and head size."""
-    found = [measured(name) for name in ("errors_forward_h100", "errors_h100", "delta_h100", "decode_smoke_h100")]
+    found = [measured(name) for name in ("errors_h100", "delta_h100", "decode_smoke_h100")]
     if None in found:
         return "Not measured yet."
-    forward, fused, alone, step = (data for data in found if data is not None)
+    fused, alone, step = (data for data in found if data is not None)
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in [*forward["rows"], *fused["rows"], *alone["errors"]]:
+    for row in [*fused["rows"], *alone["errors"]]:
         rule = "delta rule, any gates"
         if "gate" in row:
             rule = "Liger Attention, delta rule" if row["gate"] in DELTA else "Liger Attention, decay"
@@ -94,17 +94,13 @@ def errors() -> str:
         lines.append(f"| {rule} | {kind} | {' | '.join(cells)} |")
     steps = [1000 * max(error for name, error in step["found"].items() if f" D={D} " in name) for D in SIZES]
     lines.append(f"| decoding step, every gate | ten steps | {' | '.join(f'{x:.1f}' for x in steps)} | – | – |")
-    gates = {
-        side: sorted({row["gate"] for row in [*forward["rows"], *fused["rows"]] if row["backward"] == back})
-        for side, back in (("without a backward pass", False), ("with one", True))
-    }
-    said = "; ".join(f"{side} {', '.join(f'`{gate}`' for gate in names)}" for side, names in gates.items())
-    commits = ", ".join(dict.fromkeys(x for data in (forward, fused, alone, step) for x in data["commit"].split(", ")))
+    gates = ", ".join(f"`{gate}`" for gate in sorted({row["gate"] for row in fused["rows"]}))
+    commits = ", ".join(dict.fromkeys(x for data in (fused, alone, step) for x in data["commit"].split(", ")))
     return "\n".join(
         [
             *lines,
             "",
-            f"Thousandths of the norm, the worst of all gates: {said}. {fused['hardware']}, "
+            f"Thousandths of the norm, the worst of all gates: {gates}. {fused['hardware']}, "
             f"{versions(fused['versions'])}, commits {commits}.",
         ]
     )
