@@ -183,7 +183,7 @@ def graph_error(name: str, structure: str) -> dict[str, Any]:
 def tune(out: Path, stop: float) -> None:
     """Microseconds of the step's kernel by how it is launched, and its error against float64: of the delta rule with
     all that the default recipe adds to it, whose programs have whole heads, then of gla. `floor` is what a copy of its
-    bytes takes; calls go from layer to layer, as in a model, so that a small cache does not hold them all."""
+    bytes takes; calls go from layer to layer, as in a model, so that the GPU's cache does not hold large batches."""
     from linearize.ops.step_triton import program
 
     rows: list[dict[str, Any]] = []
@@ -217,7 +217,7 @@ def tune(out: Path, stop: float) -> None:
 
 
 class Stepped:
-    """A step of as many layers as no cache of a GPU holds."""
+    """A step of up to 64 layers, together 256 MB where that is enough of them."""
 
     def __init__(self, gate: str, D: int, H: int, KV: int, B: int) -> None:
         whole, groups = gate in DELTA, H // KV

@@ -10,6 +10,7 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -107,11 +108,6 @@ def copy_speed(runs: int) -> float:
         target.copy_(source)
         seconds.append(time.perf_counter() - start)
     return 2 * source.nbytes / median(seconds[1:])
-
-
-def median(values: list[float]) -> float:
-    """The middle one."""
-    return sorted(values)[len(values) // 2]
 
 
 if __name__ == "__main__":

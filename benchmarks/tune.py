@@ -406,7 +406,7 @@ def shown(launch: Launch) -> str:
 def described(row: dict[str, Any]) -> str:
     """A line for the terminal."""
     what = f"D={row['D']} {row['kernel']:16} warps {row['num_warps']:2} stages {row['num_stages']} "
-    what += f"block {row['block']:3} registers {row['registers']:3} programs {row['programs']}"
+    what += f"block {row['block']:3} registers {row['registers']:3}"
     if "seconds" not in row:
         return f"{what} {row.get('error')}"
     return f"{what} {1000 * row['seconds']:7.3f} ms, compiled in {row.get('compile_seconds', 0.0):4.1f} s"

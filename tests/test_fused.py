@@ -126,7 +126,21 @@ def test_a_prompt_goes_on_by_kernels(settings, operators, alone, by_kernels):
 
 
 @torch.no_grad()
-def test_a_padded_prompt_goes_on_without_kernels(by_kernels):
+def test_states_in_fp16_and_sinks_by_layer_go_on(by_kernels):
+    """By operations and by kernels from the same caches."""
+    converted, found = model("gla", sinks=[3, 1, 0], state_dtype="float16"), []
+    for switch in (lambda: None, by_kernels):
+        switch()
+        cache = DynamicCache(config=converted.config)
+        parts = [logits(converted, part, past_key_values=cache) for part in ids(2, 150).split([80, 70], dim=1)]
+        assert cache.layers[0].state.dtype == torch.float16
+        found.append(torch.cat(parts, dim=1))
+    assert (len(calls), len(windows)) == (4, 2)
+    assert_close(*found, 1e-4)
+
+
+@torch.no_grad()
+def test_a_padded_prompt_goes_on_by_kernels_once_windows_are_full(by_kernels):
     """The first row's window is not full."""
     converted = model("gla")
     mask = (torch.arange(180) >= torch.tensor([[45], [0]])).long()

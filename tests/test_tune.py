@@ -81,6 +81,12 @@ def test_settings_as_in_the_source():
     assert eval(tune.shown(Launch(4, 1, 32))) == Launch(4, 1, 32)
 
 
+def test_a_row_is_told():
+    row = {"D": 16, "kernel": "output", **Launch(4, 1)._asdict()}
+    assert "2.000 ms" in tune.described(row | {"seconds": 2e-3})
+    assert "out of memory" in tune.described(row | {"error": "out of memory"})
+
+
 def test_programs_are_the_same_for_other_lengths_and_numbers():
     found = []
     for T, scale in ((70, 0.25), (130, 0.5)):

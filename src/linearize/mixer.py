@@ -127,11 +127,14 @@ class LinearizedAttention(nn.Module):
         if self.config.local != "none":
             before = None if past is None or cache is None else (cache.sink_keys, cache.sink_values)
             sinks = self.document_sinks(q, rotated[1], v, tokens, before)
-        output, state = self.fused(q, k, v, position_embeddings, sinks, past, memory, tokens, cache)
+        output, state, for_kernels = None, None, past is None or self.window_is_full(sinks, past, tokens)
+        if for_kernels:
+            output, state = self.fused(q, k, v, position_embeddings, sinks, past, memory, tokens, cache)
         if state is not None:
             memory = Memory(state)
         elif sinks is not None and self.ablated != "window":
-            output = self.windowed(q, k, v, position_embeddings, sinks, past, tokens)
+            if for_kernels:
+                output = self.windowed(q, k, v, position_embeddings, sinks, past, tokens)
             if output is None:
                 output, normalizer = self.local(*rotated, v, sinks, past, tokens)
         if self.recurrence is not None and self.ablated != "recurrence" and state is None:
@@ -175,7 +178,7 @@ class LinearizedAttention(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Output and final state of both branches by kernels, on a GPU; else nothing. A text from its beginning is one
         operator's; of one that goes on from a cache, the window is another's."""
-        if self.recurrence is None or self.ablated or (past is not None and q.shape[1] == 1):
+        if self.recurrence is None or self.ablated:
             return None, None
         settings, rope = self.kernel, None if self.rotate is _unrotated else angles
         reason = settings if isinstance(settings, str) else liger.why_not_fused(q, k, v, settings, tokens.first, rope)
@@ -193,12 +196,14 @@ class LinearizedAttention(nn.Module):
         weights = mixing.weight if hasattr(mixing, "weight") else mixing.weights().to(q.device)
         if past is None:
             return liger.fused(q, k, v, weights, settings, rope, None, tokens.first, decay)
-        local = None if sinks is None else self.windowed(q, k, v, angles, sinks, past, tokens)
-        if local is None or memory is None:
+        assert sinks is not None
+        assert memory is not None
+        local = self.windowed(q, k, v, angles, sinks, past, tokens)
+        if local is None:
             return None, None
-        # with a weight of 1, what the operator makes of a window that begins here is nothing
+        # the operator's own window begins at this call; a weight of 1 leaves the recurrence alone
         read, state = liger.fused(q, k, v, torch.ones_like(weights), settings, rope, memory.state, None, decay)
-        return torch.lerp(local, read, weights[:, None].to(local.dtype)), state
+        return torch.lerp(local.float(), read.float(), weights[:, None].float()).to(local.dtype), state
 
     def step_settings(self) -> liger.Settings | None:
         """What `ops.step` is to be told: of the whole layer or, with gate "none", of the window alone, where the
@@ -331,6 +336,13 @@ class LinearizedAttention(nn.Module):
             first = torch.arange(q.shape[1], device=q.device) - tokens.position % window
         return local_attention(q, k, v, window, self.scoring(), sinks, past, tokens.valid, tokens.document, first)
 
+    def window_is_full(self, sinks: Sinks | None, past: Past, tokens: Tokens) -> bool:
+        """Whether several tokens go on where every row has a full window and no sink is still in it, so that kernels
+        may take both for the beginning of the text."""
+        if sinks is None or tokens.length == 1 or tokens.valid is not None:
+            return False
+        return bool(past.valid.all() & (sinks.time[:, : self.config.sinks] <= -self.config.window).all())
+
     def windowed(
         self,
         q: Tensor,
@@ -342,15 +354,12 @@ class LinearizedAttention(nn.Module):
         tokens: Tokens,
     ) -> Tensor | None:
         """The softmax branch by a kernel of its own, from q and k before RoPE: on a GPU, for a text from its beginning
-        or one that goes on where sinks have left a full window; else nothing."""
+        or one that goes on as `window_is_full` says; else nothing."""
         settings, dtype, rope = self.plain_window(), kernel_dtype(v), None if self.rotate is _unrotated else angles
         if settings is None or dtype is None or tokens.sink_rope is not None:
             return None
         before = 0
         if past is not None:  # sinks and window lead the text; what is rotated already turns by no angle
-            known = sinks.time[:, : settings.sinks] <= -settings.window
-            if q.shape[1] == 1 or tokens.valid is not None or not bool(past.valid.all() & known.all()):
-                return None
             before = settings.sinks + settings.window
             q = F.pad(q, (0, 0, 0, 0, before, 0))
             k = torch.cat([sinks.k[:, : settings.sinks], past.k, k], dim=1)

@@ -169,7 +169,7 @@ def test_segments_in_half_precision(monkeypatch):
         (1, 2**20, 1, 64, (66, 249)),
     ],
 )
-def test_into_how_many_segments(monkeypatch, B, T, KV, D, expected):
+def test_into_how_many_segments(B, T, KV, D, expected):
     """By shapes alone: long sequences of few heads, so that a pass has a program for each multiprocessor."""
     from linearize.ops import liger_delta
     from linearize.ops.gated_delta_fused import _call

@@ -75,7 +75,8 @@ def assert_is_the_equation(
         alone = operator(*ours[:4], fixed, moved, ours[4], move(first), move(decay))
     results = operator(*ours[:4], fixed, moved, ours[4], move(first), move(decay))
     expected = reference(*truth[:4], fixed, angles, truth[4], first, decay)
-    weights = [torch.randn_like(x).to(y.dtype).double() for x, y in zip(expected, results, strict=True)]  # as they arrive
+    # gradients as they arrive, in the results' dtype
+    weights = [torch.randn_like(x).to(y.dtype).double() for x, y in zip(expected, results, strict=True)]
     assert results[0].dtype == dtype
     assert results[1].dtype == torch.float32
     for result, other in zip((*results, *alone), expected * 2, strict=True):

@@ -59,8 +59,9 @@ def gated(call: Call) -> bool:
 
 
 def segments_of(call: Call, blocks: int) -> tuple[int, int]:
-    """Into how many segments a pass over the states is cut, and their chunks: one, unless a multiprocessor for each
-    program, or two in the first pass, which has twice as many, leave at most about half of the steps."""
+    """Into how many segments a pass over the states is cut, and their chunks: as many as give each program of a pass a
+    multiprocessor of its own (in the first pass two share one), but no more than make the fewest steps; one where that
+    saves less than about half of the steps."""
     wanted = min(MULTIPROCESSORS // (call.pairs * blocks), math.isqrt(2 * call.chunks))  # fewest: 2 · size + segments
     if wanted < 4 or call.chunks < 64:
         return 1, call.chunks
