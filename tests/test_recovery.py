@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from benchmarks import recovery
+from linearize.recipe import read
 from linearize.run import Base
 
 ROWS = sorted(path for path in Path(recovery.__file__).parent.glob("*.yaml") if path.stem != "training_text")
@@ -22,9 +23,11 @@ def test_every_row_is_a_recipe(path):
     rows = recovery.read_rows(arguments(path))
     for given in rows.values():
         recipe = recovery.recipe_of(given, arguments())
-        said = [item.partition("=")[2] for item in given if item.startswith("mixer.structure=")]
-        wanted = yaml.safe_load(said[-1]) if said else "gated_deltanet"  # the default recipe's
+        said = dict(item.split("=", 1) for item in given)  # of a key that is there twice the last counts
+        shipped = read(said.get("recipe", "default")).mixer
+        wanted = yaml.safe_load(said.get("mixer.structure", "null"))
         every = wanted if isinstance(wanted, list) else [wanted] * 30
+        every = [every[index] or shipped.layer(index, 30).structure for index in range(30)]
         assert [recipe.mixer.layer(index, 30).structure for index in range(30)] == every
 
 
@@ -36,18 +39,18 @@ def test_shipped_recipes_are_rows():
 
 def test_rows_of_another_text_have_tokens_of_their_own(monkeypatch):
     """As many as the row of that text needs that needs most, whatever other rows need."""
-    read = []
+    asked = []
 
     def load(recipe, train):
-        read.append((recipe.data.shortest, recipe.distill.tokens))
-        return Base(teacher=len(read), tokenizer=None, documents=[recipe.data.shortest])
+        asked.append((recipe.data.shortest, recipe.distill.tokens))
+        return Base(teacher=len(asked), tokenizer=None, documents=[recipe.data.shortest])
 
     monkeypatch.setattr(recovery, "load_base", load)
     monkeypatch.setattr(recovery, "_kept", {})
     rows = [["distill.tokens=2M"], ["distill.tokens=9M"], ["distill.tokens=20M", "data.shortest=64"]]
     every = [recovery.recipe_of(row, arguments()) for row in rows]
     bases = [recovery._base(recipe, every) for recipe in every]
-    assert read == [(0, 9_000_000), (64, 20_000_000)]
+    assert asked == [(0, 9_000_000), (64, 20_000_000)]
     assert [base.documents for base in bases] == [[0], [0], [64]]
     assert {base.teacher for base in bases} == {1}
 
