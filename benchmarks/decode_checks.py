@@ -187,7 +187,7 @@ def tune(out: Path, stop: float) -> None:
     from linearize.ops.step_triton import program
 
     rows: list[dict[str, Any]] = []
-    speed = copy_speed() if GPU else 1e10
+    speed = copy_speed() if GPU else None
     shapes = ((128, 32, 8), (64, 32, 8), (64, 9, 3))
     for gate, (D, H, KV), B in itertools.product(("gated_deltanet", "gla"), shapes, BATCHES[::-1]):
         blocks = [D] if gate in DELTA else [block for block in (16, 32, 64, 128) if block <= D]
@@ -200,12 +200,8 @@ def tune(out: Path, stop: float) -> None:
             if time.perf_counter() > stop:
                 break
             row: dict[str, Any] = {"gate": gate, "B": B, "H": H, "KV": KV, "D": D}
-            row |= {
-                "block": launch[0],
-                "warps": launch[1],
-                "chosen": launch == chosen,
-                "floor": 1e6 * problem.bytes / speed,
-            }
+            row |= {"block": launch[0], "warps": launch[1], "chosen": launch == chosen}
+            row["floor"] = None if speed is None else 1e6 * problem.bytes / speed
             try:
                 row |= {"error": problem.error(launch), "micro": problem.microseconds(launch)}
             except Exception as error:

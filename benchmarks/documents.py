@@ -208,7 +208,7 @@ def tracking(name: str) -> str:
         f"{data['hardware']}, {versions(data['versions'])}; {sum(r.seconds for r in results):.0f} s of training, "
         f"{longest.seconds:.0f} of them for {longest.task} with {longest.structure}."
     )
-    return "\n".join([tracking_table(results), "", f"Settings: {changed}. {made}"])
+    return "\n".join([tracking_table(results), "", f"Settings: {changed or 'the defaults'}. {made}"])
 
 
 def tracking_runs(folder: Path = RESULTS / "state-tracking-runs") -> str:

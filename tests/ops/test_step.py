@@ -24,7 +24,8 @@ if TRITON and not GPU:
 
 DEVICE = "cuda" if GPU else "cpu"
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
-RUNS = ["plain", pytest.param("kernel", marks=pytest.mark.skipif(not TRITON, reason="triton is not installed"))]
+needs_triton = pytest.mark.skipif(not TRITON, reason="triton is not installed")
+RUNS = ["plain", pytest.param("kernel", marks=needs_triton)]
 
 
 def nothing(B: int, KV: int, D: int, fixed: Settings, sinks: int, dtype=torch.float32) -> tuple[Clock, Held]:
@@ -323,7 +324,7 @@ def told_on_a_gpu(reason: str):
     return pytest.warns(UserWarning, match=f"run unfused, several times slower: .*{reason}") if GPU else nullcontext()
 
 
-@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+@needs_triton
 def test_the_window_is_a_kernel_where_the_recurrence_is_not(monkeypatch):
     """As under a root mean square over heads that no program has whole."""
     asked = []
@@ -339,7 +340,7 @@ def test_the_window_is_a_kernel_where_the_recurrence_is_not(monkeypatch):
     assert asked == ["gated_deltanet", "none"] * 10
 
 
-@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+@needs_triton
 def test_a_kernel_that_takes_more_than_the_device_has(monkeypatch):
     """Of shared memory, say: the recurrence goes by operations."""
     from triton.runtime.errors import OutOfResources
@@ -362,7 +363,7 @@ def test_a_kernel_that_takes_more_than_the_device_has(monkeypatch):
     assert len(refused) == 10
 
 
-@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+@needs_triton
 def test_what_the_kernel_lacks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
 
@@ -460,7 +461,7 @@ def test_the_delta_rule_in_sixteen_bits(gate, D, groups, B, dtype):
     assert_is_the_truth("kernel", given, fixed, more, rope(80, D), tolerance=5e-3)
 
 
-@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gate", ["gated_deltanet", "gla"])
 @pytest.mark.parametrize("feature_map", ["softmax", "none"])
@@ -480,7 +481,7 @@ def test_a_state_of_half_the_precision_in_a_model_of_half_the_precision(feature_
     assert_close(state, final, 5e-3)
 
 
-@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+@needs_triton
 def test_queries_past_what_a_state_of_half_the_precision_can_say():
     """Which only bf16 can be; nothing of them is rounded to fp16."""
     given, fixed, angles = inputs(3), settings(feature_map="none"), rope(3)
