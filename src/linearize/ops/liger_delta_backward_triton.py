@@ -24,6 +24,7 @@ from linearize.ops.liger_delta_triton import (
 from linearize.ops.liger_triton import (
     CHUNK,
     GONE,
+    document_mask,
     load_first,
     load_state,
     load_tile,
@@ -69,7 +70,7 @@ def delta_query_gradients_kernel(
     gain = load_tile(residual + theirs, rows, columns, T, KV * D, D)
     inverted = load_square(solved, pair * chunks + chunk)
     state = load_state(states, pair * chunks + chunk, columns, D)
-    between = tl.where((rows[:, None] >= rows[None, :]) & (rows[None, :] >= starts[:, None]), between, 0.0)
+    between = tl.where(document_mask(rows, starts), between, 0.0)
     dgain, dunit_key = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
     dstate, dsum = tl.zeros([DP, DP], tl.float32), tl.zeros([CHUNK], tl.float32)
     for group in tl.range(0, GROUPS, disable_licm=True):  # offsets and masks, made anew, need no registers meanwhile

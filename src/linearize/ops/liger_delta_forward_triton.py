@@ -36,6 +36,7 @@ from linearize.ops.liger_triton import (
     CHUNK,
     LEVELS,
     LIMIT,
+    document_mask,
     load_first,
     load_state,
     load_tile,
@@ -201,8 +202,7 @@ def delta_output_kernel(
     query, _ = unit(load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32), columns, D, FEATURE)
     query = query.to(DTYPE)
     unit_key = load_tile(key + theirs, rows, columns, T, KV * D, D)
-    seen = (rows[:, None] >= rows[None, :]) & (rows[None, :] >= starts[:, None])
-    p = tl.where(seen, between * product(query, tl.trans(unit_key), DTYPE), 0.0)
+    p = tl.where(document_mask(rows, starts), between * product(query, tl.trans(unit_key), DTYPE), 0.0)
     m = product(p, load_square(solved, pair * chunks + chunk), FINE)
     out = product(query, load_state(states, pair * chunks + chunk, columns, D), DTYPE)
     out *= reached(tl.exp(to_query), starts, start, PACKED)[:, None]

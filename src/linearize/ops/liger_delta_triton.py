@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from linearize.ops.liger_steep_triton import decay_between
-from linearize.ops.liger_triton import CHUNK, LIMIT, load_first, load_one_first
+from linearize.ops.liger_triton import CHUNK, LIMIT, continues, load_first, load_last_first
 
 LEAST = tl.constexpr(1e-12)  # length of a vector; shorter ones are not made longer than this makes them
 
@@ -89,9 +89,9 @@ def decay_mask(log_g, to_query, rows, T, GATED: tl.constexpr):
 
 @triton.jit
 def reached(values, starts, start, PACKED: tl.constexpr):
-    """`[C]` for tokens that the state before the chunk reaches, else 0."""
+    """`values` of tokens that the state before the chunk reaches, else 0 `[C]`."""
     if PACKED:
-        values = tl.where(starts < tl.maximum(start, 1), values, 0.0)
+        values = tl.where(continues(starts, start), values, 0.0)
     return values
 
 
@@ -104,9 +104,9 @@ def reach(log_g, first, rows, start, T, GATED: tl.constexpr, PACKED: tl.constexp
 
 @triton.jit
 def lasting(values, first, rows, start, T, PACKED: tl.constexpr):
-    """`[C]` for tokens that the chunk's last one still sees, else 0."""
+    """`values` of tokens that the chunk's last one still sees, else 0 `[C]`."""
     if PACKED:
-        values = tl.where(rows >= load_one_first(first, tl.minimum(start + CHUNK, T) - 1, PACKED), values, 0.0)
+        values = tl.where(rows >= load_last_first(first, start, T, PACKED), values, 0.0)
     return values
 
 
@@ -117,8 +117,7 @@ def kept(log_g, first, rows, start, T, GATED: tl.constexpr, PACKED: tl.constexpr
     if GATED:
         share = tl.exp(tl.sum(tl.load(log_g + rows, mask=rows < T, other=0.0), 0))
     if PACKED:
-        last_first = load_one_first(first, tl.minimum(start + CHUNK, T) - 1, PACKED)
-        share = tl.where(last_first < tl.maximum(start, 1), share, 0.0)
+        share = tl.where(continues(load_last_first(first, start, T, PACKED), start), share, 0.0)
     return share
 
 

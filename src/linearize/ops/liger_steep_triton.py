@@ -11,6 +11,7 @@ from linearize.ops.liger_triton import (
     GONE,
     LEVELS,
     LIMIT,
+    document_mask,
     feature,
     feature_backward,
     key_and_gate,
@@ -131,7 +132,7 @@ def add_output_kernel(
         if tl.min(load_total(totals, pair, chunks, chunk, columns, D)) <= LIMIT:
             rows = chunk * CHUNK + tl.arange(0, CHUNK)
             starts = load_first(first + batch * T, rows, T, PACKED)
-            seen = (rows[:, None] >= rows[None, :]) & (rows[None, :] >= starts[:, None])
+            seen = document_mask(rows, starts)
             x = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
             key, log_g = key_and_gate(x, rows < T, columns, tl.load(decay + head), rate, lower, D, GATE, FEATURE)
             values = load_tile(v + theirs, rows, columns, T, KV * D, D)
@@ -158,7 +159,7 @@ def add_gradients_kernel(
         if tl.min(load_total(totals, pair, chunks, chunk, columns, D)) <= LIMIT:
             rows = chunk * CHUNK + tl.arange(0, CHUNK)
             starts = load_first(first + batch * T, rows, T, PACKED)
-            seen = (rows[:, None] >= rows[None, :]) & (rows[None, :] >= starts[:, None])
+            seen = document_mask(rows, starts)
             x = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
             key, log_g = key_and_gate(x, rows < T, columns, tl.load(decay + head), rate, lower, D, GATE, FEATURE)
             values = load_tile(v + theirs, rows, columns, T, KV * D, D)
