@@ -13,7 +13,6 @@ import triton.language as tl
 from linearize.ops.liger_triton import (
     CHUNK,
     GONE,
-    SINK_ROWS,
     continues,
     decays,
     feature_backward,
@@ -32,6 +31,7 @@ from linearize.ops.liger_triton import (
     sink_mask,
     sink_rows,
     state_factors,
+    store_by_sink,
     store_tile,
     window_mask,
 )
@@ -63,9 +63,8 @@ def state_gradients_kernel(
         query = load_tile(near_query + at, rows, channels, T, H * D, D)
         dout = load_tile(doutput + at, rows, columns, T, H * D, D)
         half, whole = state_factors(total)
-        total = load_total(
-            totals, pair, chunks, tl.maximum(end - 1 - (n + 1) // GROUPS, 0), channels, D
-        )  # the next one
+        next_chunk = tl.maximum(end - 1 - (n + 1) // GROUPS, 0)
+        total = load_total(totals, pair, chunks, next_chunk, channels, D)
         if PACKED:
             starts = load_first(first, rows, T, PACKED)
             query = tl.where(continues(starts, chunk * CHUNK)[:, None], query, 0.0)
@@ -136,12 +135,9 @@ def query_gradients_kernel(
     if SINKS > 0:
         dfar = share * far * (dfar - read[:, None])
         dturned += product(dfar, sink_key, DTYPE)
-        slots, at = tl.arange(0, SINK_ROWS), (index * chunks + chunk) * SINKS * D
-        # sinks as rows: with them as 16 columns of a transposed product, Triton 3.6 reads past its shared memory
-        dfar_key = product(tl.trans(dfar), query, DTYPE)
-        store_tile(dsink_key + at, slots, columns, dfar_key, SINKS, D, D)
-        dfar_values = product(tl.trans((1.0 - w) * far), dout, DTYPE)
-        store_tile(dsink_values + at, slots, columns, dfar_values, SINKS, D, D)
+        at = (index * chunks + chunk) * SINKS * D
+        store_by_sink(dsink_key + at, dfar, query, columns, SINKS, D, DTYPE)
+        store_by_sink(dsink_values + at, (1.0 - w) * far, dout, columns, SINKS, D, DTYPE)
 
     da = tl.where(read_mask(rows, starts, total), down, 0.0)
     dquery = product(da, recurrent_key, DTYPE)

@@ -107,10 +107,8 @@ def scores_backward(da, query, key, log_g, seen, DTYPE: tl.constexpr, SCALAR: tl
             merged = merged_at(1 << level)
             a += tl.where(merged, product(right_query, tl.trans(left_key), DTYPE), 0.0)
             da_merged = tl.where(merged, da, 0.0).to(DTYPE)
-            dright_query, dleft_key = (
-                product(da_merged, left_key, DTYPE),
-                product(tl.trans(da_merged), right_query, DTYPE),
-            )
+            dright_query = product(da_merged, left_key, DTYPE)
+            dleft_key = product(tl.trans(da_merged), right_query, DTYPE)
             terms += right_query.to(tl.float32) * dright_query - left_key.to(tl.float32) * dleft_key
             dquery += tl.where(right, dright_query * decay, 0.0)
             dkey += tl.where(right, 0.0, dleft_key * decay)

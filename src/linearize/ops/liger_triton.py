@@ -163,6 +163,14 @@ def read_mask(rows, first, total):
     return document_mask(rows, tl.where(tl.min(total) > LIMIT, first, NEVER))
 
 
+@triton.jit
+def store_by_sink(base, weights, x, columns, SINKS: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr):
+    """What a chunk's queries give its sinks: weightsᵀ x `[SINKS, D]`, of weights `[C, SINK_ROWS]` and x `[C, DP]`."""
+    # sinks as rows: with them as 16 columns of a transposed product, Triton 3.6 reads past its shared memory
+    sums = product(tl.trans(weights), x, DTYPE)
+    store_tile(base, tl.arange(0, SINK_ROWS), columns, sums, SINKS, D, D)
+
+
 # --- feature map, gate and key ---
 
 
