@@ -30,21 +30,12 @@ from linearize.ops.liger_triton import (
     load_tile,
     product,
     sigmoid,
+    split_product,
     store_state,
     store_tile,
 )
 
 FAINT = tl.constexpr(1e-4)  # a β with which entries of X, in fp16, have few digits left
-
-
-@triton.jit
-def by_fine(x, y, DTYPE: tl.constexpr):
-    """x yᵀ of an x that has no bounds and a y that is in fp16: in bf16, y is split in two."""
-    high = y.to(DTYPE)
-    z = product(x, tl.trans(high), DTYPE)
-    if tl.float32 != DTYPE:
-        z += product(x, tl.trans(y.to(tl.float32) - high.to(tl.float32)), DTYPE)
-    return z
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -88,7 +79,7 @@ def delta_query_gradients_kernel(
         dgain += product(tl.trans((w * m).to(DTYPE)), dout, DTYPE)
         dm = product(dout, tl.trans(gain), DTYPE)
         read = tl.sum(m * dm, 1)
-        dp = by_fine(dm, inverted, DTYPE)
+        dp = split_product(dm, tl.trans(inverted), DTYPE)
         if GATED:
             change = w * p.to(tl.float32) * dp
             dsum += tl.sum(change, 1) - tl.sum(change, 0)

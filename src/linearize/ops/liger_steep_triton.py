@@ -21,6 +21,7 @@ from linearize.ops.liger_triton import (
     load_total,
     product,
     running_sum,
+    split_product,
     store_tile,
 )
 
@@ -38,24 +39,13 @@ def decay_between(log_g):
 
 
 @triton.jit
-def masked_sums(mask, x, DTYPE: tl.constexpr):
-    """mask x with fp32's precision: in bf16, the mask is exact and x is split in two."""
-    if tl.float32 == DTYPE:
-        sums = product(mask, x, DTYPE)
-    else:
-        high = x.to(DTYPE)
-        sums = product(mask, high, DTYPE) + product(mask, x - high.to(tl.float32), DTYPE)
-    return sums
-
-
-@triton.jit
 def decay_to_boundary(log_g, size, DTYPE: tl.constexpr):
     """For the merge of neighbouring blocks of `size` tokens: the decay from the boundary to each query of the right
     blocks and from each key of the left ones to it, both at most 1, and which tokens are in right blocks `[C, 1]`."""
     i, t = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     right = (i & size) != 0
     between = (i // size == t // size) & ((right & (t <= i)) | ((right == 0) & (t > i)))
-    return tl.exp(masked_sums(between, log_g, DTYPE)), right
+    return tl.exp(split_product(between, log_g, DTYPE)), right
 
 
 @triton.jit

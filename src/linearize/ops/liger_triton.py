@@ -84,6 +84,16 @@ def product(x, y, DTYPE: tl.constexpr):
     return tl.dot(x.to(DTYPE), y.to(DTYPE), input_precision="tf32x3")
 
 
+@triton.jit
+def split_product(x, y, DTYPE: tl.constexpr):
+    """x y of a y that has more digits than DTYPE: in bf16 it is split in two; x is rounded."""
+    high = y.to(DTYPE)
+    z = product(x, high, DTYPE)
+    if tl.float32 != DTYPE:
+        z += product(x, y.to(tl.float32) - high.to(tl.float32), DTYPE)
+    return z
+
+
 # --- rotary position embedding, as rotate-half over the first R channels ---
 
 
