@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.cache import Memory
-from linearize.ops.dispatch import may_look, narrowed, no_device
+from linearize.ops.dispatch import may_look, narrowed, why_no_kernel
 from linearize.ops.liger import DELTA, FEATURES, GATES, Rope, Settings, warn_once, wide
 from linearize.ops.local import Past
 
@@ -89,8 +89,7 @@ def why_not_fused(
         f"{D} channels behind the window": D > WHOLE and held.late_gates is not None,
         f"{heads.dtype} and a cache in {held.keys.dtype}": heads.dtype != held.keys.dtype,
     }
-    reasons = [name for name, true in unsupported.items() if true]
-    return no_device(heads) or (f"no kernel for {', '.join(reasons)}" if reasons else None)
+    return why_no_kernel(heads, unsupported)
 
 
 def step(

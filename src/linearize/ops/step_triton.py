@@ -293,9 +293,8 @@ def run(
     block, warps = launch or program(B * KV, D, beyond.epsilon is not None or behind)
     rank, overlap = 0 if beyond.maps is None else beyond.maps[0].shape[-1], overlaps(heads)
     at_once = min(H // KV, WIDEST // max(rank, 1))
-    short = (
-        settings.gate in DELTA or settings.feature_map == "softmax"
-    )  # no query is longer than 1, so that fp16 holds it
+    # no query is longer than 1, so that fp16 holds it
+    short = settings.gate in DELTA or settings.feature_map == "softmax"
     in_fp16 = short and heads.dtype != torch.float32 and state == torch.float16
     step_kernel[(B * KV, triton.cdiv(D, block))](
         heads, heads.stride(0),
