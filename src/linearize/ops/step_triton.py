@@ -117,12 +117,14 @@ def step_kernel(
             first, second = load_maps(down_q, up_q, h * G, columns, AT_ONCE, D, RANK, RP)
             first_k, second_k = load_maps(down_k, up_k, h, columns, 1, D, RANK, RP1)
         if BEHIND:
+            leaving_k = own_keys + (M + slot) * D + columns
             if BEHIND == OWN_KEYS:
-                own_late_k = late_keys + ((b * W + slot) * KV + h) * D + columns
-                late_k = tl.load(own_late_k, mask=wide, other=0.0)
+                leaving_k = late_keys + ((b * W + slot) * KV + h) * D + columns
             own_late = late_gates + ((b * W + slot) * KV + h) * (GATES + 1)
             late_decay, late_write = tl.load(own_late), tl.load(own_late + GATES - 1)
-            leaves = tl.load(own_late + GATES) != 0
+            leaves = tl.load(own_late + GATES).to(tl.int32)  # 1, or 0 where no token is taken in
+            late_k = tl.load(leaving_k, mask=columns < D * leaves, other=0.0).to(tl.float32)
+            late_v = tl.load(own_values + (M + slot) * D + mine, mask=mine < D * leaves, other=0.0).to(tl.float32)
     if SINKS > 0:
         sinks = tl.arange(0, MP)
         there = sinks < M
@@ -163,13 +165,6 @@ def step_kernel(
         turned = (new_k.to(tl.float32) * c + other_k.to(tl.float32) * s).to(kept_type)
         if SINKS > 0:
             far = rotated(x, other, sink_c, sink_s, held).to(kept_type)
-    if BEHIND:
-        if BEHIND == OWN_KEYS:
-            leaving = tl.where((rows == G)[:, None], late_k.to(tl.float32)[None, :], x)
-        else:
-            leaving_k = tl.where(leaves, one_row(window_k.to(tl.float32), places, slot), 0.0)
-            leaving = tl.where((rows == G)[:, None], leaving_k[None, :], near)
-        leaving_v = tl.where(leaves, one_row(window_v.to(tl.float32), places, slot), 0.0)
     window_k = tl.where((places == slot)[:, None], turned, window_k)
     window_v = tl.where((places == slot)[:, None], new_v, window_v)
     seen = (seen | (places == slot)) & (places < W)
@@ -191,7 +186,9 @@ def step_kernel(
     if GATE != "none":
         taken_v, taken = new_v, fresh != 0
         if BEHIND:
-            x, taken_v, taken = leaving.to(x.dtype), leaving_v, leaves
+            asked = x if BEHIND == OWN_KEYS else near
+            x = tl.where((rows == G)[:, None], late_k[None, :], asked).to(x.dtype)
+            taken_v, taken = late_v, leaves != 0
         query = x.to(tl.float32)
         if RANK > 0:
             if not EARLY:
@@ -263,7 +260,7 @@ def step_kernel(
             tl.store(ring_valid + b * W + slot, fresh.to(tl.uint8))
         if BEHIND:
             if BEHIND == OWN_KEYS:
-                tl.store(own_late_k, kept_k, mask=wide)
+                tl.store(leaving_k, kept_k, mask=wide)
             tl.store(own_late, new_decay)
             tl.store(own_late + GATES - 1, new_write)
             tl.store(own_late + GATES, tl.where((fresh != 0) & (before >= SINKS), 1.0, 0.0))
