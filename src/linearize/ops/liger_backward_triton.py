@@ -156,7 +156,7 @@ def query_gradients_kernel(
     )
     raw = load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32)
     draw = feature_backward(raw, w * dquery * for_query, w * paired, columns, D, FEATURE)
-    draw += rotate_back(dturned, rows, columns, cos + batch * rope_stride, sin + batch * rope_stride, T, R)
+    draw += rotate_back(dturned, rows, columns, cos + batch * rope_stride * R, sin + batch * rope_stride * R, T, R)
     store_tile(dq + ours, rows, columns, draw, T, H * D, D)
 
 
@@ -260,7 +260,7 @@ def window_gradients_kernel(
         dp = product(values, tl.trans(dout), DTYPE)
         dvalues += product(p, dout, DTYPE)
         dkey += product(p * (dp - read[None, :]), query, DTYPE)
-    dkey = rotate_back(scale * dkey, rows, columns, cos + batch * rope_stride, sin + batch * rope_stride, T, R)
+    dkey = rotate_back(scale * dkey, rows, columns, cos + batch * rope_stride * R, sin + batch * rope_stride * R, T, R)
     dkey += load_tile(dk + theirs, rows, columns, T, KV * D, D).to(tl.float32)
     store_tile(dk + theirs, rows, columns, dkey, T, KV * D, D)
     dvalues += load_tile(dv + theirs, rows, columns, T, KV * D, D).to(tl.float32)

@@ -39,8 +39,8 @@ def prepare_kernel(
     batch, head, H = pair // KV, pair % KV, KV * GROUPS
     rows, columns = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
     at, partners = (batch * T * KV + head) * D, partner_of(columns, R)
-    cos += batch * rope_stride
-    sin += batch * rope_stride
+    cos += batch * rope_stride * R
+    sin += batch * rope_stride * R
     raw = load_tile(k + at, rows, columns, T, KV * D, D)
     queries = (batch * T * H + head * GROUPS) * D
     next_query = load_tile(q + queries, rows, columns, T, H * D, D)  # well before its use, which then does not wait

@@ -88,8 +88,9 @@ class Call(NamedTuple):
 
     @property
     def rope_stride(self) -> int:
-        """From one sequence's angles to the next one's."""
-        return self.cos[0].numel() if self.cos.dim() == 3 and self.cos.shape[0] > 1 else 0
+        """From one sequence's angles to the next one's, in tokens: kernels, which multiply it by the rotated channels,
+        so know that rows are aligned, and load several channels at once."""
+        return self.q.shape[1] if self.cos.dim() == 3 and self.cos.shape[0] > 1 else 0
 
     @property
     def dtype(self) -> torch.dtype:

@@ -50,8 +50,8 @@ def window_kernel(
     start = chunk * CHUNK
     rows, before, columns = start + tl.arange(0, CHUNK), start - CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
     first += batch * T
-    cos += batch * rope_stride
-    sin += batch * rope_stride
+    cos += batch * rope_stride * R
+    sin += batch * rope_stride * R
     starts = load_first(first, rows, T, PACKED)
     query = load_turned(q + ours, rows, columns, cos, sin, T, H * D, D, R)
     key = load_turned(k + theirs, rows, columns, cos, sin, T, KV * D, D, R)
@@ -99,8 +99,8 @@ def window_query_gradients_kernel(
     start = chunk * CHUNK
     rows, before, columns = start + tl.arange(0, CHUNK), start - CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
     first += batch * T
-    cos += batch * rope_stride
-    sin += batch * rope_stride
+    cos += batch * rope_stride * R
+    sin += batch * rope_stride * R
     starts = load_first(first, rows, T, PACKED)
     w = tl.load(mixing + query_head)
     share = (1.0 - w) * scale
@@ -153,8 +153,8 @@ def window_key_gradients_kernel(
     batch, head = pair // KV, pair % KV
     theirs = (batch * T * KV + head) * D
     rows, columns = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
-    cos += batch * rope_stride
-    sin += batch * rope_stride
+    cos += batch * rope_stride * R
+    sin += batch * rope_stride * R
     key = load_turned(k + theirs, rows, columns, cos, sin, T, KV * D, D, R)
     values = load_tile(v + theirs, rows, columns, T, KV * D, D)
     dkey, dvalues = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
