@@ -15,6 +15,7 @@ from linearize.ops.liger_triton import (
     GONE,
     SINK_ROWS,
     decays,
+    exp,
     feature_backward,
     key_and_gate,
     key_and_gate_backward,
@@ -116,15 +117,15 @@ def query_gradients_kernel(
     # loads well before their use, which then does not wait
     recurrent_key = load_tile(near_key + theirs, rows, columns, T, KV * D, D)
     total = load_total(totals, pair, chunks, chunk, columns, D)
-    own = tl.exp(tl.where(window_mask(rows, rows, starts, W), own, -float("inf")) - norm)
-    past = tl.exp(tl.where(window_mask(rows, before, starts, W), past, -float("inf")) - norm)
+    own = exp(tl.where(window_mask(rows, rows, starts, W), own, -float("inf")) - norm)
+    past = exp(tl.where(window_mask(rows, before, starts, W), past, -float("inf")) - norm)
     read = tl.sum(own * down, 1) + tl.sum(past * dpast, 1)
     if SINKS > 0:
         chunk_first = load_one_first(first + batch * T, start, PACKED)
         sinks = sink_rows(chunk_first, SINKS)
         sink_key = load_tile(turned_key + theirs, sinks, columns, T, KV * D, D)
         far = product(query, tl.trans(sink_key), DTYPE) * scale
-        far = tl.exp(tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf")) - norm)
+        far = exp(tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf")) - norm)
         dfar = product(dout, tl.trans(load_tile(v + theirs, sinks, columns, T, KV * D, D)), DTYPE)
         read += tl.sum(far * dfar, 1)
     tl.store(delta + index * T + rows, read, mask=rows < T)
@@ -256,7 +257,7 @@ def window_gradients_kernel(
         starts, age = load_first(first + batch * T, times, T, PACKED), times[None, :] - rows[:, None]
         seen = (age >= 0) & (age < W) & (rows[:, None] >= starts[None, :])  # [key, query]
         p = product(key, tl.trans(query), DTYPE) * scale
-        p = share * tl.exp(tl.where(seen, p, -float("inf")) - norm[None, :])
+        p = share * exp(tl.where(seen, p, -float("inf")) - norm[None, :])
         dp = product(values, tl.trans(dout), DTYPE)
         dvalues += product(p, dout, DTYPE)
         dkey += product(p * (dp - read[None, :]), query, DTYPE)

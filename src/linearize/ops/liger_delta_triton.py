@@ -35,6 +35,7 @@ from linearize.ops.liger_triton import (
     GONE,
     LEVELS,
     LIMIT,
+    exp,
     load_first,
     load_one_first,
     load_state,
@@ -59,7 +60,7 @@ def unit(x, columns, D: tl.constexpr, FEATURE: tl.constexpr):
     if FEATURE != "given":
         if FEATURE == "softmax":
             x = tl.where((columns < D)[None, :], x, -float("inf"))
-            x = tl.exp(x - tl.max(x, 1)[:, None])
+            x = exp(x - tl.max(x, 1)[:, None])
         scale = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), LEAST)[:, None]
         x = x * scale
     return x, scale
@@ -93,7 +94,7 @@ def decay_mask(log_g, to_query, rows, T, GATED: tl.constexpr):
     between = tl.full([CHUNK, CHUNK], 1.0, tl.float32)
     if GATED:
         if tl.min(to_query) > LIMIT:
-            between = tl.exp(tl.minimum(to_query[:, None] - to_query[None, :], 0.0))
+            between = exp(tl.minimum(to_query[:, None] - to_query[None, :], 0.0))
         else:
             between = decay_between(tl.load(log_g + rows, mask=rows < T, other=0.0)[:, None])
     return between
@@ -156,7 +157,7 @@ def reached(values, starts, start, PACKED: tl.constexpr):
 def reach(log_g, first, rows, start, T, GATED: tl.constexpr, PACKED: tl.constexpr):
     """The share of the state before a chunk that each token finds `[C]`."""
     to_query, _ = load_sums(log_g, rows, T, GATED)
-    return reached(tl.exp(to_query), load_first(first, rows, T, PACKED), start, PACKED)
+    return reached(exp(to_query), load_first(first, rows, T, PACKED), start, PACKED)
 
 
 @triton.jit
@@ -172,7 +173,7 @@ def kept(log_g, first, rows, start, T, GATED: tl.constexpr, PACKED: tl.constexpr
     """The share of the state before a chunk that is left after it."""
     share = 1.0
     if GATED:
-        share = tl.exp(tl.sum(tl.load(log_g + rows, mask=rows < T, other=0.0), 0))
+        share = exp(tl.sum(tl.load(log_g + rows, mask=rows < T, other=0.0), 0))
     if PACKED:
         last_first = load_one_first(first, tl.minimum(start + CHUNK, T) - 1, PACKED)
         share = tl.where(last_first < tl.maximum(start, 1), share, 0.0)
@@ -255,7 +256,7 @@ def delta_solve_kernel(
             tl.store(log_g + rows, decay, mask=rows < T)
         to_query = tl.cumsum(decay, 0)
         if tl.min(to_query) > LIMIT:
-            between = tl.exp(tl.minimum(to_query[:, None] - to_query[None, :], 0.0))
+            between = exp(tl.minimum(to_query[:, None] - to_query[None, :], 0.0))
         else:
             between = decay_between(decay[:, None])
     unit_key, _ = unit(x, columns, D, FEATURE)
@@ -335,7 +336,7 @@ def delta_output_kernel(
     p = tl.where(seen, between * product(query, tl.trans(unit_key), DTYPE), 0.0)
     m = product(p, load_square(solved, pair * chunks + chunk), FINE)
     out = product(query, load_state(states, pair * chunks + chunk, columns, D), DTYPE)
-    out *= reached(tl.exp(to_query), starts, start, PACKED)[:, None]
+    out *= reached(exp(to_query), starts, start, PACKED)[:, None]
     out += product(m, load_tile(residual + theirs, rows, columns, T, KV * D, D), DTYPE)
     if FEATURE != "given":
         out *= tl.load(mixing + query_head)
@@ -364,7 +365,7 @@ def delta_query_gradients_kernel(
     starts = load_first(first + batch * T, rows, T, PACKED)
     to_query, _ = load_sums(log_g + pair * T, rows, T, GATED)
     between = decay_mask(log_g + pair * T, to_query, rows, T, GATED)
-    reaching = reached(tl.exp(to_query), starts, start, PACKED)[:, None]
+    reaching = reached(exp(to_query), starts, start, PACKED)[:, None]
     unit_key = load_tile(key + theirs, rows, columns, T, KV * D, D)
     gain = load_tile(residual + theirs, rows, columns, T, KV * D, D)
     inverted = load_square(solved, pair * chunks + chunk)
@@ -507,7 +508,7 @@ def delta_key_gradients_kernel(
     dunit_key += product(da, unit_key, DTYPE) + product(tl.trans(da), unit_key, DTYPE)
 
     state = load_state(states, pair * chunks + chunk, columns, D)
-    reaching = reached(tl.exp(to_query), starts, start, PACKED)
+    reaching = reached(exp(to_query), starts, start, PACKED)
     derased = product(z, tl.trans(state), DTYPE)
     dread = reaching * tl.sum(unit_key.to(tl.float32) * derased, 1)
     dwrite -= dread
@@ -515,7 +516,7 @@ def delta_key_gradients_kernel(
 
     dstate = load_state(dstates, pair * chunks + chunk, columns, D)
     last = tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
-    ending = lasting(tl.exp(to_end), first, rows, start, T, PACKED)
+    ending = lasting(exp(to_end), first, rows, start, T, PACKED)
     dended = ending[:, None] * product(written, tl.trans(dstate), DTYPE)
     dunit_key += dended
 

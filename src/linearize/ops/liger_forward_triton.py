@@ -6,6 +6,7 @@ import triton.language as tl
 from linearize.ops.liger_triton import (
     CHUNK,
     decays,
+    exp,
     feature,
     key_and_gate,
     load_first,
@@ -169,8 +170,8 @@ def output_kernel(
     if SINKS > 0:
         far = tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf"))
         largest = tl.maximum(largest, tl.max(far, 1))
-        far = tl.exp(far - largest[:, None])
-    own, past = tl.exp(own - largest[:, None]), tl.exp(past - largest[:, None])
+        far = exp(far - largest[:, None])
+    own, past = exp(own - largest[:, None]), exp(past - largest[:, None])
     weight = tl.sum(own, 1) + tl.sum(past, 1)
     if SINKS > 0:
         weight += tl.sum(far, 1)

@@ -11,6 +11,7 @@ from linearize.ops.liger_triton import (
     GONE,
     LEVELS,
     LIMIT,
+    exp,
     feature,
     feature_backward,
     key_and_gate,
@@ -33,7 +34,7 @@ STEP = tl.constexpr(16)  # chunks that one program looks at
 def decay_between(log_g):
     """exp(log decay from key j to query i) `[C, C]` for one decay a head; each sum starts from its own key."""
     i = tl.arange(0, CHUNK)
-    return tl.exp(tl.cumsum(tl.where(i[:, None] > i[None, :], log_g, 0.0), 0))
+    return exp(tl.cumsum(tl.where(i[:, None] > i[None, :], log_g, 0.0), 0))
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def decay_to_boundary(log_g, size, DTYPE: tl.constexpr):
     i, t = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     right = (i & size) != 0
     between = (i // size == t // size) & ((right & (t <= i)) | ((right == 0) & (t > i)))
-    return tl.exp(masked_sums(between, log_g, DTYPE)), right
+    return exp(masked_sums(between, log_g, DTYPE)), right
 
 
 @triton.jit
