@@ -246,21 +246,22 @@ def window_gradients_kernel(
     key = load_tile(turned_key + theirs, rows, columns, T, KV * D, D)
     values = load_tile(v + theirs, rows, columns, T, KV * D, D)
     dkey, dvalues = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
-    for n in range(2 * GROUPS):
-        query_head, times = head * GROUPS + n // 2, rows + n % 2 * CHUNK
+    times = chunk * CHUNK + tl.arange(0, 2 * CHUNK)
+    starts, age = load_first(first + batch * T, times, T, PACKED), times[:, None] - rows[None, :]
+    seen = (age >= 0) & (age < W) & (rows[None, :] >= starts[:, None])  # [query, key]
+    for group in range(GROUPS):
+        query_head = head * GROUPS + group
         ours, sums = (batch * T * H + query_head) * D, (batch * H + query_head) * T + times
         query = load_tile(turned_query + ours, times, columns, T, H * D, D)
         dout = load_tile(doutput + ours, times, columns, T, H * D, D)
-        norm = tl.load(lse + sums, mask=times < T, other=0.0)
-        read = tl.load(delta + sums, mask=times < T, other=0.0)
+        norm = tl.load(lse + sums, mask=times < T, other=0.0)[:, None]
+        read = tl.load(delta + sums, mask=times < T, other=0.0)[:, None]
         share = 1.0 - tl.load(mixing + query_head)
-        starts, age = load_first(first + batch * T, times, T, PACKED), times[None, :] - rows[:, None]
-        seen = (age >= 0) & (age < W) & (rows[:, None] >= starts[None, :])  # [key, query]
-        p = product(key, tl.trans(query), DTYPE) * scale
-        p = share * exp(tl.where(seen, p, -float("inf")) - norm[None, :])
-        dp = product(values, tl.trans(dout), DTYPE)
-        dvalues += product(p, dout, DTYPE)
-        dkey += product(p * (dp - read[None, :]), query, DTYPE)
+        p = product(query, tl.trans(key), DTYPE) * scale
+        p = share * exp(tl.where(seen, p, -float("inf")) - norm)
+        dp = product(dout, tl.trans(values), DTYPE)
+        dvalues += product(tl.trans(p), dout, DTYPE)
+        dkey += product(tl.trans(p * (dp - read)), query, DTYPE)
     dkey = rotate_back(scale * dkey, rows, columns, cos + batch * rope_stride * R, sin + batch * rope_stride * R, T, R)
     dkey += load_tile(dk + theirs, rows, columns, T, KV * D, D).to(tl.float32)
     store_tile(dk + theirs, rows, columns, dkey, T, KV * D, D)
