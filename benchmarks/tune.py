@@ -166,7 +166,7 @@ def start_compiler(target: Any) -> None:
 
 def with_settings(task: Task, launch: Launch) -> Task:
     """The task by other settings."""
-    settings = {"BV": launch.block, "STAGES": launch.num_stages}
+    settings = {"BV": launch.block, "STAGES": launch.num_stages, "HEADS": launch.heads}
     told = task.told | {name: value for name, value in settings.items() if name in task.told}
     told.pop("maxnreg", None)
     return task._replace(told=told | options(launch))

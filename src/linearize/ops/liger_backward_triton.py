@@ -25,7 +25,9 @@ from linearize.ops.liger_triton import (
     load_tile,
     load_total,
     product,
+    query_rows,
     read_mask,
+    repeated,
     rotate_back,
     running_sum,
     sink_mask,
@@ -88,36 +90,34 @@ def state_gradients_kernel(
 def query_gradients_kernel(
     q, k, near_query, turned_query, near_key, turned_key, v, cos, sin, mixing, first, decay, totals, states, lse,
     doutput, dq, delta, dmixing, dsink_key, dsink_values, T, rope_stride, rate, lower, scale,
-    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    SINKS: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr, SCALAR: tl.constexpr, PACKED: tl.constexpr,
-    DTYPE: tl.constexpr,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr,
+    W: tl.constexpr, SINKS: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr, SCALAR: tl.constexpr,
+    PACKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a chunk's queries of one head; besides, for each query doutput · window output, `delta`
-    `[B, H, T]`, and what the chunk adds to the gradients of the mixing weights, `dmixing` `[B, H, chunks]`, and of
-    the sinks, after RoPE, `[B, H, chunks, SINKS, D]`."""
+    """The gradient of a chunk's queries of HEADS heads of one key/value head, whose rows are one below the other;
+    besides, for each query doutput · window output, `delta` `[B, H, T]`, and what the chunk adds to the gradients of
+    the mixing weights, `dmixing` `[B, H, chunks]`, and of the sinks, after RoPE,
+    `[B, H / HEADS, chunks, SINKS, D]`."""
     chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
-    index = tl.program_id(1).to(tl.int64)  # of a query head among all sequences
-    batch, query_head, pair = index // H, index % H, index // GROUPS
-    ours, theirs = (batch * T * H + query_head) * D, (batch * T * KV + query_head // GROUPS) * D
+    batch, pair, heads, rows, places = query_rows(chunk, tl.program_id(1), KV, GROUPS, HEADS)
+    ours, theirs = batch * T * H * D, (batch * T * KV + pair % KV) * D
     start = chunk * CHUNK
-    rows, before, columns = start + tl.arange(0, CHUNK), start - CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
+    keys, before, columns = start + tl.arange(0, CHUNK), start - CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
     starts = load_first(first + batch * T, rows, T, PACKED)
-    w = tl.load(mixing + query_head)
-    share = (1.0 - w) * scale
-    norm = tl.load(lse + index * T + rows, mask=rows < T, other=0.0)[:, None]
+    w = tl.load(mixing + heads)[:, None]
+    share, sums = (1.0 - w) * scale, (batch * H + heads) * T + rows
+    norm = tl.load(lse + sums, mask=rows < T, other=0.0)[:, None]
 
-    query = load_tile(turned_query + ours, rows, columns, T, H * D, D)
-    dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
-    key = load_tile(turned_key + theirs, rows, columns, T, KV * D, D)
+    query = load_tile(turned_query + ours, places, columns, T * H, D, D)
+    dout = load_tile(doutput + ours, places, columns, T * H, D, D)
+    key = load_tile(turned_key + theirs, keys, columns, T, KV * D, D)
     key_before = load_tile(turned_key + theirs, before, columns, T, KV * D, D)
-    values = load_tile(v + theirs, rows, columns, T, KV * D, D)
+    values = load_tile(v + theirs, keys, columns, T, KV * D, D)
     values_before = load_tile(v + theirs, before, columns, T, KV * D, D)
     own, past = product(query, tl.trans(key), DTYPE) * scale, product(query, tl.trans(key_before), DTYPE) * scale
     down, dpast = product(dout, tl.trans(values), DTYPE), product(dout, tl.trans(values_before), DTYPE)
-    # loads well before their use, which then does not wait
-    recurrent_key = load_tile(near_key + theirs, rows, columns, T, KV * D, D)
     total = load_total(totals, pair, chunks, chunk, columns, D)
-    own = exp(tl.where(window_mask(rows, rows, starts, W), own, -float("inf")) - norm)
+    own = exp(tl.where(window_mask(rows, keys, starts, W), own, -float("inf")) - norm)
     past = exp(tl.where(window_mask(rows, before, starts, W), past, -float("inf")) - norm)
     read = tl.sum(own * down, 1) + tl.sum(past * dpast, 1)
     if SINKS > 0:
@@ -128,37 +128,45 @@ def query_gradients_kernel(
         far = exp(tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf")) - norm)
         dfar = product(dout, tl.trans(load_tile(v + theirs, sinks, columns, T, KV * D, D)), DTYPE)
         read += tl.sum(far * dfar, 1)
-    tl.store(delta + index * T + rows, read, mask=rows < T)
+    tl.store(delta + sums, read, mask=rows < T)
+    da = tl.where(read_mask(rows, keys, starts, total), down, 0.0).to(DTYPE)
     dturned = product(share * own * (down - read[:, None]), key, DTYPE)
     dturned += product(share * past * (dpast - read[:, None]), key_before, DTYPE)
-    state = load_state(states, pair * chunks + chunk, columns, D)
     if SINKS > 0:
         dfar = share * far * (dfar - read[:, None])
         dturned += product(dfar, sink_key, DTYPE)
-        slots, at = tl.arange(0, SINK_ROWS), (index * chunks + chunk) * SINKS * D
+    if SINKS > 0:
+        # loaded again: such products want another layout, whose copies would have to be kept all along
+        query = load_tile(turned_query + ours, places, columns, T * H, D, D)
+        dout = load_tile(doutput + ours, places, columns, T * H, D, D)
+        slots, at = tl.arange(0, SINK_ROWS), (tl.program_id(1).to(tl.int64) * chunks + chunk) * SINKS * D
         # sinks as rows: with them as 16 columns of a transposed product, Triton 3.6 reads past its shared memory
         dfar_key = product(tl.trans(dfar), query, DTYPE)
         store_tile(dsink_key + at, slots, columns, dfar_key, SINKS, D, D)
         dfar_values = product(tl.trans((1.0 - w) * far), dout, DTYPE)
         store_tile(dsink_values + at, slots, columns, dfar_values, SINKS, D, D)
+    draw = rotate_back(dturned, rows, columns, cos + batch * rope_stride * R, sin + batch * rope_stride * R, T, R)
 
-    da = tl.where(read_mask(rows, starts, total), down, 0.0)
+    recurrent_key = load_tile(near_key + theirs, keys, columns, T, KV * D, D)
     dquery = product(da, recurrent_key, DTYPE)
+    state = load_state(states, pair * chunks + chunk, columns, D)
+    dread = dout
     if PACKED:  # a document that began here has no state
-        dout = tl.where((starts < tl.maximum(start, 1))[:, None], dout, 0.0)
-    dquery += product(dout, tl.trans(state), DTYPE)
-    paired = load_tile(near_query + ours, rows, columns, T, H * D, D).to(tl.float32) * dquery
-    tl.store(dmixing + index * chunks + chunk, tl.sum(tl.sum(paired, 1) - read, 0))
-    x = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
-    fixed = tl.load(decay + query_head // GROUPS)
-    _, log_g = key_and_gate(x, rows < T, columns, fixed, rate, lower, D, GATE, FEATURE)
+        dread = tl.where((starts < tl.maximum(start, 1))[:, None], dout, 0.0)
+    dquery += product(dread, tl.trans(state), DTYPE)
+    paired = load_tile(near_query + ours, places, columns, T * H, D, D).to(tl.float32) * dquery
+    gained = tl.sum(tl.reshape(tl.sum(paired, 1) - read, [HEADS, CHUNK]), 1)
+    index = tl.program_id(1).to(tl.int64)
+    tl.store(dmixing + (index * HEADS + tl.arange(0, HEADS)) * chunks + chunk, gained)
+    x = load_tile(k + theirs, keys, columns, T, KV * D, D).to(tl.float32)
+    fixed = tl.load(decay + pair % KV)
+    _, log_g = key_and_gate(x, keys < T, columns, fixed, rate, lower, D, GATE, FEATURE)
     for_query, _ = decays(
-        log_g, total, k + theirs, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, SCALAR
+        log_g, total, k + theirs, keys, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, SCALAR
     )
-    raw = load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32)
-    draw = feature_backward(raw, w * dquery * for_query, w * paired, columns, D, FEATURE)
-    draw += rotate_back(dturned, rows, columns, cos + batch * rope_stride * R, sin + batch * rope_stride * R, T, R)
-    store_tile(dq + ours, rows, columns, draw, T, H * D, D)
+    raw = load_tile(q + ours, places, columns, T * H, D, D).to(tl.float32)
+    draw += feature_backward(raw, w * dquery * repeated(for_query, HEADS), w * paired, columns, D, FEATURE)
+    store_tile(dq + ours, places, columns, draw, T * H, D, D)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -177,7 +185,7 @@ def key_gradients_kernel(
     rows, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP)
     starts, begins = load_first(first + batch * T, rows, T, PACKED), tl.maximum(start, 1)
     total = load_total(totals, pair, chunks, chunk, columns, D)
-    seen = read_mask(rows, starts, total)
+    seen = read_mask(rows, rows, starts, total)
     key = load_tile(near_key + theirs, rows, columns, T, KV * D, D)
     values = load_tile(v + theirs, rows, columns, T, KV * D, D)
     state = load_state(states, pair * chunks + chunk, columns, D)

@@ -27,6 +27,28 @@ LIMIT = tl.constexpr(-60.0)  # of a chunk's summed log decay, for one product to
 
 
 @triton.jit
+def query_rows(chunk, index, KV: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr):
+    """Where the queries of a chunk and of HEADS heads of one key/value head are, one head's rows below the other's:
+    their sequence, their key/value head among all sequences, and of each row the head, the token, and the row in a
+    sequence's queries `[T * H, D]`. `index` counts such heads among all sequences."""
+    i, H = tl.arange(0, HEADS * CHUNK), KV * GROUPS
+    query_head = index * HEADS
+    batch, heads = (query_head // H).to(tl.int64), query_head % H + i // CHUNK
+    rows = chunk * CHUNK + i % CHUNK
+    return batch, (query_head // GROUPS).to(tl.int64), heads, rows, rows * H + heads
+
+
+@triton.jit
+def repeated(x, HEADS: tl.constexpr):
+    """x `[C, K]` for each of the heads that `query_rows` puts one below the other."""
+    if HEADS > 1:
+        C: tl.constexpr = x.shape[0]
+        K: tl.constexpr = x.shape[1]
+        x = tl.reshape(tl.broadcast_to(x[None, :, :], [HEADS, C, K]), [HEADS * C, K])
+    return x
+
+
+@triton.jit
 def load_tile(base, rows, columns, T, STRIDE: tl.constexpr, D: tl.constexpr):
     """`[rows, columns]`, 0 outside the sequence and the head."""
     inside = ((rows >= 0) & (rows < T))[:, None] & (columns < D)[None, :]
@@ -146,10 +168,10 @@ def sink_mask(rows, sinks, first, chunk_first, W: tl.constexpr):
 
 
 @triton.jit
-def read_mask(rows, first, total):
+def read_mask(rows, keys, first, total):
     """Whom the recurrence of a mild chunk reads; in a steep one, nobody."""
     begin = tl.where(tl.min(total) > LIMIT, first, NEVER)
-    return (rows[:, None] >= rows[None, :]) & (rows[None, :] >= begin[:, None])
+    return (rows[:, None] >= keys[None, :]) & (keys[None, :] >= begin[:, None])
 
 
 # --- feature map, gate and key ---
