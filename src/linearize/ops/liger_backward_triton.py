@@ -89,7 +89,7 @@ def state_gradients_kernel(
 @triton.jit(do_not_specialize=["T", "rope_stride"])
 def query_gradients_kernel(
     q, k, near_query, turned_query, near_key, turned_key, v, cos, sin, mixing, first, decay, totals, states, lse,
-    doutput, dq, delta, dmixing, dsink_key, dsink_values, T, rope_stride, rate, lower, scale,
+    doutput, dq, delta, gained, dmixing, dsink_key, dsink_values, T, rope_stride, rate, lower, scale,
     KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr,
     W: tl.constexpr, SINKS: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr, SCALAR: tl.constexpr,
     PACKED: tl.constexpr, DTYPE: tl.constexpr,
@@ -97,7 +97,7 @@ def query_gradients_kernel(
     """The gradient of a chunk's queries of HEADS heads of one key/value head, whose rows are one below the other;
     besides, for each query doutput · window output, `delta` `[B, H, T]`, and what the chunk adds to the gradients of
     the mixing weights, `dmixing` `[B, H, chunks]`, and of the sinks, after RoPE,
-    `[B, H / HEADS, chunks, SINKS, D]`."""
+    `[B, H / HEADS, chunks, SINKS, D]`; where a head has one decay, near query · its gradient `[B, H, T]`, `gained`."""
     chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
     batch, pair, heads, rows, places = query_rows(chunk, tl.program_id(1), KV, GROUPS, HEADS)
     ours, theirs = batch * T * H * D, (batch * T * KV + pair % KV) * D
@@ -155,9 +155,11 @@ def query_gradients_kernel(
         dread = tl.where((starts < tl.maximum(start, 1))[:, None], dout, 0.0)
     dquery += product(dread, tl.trans(state), DTYPE)
     paired = load_tile(near_query + ours, places, columns, T * H, D, D).to(tl.float32) * dquery
-    gained = tl.sum(tl.reshape(tl.sum(paired, 1) - read, [HEADS, CHUNK]), 1)
-    index = tl.program_id(1).to(tl.int64)
-    tl.store(dmixing + (index * HEADS + tl.arange(0, HEADS)) * chunks + chunk, gained)
+    gain, index = tl.sum(paired, 1), tl.program_id(1).to(tl.int64)
+    if SCALAR:
+        tl.store(gained + sums, gain, mask=rows < T)
+    gain = tl.sum(tl.reshape(gain - read, [HEADS, CHUNK]), 1)
+    tl.store(dmixing + (index * HEADS + tl.arange(0, HEADS)) * chunks + chunk, gain)
     x = load_tile(k + theirs, keys, columns, T, KV * D, D).to(tl.float32)
     fixed = tl.load(decay + pair % KV)
     _, log_g = key_and_gate(x, keys < T, columns, fixed, rate, lower, D, GATE, FEATURE)
@@ -171,7 +173,7 @@ def query_gradients_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def key_gradients_kernel(
-    k, near_query, near_key, v, mixing, first, decay, totals, states, dstates, doutput, dk, dv, T, rate, lower,
+    k, near_query, near_key, v, mixing, first, decay, totals, states, dstates, gained, doutput, dk, dv, T, rate, lower,
     KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GATE: tl.constexpr,
     FEATURE: tl.constexpr, SCALAR: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -201,11 +203,14 @@ def key_gradients_kernel(
         da = tl.where(seen, w * product(dout, tl.trans(values), DTYPE), 0.0).to(DTYPE)
         dvalues += product(tl.trans(a), dout, DTYPE)
         dkey += product(tl.trans(da), query, DTYPE)
-        dquery = product(da, key, DTYPE)
-        if PACKED:  # a document that began here has no state
-            dout = tl.where((starts < begins)[:, None], dout, 0.0)
-        gate_terms = query.to(tl.float32) * (dquery + w * product(dout, tl.trans(state), DTYPE))
-        terms += tl.sum(gate_terms, 1, keep_dims=True) if SCALAR else gate_terms
+        if SCALAR:
+            index = batch * H + head * GROUPS + group
+            terms += w * tl.load(gained + index * T + rows, mask=rows < T, other=0.0)[:, None]
+        else:
+            dquery = product(da, key, DTYPE)
+            if PACKED:  # a document that began here has no state
+                dout = tl.where((starts < begins)[:, None], dout, 0.0)
+            terms += query.to(tl.float32) * (dquery + w * product(dout, tl.trans(state), DTYPE))
 
     _, whole = state_factors(total)
     paired = key.to(tl.float32) * dkey
@@ -216,9 +221,10 @@ def key_gradients_kernel(
         ends = (rows >= last_first)[:, None]
         key, values = tl.where(ends, key, 0.0), tl.where(ends, values, 0.0)
     dstate = load_state(dstates, pair * chunks + chunk, columns, D)
-    held = tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1) * whole
     dvalues += product(key, dstate, DTYPE)
     store_tile(dv + theirs, rows, columns, dvalues, T, KV * D, D)
+    state = load_state(states, pair * chunks + chunk, columns, D)  # again: kept all along, it would be in registers
+    held = tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1) * whole
     dended = product(values, tl.trans(dstate), DTYPE)
     dkey += dended
     written = key.to(tl.float32) * dended

@@ -246,7 +246,7 @@ def backward(call: Call, made_before: Sequence[Tensor], doutput: Tensor, dfinal:
     turned_query, turned_key = turned or (call.q, call.k)
     made = Operands(near_query, turned_query, near_key, turned_key, totals)
     dq, dk, dv = torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v)
-    delta, dmixing = torch.empty_like(lse), lse.new_empty(B, H, call.chunks)
+    delta, gained, dmixing = torch.empty_like(lse), torch.empty_like(lse), lse.new_empty(B, H, call.chunks)
     heads = heads_of("query_gradients", call)
     sinks = [lse.new_empty(B, H // heads, call.chunks, call.sinks, D) for _ in range(2)]
     told = call.heads() | {"PACKED": call.packed}
@@ -256,14 +256,14 @@ def backward(call: Call, made_before: Sequence[Tensor], doutput: Tensor, dfinal:
     dstates, dinitial = pass_over_states(call, "state_gradients", kernel, inputs, dfinal, call.heads())
     gradients.query_gradients_kernel[(call.chunks, B * H // heads)](
         call.q, call.k, *made[:4], call.v, *turning, call.mixing, call.first, call.decay, made.totals, states, lse,
-        doutput, dq, delta, dmixing, *sinks, T, call.rope_stride, *gate, call.scale,
+        doutput, dq, delta, gained, dmixing, *sinks, T, call.rope_stride, *gate, call.scale,
         HEADS=heads, R=call.rotary, W=call.window, SINKS=call.sinks, **told, **gating,
         **launch("query_gradients", call),
     )  # fmt: skip
     grid = (call.chunks, call.pairs)
     gradients.key_gradients_kernel[grid](
         call.k, made.near_query, made.near_key, call.v, call.mixing, call.first, call.decay, made.totals, states,
-        dstates, doutput, dk, dv, T, *gate, **told, **gating, **launch("key_gradients", call),
+        dstates, gained, doutput, dk, dv, T, *gate, **told, **gating, **launch("key_gradients", call),
     )  # fmt: skip
     gradients.window_gradients_kernel[grid](
         made.turned_query, made.turned_key, call.v, *turning, call.mixing, call.first, lse, delta, doutput, dk, dv,
