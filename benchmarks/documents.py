@@ -77,10 +77,10 @@ def _entries(folder: Path, indent: str, deep: bool) -> Iterator[str]:
     paths = sorted(path for path in folder.iterdir() if path.name not in SKIPPED and not path.name.startswith("."))
     for path in (*(p for p in paths if p.is_file()), *(p for p in paths if p.is_dir())):
         if path.is_file() and path.name != "__init__.py" and (deep or folder.name != "tests"):
-            yield f"{indent}{path.name} ".ljust(32) + _says(path)
+            yield f"{indent}{path.name} ".ljust(36) + _says(path)
         elif path.is_dir() and deep:
             init = path / "__init__.py"
-            yield f"{indent}{path.name}/ ".ljust(32) + (_says(init) if init.exists() else "")
+            yield f"{indent}{path.name}/ ".ljust(36) + (_says(init) if init.exists() else "")
             yield from _entries(path, indent + "  ", deep)
 
 

@@ -29,7 +29,8 @@ from torch import Tensor
 from benchmarks.results import provenance, write
 from linearize.ops import (
     liger_backward_triton,
-    liger_delta_triton,
+    liger_delta_backward_triton,
+    liger_delta_forward_triton,
     liger_forward_triton,
     liger_steep_triton,
     liger_window_triton,
@@ -40,7 +41,8 @@ from linearize.ops.liger_fused import LAUNCHES, Launch, padded
 MODULES = (
     liger_forward_triton,
     liger_backward_triton,
-    liger_delta_triton,
+    liger_delta_forward_triton,
+    liger_delta_backward_triton,
     liger_steep_triton,
     liger_window_triton,
 )

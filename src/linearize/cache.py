@@ -10,16 +10,18 @@ from linearize.errors import LinearizeError
 from linearize.ops.local import Past
 
 _WINDOW = ("keys", "values", "valid", "sink_keys", "sink_values", "sink_time", "real")
-_TENSORS = (*_WINDOW, "state", "recent", "late_keys", "late_gates")
+LATE = ("late_keys", "late_gates")
+_TENSORS = (*_WINDOW, "state", "recent", *LATE)
 
 
 class Memory(NamedTuple):
-    """What a recurrence carries to the next token; keys and gates wait where it runs behind the window."""
+    """What a recurrence carries to the next token; keys and gates wait where it is behind the window."""
 
     state: Tensor  # in fp32, or in a cache as its layer's state_dtype says
     recent: Tensor | None = None  # [B, size - 1, 2 KV or H + 2 KV, D]: what a short convolution goes on from
-    late_keys: Tensor | None = None  # [B, W, KV, K]: of the tokens in the window, oldest first
-    late_gates: Tensor | None = None  # [B, W, KV, K or 1]
+    late_keys: Tensor | None = None  # [B, W, KV, D]: of the tokens in the window, oldest first, where the window's own
+    # have other positions than the recurrence's
+    late_gates: Tensor | None = None  # [B, W, KV, P + 1]: P and, last, 1 where there is a token to be taken in, else 0
 
 
 class MixerCacheLayer(CacheLayerMixin):

@@ -67,6 +67,10 @@ class MixerConfig(BaseModel):
     slots: int | None = Field(
         None, ge=1, description="of gsa, for each key/value head: places that it writes to; by default the key size"
     )
+    behind: bool = Field(
+        False,
+        description="whether the recurrence holds only what the window has not: each token is taken in when it leaves",
+    )
     mixing: Literal["fixed", "per_head", "data_dependent", "shared_normalizer"] = Field(
         "per_head",
         description="the recurrence's weight: a constant, learned, made from the layer's input, or its part of one "
@@ -118,7 +122,9 @@ class MixerConfig(BaseModel):
         if self.convolution is None:
             of("there is no convolution", "convolution_form")
         if self.local == "none":
-            of("local is none", "window", "sinks", "score", "mixing", "mixing_weight")
+            of("local is none", "window", "sinks", "score", "behind", "mixing", "mixing_weight")
+        elif self.shares_normalizer:
+            of("mixing shared_normalizer is behind the window as it is", "behind")
         if self.local == "none" or self.score == "softmax":
             of("it is of score softplus_reweighted", "score_power")
         return found
@@ -127,22 +133,41 @@ class MixerConfig(BaseModel):
         found = []
         if self.structure == "none":
             return ["structure none and local none leave nothing"] if self.local == "none" else []
-        shared = self.mixing == "shared_normalizer" and self.local != "none"
-        if shared or self.readout == "denominator":
+        if (shared := self.shares_normalizer) or self.readout == "denominator":
             what = "mixing shared_normalizer" if shared else "readout denominator"
             if not STRUCTURES[self.structure].weighs:
                 found.append(f"{what} needs weights that add up, which {self.structure} has not")
             elif self.feature_map in SIGNED:
                 found.append(f"{what} needs a feature map that is never negative, and {self.feature_map} may be")
         if shared:
-            for name in ("readout", "bonus", "score", "convolution"):
+            for name in ("readout", "score"):
                 if getattr(self, name) != _default(name):
                     found.append(f"mixing shared_normalizer goes with {name} {_default(name)} only")
+        if self.is_behind:
+            what = "mixing shared_normalizer" if shared else "behind true"
             if self.local != "window":
-                found.append("mixing shared_normalizer goes with local window only: a block's tokens leave all at once")
+                found.append(f"{what} goes with local window only: a block's tokens leave all at once")
+            for name in ("bonus", "convolution"):
+                if getattr(self, name) != _default(name):
+                    found.append(f"{what} goes with {name} {_default(name)} only")
         if self.rope == "none" and self.local == "none":
             found.append("rope none is rope local where local is none; give rope local or both")
         return found
+
+    @property
+    def shares_normalizer(self) -> bool:
+        """Whether window and recurrence are one softmax."""
+        return self.mixing == "shared_normalizer" and self.local != "none" and self.structure != "none"
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the recurrence takes a token in when it leaves the window."""
+        return self.shares_normalizer or (self.behind and self.local != "none" and self.structure != "none")
+
+    @property
+    def keeps_late_keys(self) -> bool:
+        """Whether tokens to be taken in need keys besides the window's, which are rotated."""
+        return self.is_behind and self.rope == "local"
 
     @property
     def initial_mixing_weight(self) -> float:

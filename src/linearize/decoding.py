@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from linearize.cache import Memory, MixerCacheLayer
+from linearize.cache import LATE, Memory, MixerCacheLayer
 from linearize.families import Head, base_model_type, separate
 from linearize.mixer import LinearizedAttention, Moment
 from linearize.ops.dispatch import may_look
@@ -267,7 +267,7 @@ class Decoder:
             held.valid.copy_(layer.valid.roll(back, 1))
             for name in Memory._fields:
                 if (carried := getattr(layer, name)) is not None:
-                    getattr(held, name).copy_(carried)
+                    getattr(held, name).copy_(carried.roll(back, 1) if name in LATE else carried)
             self._show(layer, held)
             layer.lender = self
         self.lent = [weakref.ref(layer) for layer in layers]
@@ -293,7 +293,7 @@ class Decoder:
                 layer.valid = layer.valid.bool()
                 for name in Memory._fields:
                     if (carried := getattr(layer, name)) is not None:
-                        setattr(layer, name, carried.clone())
+                        setattr(layer, name, carried.roll(back, 1) if name in LATE else carried.clone())
                 layer.lender = None
         self.lent = []
 

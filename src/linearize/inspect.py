@@ -77,12 +77,15 @@ def recurrent_bytes(config: MixerConfig, num_heads: int, num_key_value_heads: in
         return 0
     heads = num_key_value_heads
     structure, key_size = STRUCTURES[config.structure], feature_size(config.feature_map, head_dim)
-    behind = config.mixing == "shared_normalizer" and config.local != "none"
-    value_size = head_dim + (behind or config.readout == "denominator")  # its sum of weights is one more channel
-    late = key_size + structure.gate_size(config, key_size) if behind else 0  # of each token in the window
+    adds_up = config.shares_normalizer or config.readout == "denominator"
+    value_size = head_dim + adds_up  # its sum of weights is one more channel
+    late = 0  # bytes of a head's token that is still in the window
+    if config.is_behind:
+        late = 4 * (structure.gates * structure.gate_size(config, key_size) + 1)
+        late += CACHE_DTYPE_BYTES * head_dim * config.keeps_late_keys
     convolved = 2 * heads + num_heads * (config.convolution_form == "silu")
     recent = convolved * head_dim * CACHE_DTYPE_BYTES * ((config.convolution or 1) - 1)
-    return recent + structure.state_bytes(config, key_size, value_size, heads) + 4 * heads * late * config.window
+    return recent + structure.state_bytes(config, key_size, value_size, heads) + heads * late * config.window
 
 
 def equal_memory_window(config: MixerConfig, num_heads: int, num_key_value_heads: int, head_dim: int) -> int:

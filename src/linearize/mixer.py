@@ -24,10 +24,12 @@ from linearize.tokens import Tokens
 
 TEXT: dict[str, tuple[Any, ...]] = {  # values of settings that kernels for a whole text know: the published ones
     "local": ("window",), "score": ("softmax",), "readout": ("none",), "rope": ("local",), "gate_source": ("k",),
-    "time_scales": (None,), "convolution": (None,), "bonus": (False,), "mixing": ("fixed", "per_head"),
+    "time_scales": (None,), "convolution": (None,), "bonus": (False,), "behind": (False,),
+    "mixing": ("fixed", "per_head"),
 }  # fmt: skip
 STEP = TEXT | {"readout": ("none", "rms", "gated"), "mixing": ("fixed", "per_head", "data_dependent")}
 DELTA_STEP = STEP | {"gate_source": ("k", "learned")}
+BEHIND_STEP = STEP | {"behind": (True,), "gate_source": ("learned",), "rope": ("both", "none")}
 
 
 def _unrotated(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -209,7 +211,8 @@ class LinearizedAttention(nn.Module):
         """What `ops.step` is to be told: of the whole layer or, with gate "none", of the window alone, where the
         recurrence takes its step by operations; None where the window does as well."""
         delta = self.config.structure in liger.DELTA
-        whole, maps = self._kernel(self.layer, DELTA_STEP if delta else STEP), {*liger.FEATURES, *["linear"] * delta}
+        known = BEHIND_STEP if delta and self.config.behind else DELTA_STEP if delta else STEP
+        whole, maps = self._kernel(self.layer, known), {*liger.FEATURES, *["linear"] * delta}
         readout: Any = None if self.recurrence is None else self.recurrence.readout
         few = isinstance(readout, Gated) and readout.gate.first is readout.gate.up  # channels, and so one weight
         if isinstance(whole, str) or whole.feature_map not in maps or few:
@@ -262,7 +265,9 @@ class LinearizedAttention(nn.Module):
         `[B, H + 2 KV, D]`, its q, k and v. By `ops.step` as far as that goes, and by the forward's own operations.
         `made` `[B, ...]` are the products of the input with the moment's `inputs`, where they are known."""
         clock, held, settings, mixing, decay, inputs, sink_rope, tokens = moment
-        output = normalizer = past = None
+        output = normalizer = past = before = None
+        if self.config.local != "none" and not self.is_whole(settings):
+            past, before = stepping.past_of(clock, held)  # the oldest token of which leaves now
         if settings is not None:
             near, far = (None, None) if self.rotate is _unrotated else (rope, sink_rope)
             beyond = stepping.NOTHING
@@ -279,17 +284,14 @@ class LinearizedAttention(nn.Module):
         rotated: tuple[Tensor, Tensor] = q, k
         if settings is None or self.config.rope == "both":  # else nobody looks at them
             rotated = self.rotate(q, k, *(x[:, None] for x in rope), unsqueeze_dim=2)
-        if settings is None and self.config.local != "none":
-            past, before = stepping.past_of(clock, held)
+        if settings is None and past is not None:
             sinks = self.document_sinks(q, rotated[1], v, tokens, before)
             output, normalizer = self.local(*rotated, v, sinks, past, tokens)
             stepping.keep(rotated[1][:, 0], v[:, 0], self.config.window, self.config.sinks, clock, held)
         if self.recurrence is not None:
-            memory = Memory(*(getattr(held, name) for name in Memory._fields))
+            memory = stepping.memory_of(clock, held)
             read, after = self.recurrence(hidden, q, k, v, rotated, tokens, memory, past)
-            for kept, new in zip(memory, self.carried(after), strict=True):
-                if kept is not None and new is not None:
-                    kept.copy_(new)
+            stepping.keep_memory(self.carried(after), clock, held)
             output = self.mixed(read, output, normalizer, hidden)
         assert output is not None
         return output[:, 0].to(hidden.dtype)

@@ -1,7 +1,7 @@
 """The recurrent branch of a converted layer: gate, feature map, operator and readout, each chosen by name."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,15 @@ from linearize.structures.base import AnyInputs, Layer
 from linearize.tokens import Tokens
 
 
+class Parts(NamedTuple):
+    """What a recurrence is made of, before feature maps."""
+
+    q: Tensor  # [B, T, H, D]
+    k: Tensor  # [B, T, KV, D]
+    v: Tensor  # [B, T, KV, D]
+    gate: Tensor  # [B, T, KV, P], as `Gate` makes it
+
+
 class Recurrence(nn.Module):
     """One module for all that a branch may learn, so that PEFT can save it whole."""
 
@@ -28,14 +37,13 @@ class Recurrence(nn.Module):
         super().__init__()
         config = layer.config
         self.layer, self.structure = layer, STRUCTURES[config.structure]
-        self.behind = config.mixing == "shared_normalizer" and config.local != "none"
         maps = "none" if self.structure.own_features else config.feature_map
         self.map_q = feature_map(maps, layer.num_heads, layer.head_dim)
         keys = "none" if self.structure.own_keys else maps
         self.map_k = feature_map(keys, layer.num_key_value_heads, layer.head_dim)
         key_size = feature_size(config.feature_map, layer.head_dim)
         self.gate = Gate(self.structure, layer, key_size)
-        self.readout = READOUTS["denominator" if self.behind else config.readout](layer)
+        self.readout = READOUTS["denominator" if config.shares_normalizer else config.readout](layer)
         if config.convolution is not None:
             self.convolved = [layer.num_key_value_heads] * 2  # heads, of k and v or of q, k and v
             if silu := config.convolution_form == "silu":
@@ -62,12 +70,13 @@ class Recurrence(nn.Module):
         past: Past | None,
     ) -> tuple[Read, Memory]:
         """q `[B, T, H, D]`, k and v `[B, T, KV, D]` before RoPE, q and k `rotated` by it; `past` is the window's."""
-        inputs, recent = self.inputs(hidden, q, k, v, rotated, tokens, memory)
-        if tokens.valid is not None:  # padding neither decays nor writes
-            inputs = _masked(inputs, tokens.valid)
-        keys = gates = None
-        if self.behind:
-            inputs, keys, gates = self._delayed(inputs, tokens, memory, past)
+        parts, recent = self.parts(hidden, q, k, v, rotated, tokens, memory)
+        real, keys, gates = tokens.valid, None, None
+        if self.layer.config.is_behind:
+            parts, real, keys, gates = self._delayed(parts, tokens, memory, past)
+        inputs = self.inputs(parts)
+        if real is not None:  # padding neither decays nor writes
+            inputs = _masked(inputs, real)
         operator = self.structure.operator
         if hasattr(self, "bonus"):
             operator = partial(gated_linear.with_bonus, bonus=self.bonus.float())
@@ -75,7 +84,7 @@ class Recurrence(nn.Module):
         read = self.readout(lambda given: operator(*given, state=state, document=tokens.document), inputs, hidden)
         return read, Memory(read.state, recent, keys, gates)
 
-    def inputs(
+    def parts(
         self,
         hidden: Tensor,
         q: Tensor,
@@ -84,8 +93,8 @@ class Recurrence(nn.Module):
         rotated: tuple[Tensor, Tensor],
         tokens: Tokens,
         memory: Memory | None,
-    ) -> tuple[AnyInputs, Tensor | None]:
-        """What the operator takes but for state and document, and the tokens that the next call convolves."""
+    ) -> tuple[Parts, Tensor | None]:
+        """Of every token, and the tokens that the next call convolves."""
         gate, recent = self.gate(hidden, q, k, v), None
         if self.layer.config.rope == "both":
             q, k = rotated
@@ -96,27 +105,34 @@ class Recurrence(nn.Module):
             )
             *first, k, v = made.split(self.convolved, dim=2)
             q = first[0] if first else q
-        return self.structure.inputs(self.map_q(q), self.map_k(k), v, gate, self.layer), recent
+        return Parts(q, k, v, gate), recent
+
+    def inputs(self, parts: Parts) -> AnyInputs:
+        """What the operator takes but for state and document."""
+        q, k, v, gate = parts
+        return self.structure.inputs(self.map_q(q), self.map_k(k), v, gate, self.layer)
 
     def _delayed(
-        self, inputs: Any, tokens: Tokens, memory: Memory | None, past: Past | None
-    ) -> tuple[Any, Tensor, Tensor]:
-        """Token t - W enters at t, with its own gate; sinks do not, since the window goes on seeing them."""
-        window, T = self.layer.config.window, inputs.k.shape[1]
-        written = inputs.k * (tokens.position >= self.layer.config.sinks)[:, :, None, None]
-        keys, gates = (
-            F.pad(x, (0, 0, 0, 0, window, 0)) if before is None else torch.cat([before, x], dim=1)
-            for x, before in (
-                (written, memory and memory.late_keys),
-                (inputs.log_g, memory and memory.late_gates),
-            )
-        )
-        values = F.pad(inputs.v, (0, 0, 0, 0, window, 0)) if past is None else torch.cat([past.v, inputs.v], dim=1)
-        delayed = inputs._replace(k=keys[:, :T], v=values[:, :T], log_g=gates[:, :T])
+        self, parts: Parts, tokens: Tokens, memory: Memory | None, past: Past | None
+    ) -> tuple[Parts, Tensor, Tensor | None, Tensor]:
+        """Token t - W enters at t, with its own gate; sinks do not, since the window goes on seeing them. Beside the
+        parts, whether there is such a token `[B, T]`, and what `Memory` has of the last W."""
+        config, T = self.layer.config, parts.k.shape[1]
+        real = tokens.position >= config.sinks
+        if tokens.valid is not None:
+            real = real & tokens.valid
+        gates = torch.cat([parts.gate, real[:, :, None, None].expand(*parts.gate.shape[:3], 1)], dim=-1)
+        late = parts.k, parts.v, gates
+        if memory is None or past is None:
+            keys, values, gates = (F.pad(x, (0, 0, 0, 0, config.window, 0)) for x in late)
+        else:
+            before: Any = memory.late_keys if config.keeps_late_keys else past.k, past.v, memory.late_gates
+            keys, values, gates = (torch.cat(pair, dim=1) for pair in zip(before, late, strict=True))
+        delayed = parts._replace(k=keys[:, :T], v=values[:, :T], gate=gates[:, :T, :, :-1])
+        there = gates[:, :T, 0, -1] > 0
         if tokens.document is not None:
-            before = F.pad(tokens.document, (window, 0), value=-1)[:, :T]
-            delayed = _masked(delayed, before == tokens.document)
-        return delayed, keys[:, T:].clone(), gates[:, T:].clone()
+            there = there & (F.pad(tokens.document, (config.window, 0), value=-1)[:, :T] == tokens.document)
+        return delayed, there, keys[:, T:].clone() if config.keeps_late_keys else None, gates[:, T:].clone()
 
 
 def _masked(inputs: Any, real: Tensor) -> Any:

@@ -15,7 +15,7 @@ if find_spec("triton") is None:
 if not torch.cuda.is_available():
     import interpreted  # noqa: F401
 
-from linearize.ops import products, products_triton
+from linearize.ops import dispatch, products, products_triton
 from linearize.ops.products import Linear, Norm
 from linearize.ops.products_triton import LAUNCHES, Launch, launch_of
 
@@ -107,7 +107,7 @@ def test_the_nearest_settings_in_the_table():
 
 
 def test_what_has_no_kernel(monkeypatch):
-    monkeypatch.setattr(products, "no_device", lambda x: None)
+    monkeypatch.setattr(dispatch, "no_device", lambda x: None)
     x, weight = torch.zeros(16, 64, dtype=torch.bfloat16), torch.zeros(32, 64, dtype=torch.bfloat16)
     assert products.why_not_fused(x, weight) is None
     for given, reason in (

@@ -224,13 +224,17 @@ def at(given: Beyond, t: int) -> Beyond:
     return Beyond(maps, gate, mixing, epsilon, opening)
 
 
-def truth(given: list[Tensor], fixed: Settings, more: Beyond, angles=None) -> tuple[Tensor, Tensor]:
-    """The equations in float64: `gated_delta.reference` beside the window of `liger.reference`."""
+def truth(
+    given: list[Tensor], fixed: Settings, more: Beyond, angles=None, behind: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The equations in float64: `gated_delta.reference` beside the window of `liger.reference`, or behind it."""
     q, k, v, mixing = (x.double() for x in given)
     angles = None if angles is None else tuple(x.double() for x in angles)
     windowed, _ = liger.reference(
         q, k, v, torch.zeros_like(mixing), fixed._replace(gate="gla", feature_map="none"), angles
     )
+    if behind and angles is not None:
+        q, k = (liger.rotate(x, *angles) for x in (q, k))
     if more.maps is None:
         query, key = (liger.FEATURES[fixed.feature_map](x) for x in (q, k))
     else:
@@ -241,10 +245,11 @@ def truth(given: list[Tensor], fixed: Settings, more: Beyond, angles=None) -> tu
     log_g = F.logsigmoid(gate[..., :1]) / fixed.temperature
     if fixed.gate == "deltanet":
         log_g = torch.zeros_like(log_g)
-    unit = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
-    read, state = gated_delta.reference(
-        *unit, v, log_g, fixed.strength * gate[..., -1:].sigmoid(), liger.no_state(k).double()
-    )
+    taken = F.normalize(key, dim=-1), v, log_g, fixed.strength * gate[..., -1:].sigmoid()
+    if behind:
+        real = torch.arange(k.shape[1])[:, None, None] >= fixed.sinks
+        taken = [F.pad(x * real, (0, 0, 0, 0, fixed.window, 0))[:, : k.shape[1]] for x in taken]
+    read, state = gated_delta.reference(F.normalize(query, dim=-1), *taken, liger.no_state(k).double())
     if more.epsilon is not None:
         read = read / (read.square().mean(-1, keepdim=True) + more.epsilon).sqrt()
     if more.opening is not None:
@@ -254,12 +259,14 @@ def truth(given: list[Tensor], fixed: Settings, more: Beyond, angles=None) -> tu
     return w * read + (1 - w) * windowed, state
 
 
-def assert_is_the_truth(run, given, fixed, more, angles=None, tolerance=1e-5) -> Tensor:
+def assert_is_the_truth(run, given, fixed, more, angles=None, tolerance=1e-5, behind=False) -> Tensor:
     start = nothing(len(given[1]), *given[1].shape[2:], fixed, fixed.sinks, given[1].dtype)
+    if behind:
+        start = start[0], start[1]._replace(late_gates=no_gates(more, fixed))
     if run == "kernel":
         start[1].keys.fill_(torch.nan)  # nothing of what was never written is looked at
     output, state = stepped(run, given, fixed, angles, start=start, beyond=more)
-    expected, final = truth(given, fixed, more, angles)
+    expected, final = truth(given, fixed, more, angles, behind)
     assert output.dtype == given[0].dtype
     assert_close(output, expected, tolerance)
     assert_close(state, final, tolerance)
@@ -304,6 +311,46 @@ def test_shapes_of_the_delta_rule(shape, kwargs, rotated, run):
     fixed = settings("gated_deltanet", D, feature_map="linear", **kwargs)
     given, more = inputs(10, **shape), beyond(10, **shape)
     assert_is_the_truth(run, given, fixed, more, rope(10, rotated) if rotated else None)
+
+
+def no_gates(more: Beyond, fixed: Settings) -> Tensor:
+    """Those of a window that has had no token yet."""
+    B, _, KV, gates = more.gate.shape
+    return torch.zeros(B, fixed.window, KV, gates + 1, device=DEVICE)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("gate", "shape", "kwargs", "rotated"),
+    [
+        ("gated_deltanet", {}, {}, 16),
+        ("gated_deltanet", {"groups": 3, "D": 20}, {"window": 1, "sinks": 0}, 8),
+        ("deltanet", {"D": 80, "KV": 1}, {"window": 3, "sinks": 4, "strength": 2.0}, 80),
+        ("gated_deltanet", {"B": 1, "KV": 1, "D": 128}, {"window": 6, "sinks": 1}, 0),
+    ],
+)
+def test_behind_the_window(gate, shape, kwargs, rotated, run):
+    """A token is taken in when another has its place."""
+    D = shape.get("D", 16)
+    fixed = settings(gate, D, feature_map="linear", **kwargs)
+    given, more = inputs(14, **shape), beyond(14, gates=1 + (gate == "gated_deltanet"), **shape)
+    assert_is_the_truth(run, given, fixed, more, rope(14, rotated) if rotated else None, behind=True)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_behind_the_window_padding_is_not_taken_in(run):
+    given, more, fixed = inputs(16), beyond(16), settings("gated_deltanet", feature_map="linear")
+    valid = torch.ones(2, 16, dtype=torch.bool)
+    valid[0, :3] = False
+    clock, held = nothing(2, 2, 16, fixed, fixed.sinks)
+    start = clock, held._replace(late_gates=no_gates(more, fixed))
+    output, state = stepped(run, given, fixed, valid=valid, start=start, beyond=more)
+    alone = [x[:1, 3:] for x in given[:3]]
+    maps, gate, mixing, epsilon, (low, up) = more
+    its = Beyond(maps, gate[:1, 3:], mixing[:1, 3:], epsilon, (low[:1, 3:], up))
+    expected, final = truth([*alone, given[3]], fixed, its, behind=True)
+    assert_close(output[:1, 3:], expected)
+    assert_close(state[:1], final)
 
 
 @pytest.mark.parametrize("run", RUNS)

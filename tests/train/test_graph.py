@@ -16,6 +16,7 @@ SETTINGS = [
     {"structure": "gla"},
     {"structure": "gated_deltanet", "feature_map": "linear", "gate_source": "learned", "readout": "rms"},
     {"structure": "gla", "mixing": "shared_normalizer", "feature_map": "hedgehog"},
+    {"structure": "gated_deltanet", "gate_source": "learned", "behind": True, "rope": "both"},
     {"structure": "lightning", "mixing": "data_dependent"},
     {"structure": "gsa", "convolution": 4},
     {"structure": "none"},

@@ -21,7 +21,7 @@ def layer_statistics(model: PreTrainedModel, ids: Int[Tensor, "T"]) -> list[Laye
 
     def watch(mixer: Any) -> Any:
         def hook(recurrence: Any, arguments: tuple[Any, ...]) -> None:
-            inputs, _ = recurrence.inputs(*arguments[:7])
+            inputs = recurrence.inputs(recurrence.parts(*arguments[:7])[0])
             log_g = getattr(inputs, "log_g", torch.zeros_like(inputs.k)).double()
             decay = -1 / log_g.mean(dim=(0, 1)).clamp(max=-1e-9)
             half_life: list[float] = []

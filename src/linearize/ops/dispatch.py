@@ -18,6 +18,13 @@ def no_device(x: Tensor) -> str | None:
     return _too_little(x.device)
 
 
+def why_no_kernel(x: Tensor, unsupported: dict[str, bool]) -> str | None:
+    """Why no kernel takes x and what goes with it: as `no_device`, or the names of what is true in `unsupported`; None
+    if one does."""
+    reasons = [name for name, true in unsupported.items() if true]
+    return no_device(x) or (f"no kernel for {', '.join(reasons)}" if reasons else None)
+
+
 @torch.compiler.assume_constant_result
 def _too_little(device: torch.device) -> str | None:
     if find_spec("triton") is None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from linearize.ops.dispatch import kernel_dtype, no_device, warn_once
+from linearize.ops.dispatch import kernel_dtype, warn_once, why_no_kernel
 from linearize.ops.gated_linear import Output, continues
 
 
@@ -49,8 +49,7 @@ def why_not_fused(
         f"head size {K}": K > 128,
         f"{q.numel()} numbers in q": q.numel() >= 2**31,
     }
-    reasons = [name for name, true in unsupported.items() if true]
-    return no_device(q) or (f"no kernel for {', '.join(reasons)}" if reasons else None)
+    return why_no_kernel(q, unsupported)
 
 
 def fused(

@@ -13,13 +13,14 @@ import triton.language as tl
 from linearize.ops.liger_triton import (
     CHUNK,
     GONE,
-    SINK_ROWS,
+    continues,
     decays,
     exp,
     feature_backward,
     key_and_gate,
     key_and_gate_backward,
     load_first,
+    load_last_first,
     load_one_first,
     load_state,
     load_tile,
@@ -33,6 +34,7 @@ from linearize.ops.liger_triton import (
     sink_mask,
     sink_rows,
     state_factors,
+    store_by_sink,
     store_tile,
     window_mask,
 )
@@ -64,14 +66,13 @@ def state_gradients_kernel(
         query = load_tile(near_query + at, rows, channels, T, H * D, D)
         dout = load_tile(doutput + at, rows, columns, T, H * D, D)
         half, whole = state_factors(total)
-        total = load_total(
-            totals, pair, chunks, tl.maximum(end - 1 - (n + 1) // GROUPS, 0), channels, D
-        )  # the next one
+        next_chunk = tl.maximum(end - 1 - (n + 1) // GROUPS, 0)
+        total = load_total(totals, pair, chunks, next_chunk, channels, D)
         if PACKED:
-            begins = tl.maximum(chunk * CHUNK, 1)
-            query = tl.where((load_first(first, rows, T, PACKED) < begins)[:, None], query, 0.0)
-            last_first = load_one_first(first, tl.minimum(chunk * CHUNK + CHUNK, T) - 1, PACKED)
-            whole = tl.where(last_first < begins, whole, 0.0)
+            starts = load_first(first, rows, T, PACKED)
+            query = tl.where(continues(starts, chunk * CHUNK)[:, None], query, 0.0)
+            last_first = load_last_first(first, chunk * CHUNK, T, PACKED)
+            whole = tl.where(continues(last_first, chunk * CHUNK), whole, 0.0)
         leaving, entering = group == 0, group == GROUPS - 1  # the chunk, from its end to its start
         dstate *= tl.where(leaving, half, 1.0)[:, None]
         if STORE:
@@ -100,7 +101,7 @@ def query_gradients_kernel(
     `[B, H / HEADS, chunks, SINKS, D]`; where a head has one decay, near query · its gradient `[B, H, T]`, `gained`."""
     chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
     batch, pair, heads, rows, places = query_rows(chunk, tl.program_id(1), KV, GROUPS, HEADS)
-    ours, theirs = batch * T * H * D, (batch * T * KV + pair % KV) * D
+    index, ours, theirs = tl.program_id(1).to(tl.int64), batch * T * H * D, (batch * T * KV + pair % KV) * D
     start = chunk * CHUNK
     keys, before, columns = start + tl.arange(0, CHUNK), start - CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
     starts = load_first(first + batch * T, rows, T, PACKED)
@@ -135,16 +136,12 @@ def query_gradients_kernel(
     if SINKS > 0:
         dfar = share * far * (dfar - read[:, None])
         dturned += product(dfar, sink_key, DTYPE)
-    if SINKS > 0:
         # loaded again: such products want another layout, whose copies would have to be kept all along
         query = load_tile(turned_query + ours, places, columns, T * H, D, D)
         dout = load_tile(doutput + ours, places, columns, T * H, D, D)
-        slots, at = tl.arange(0, SINK_ROWS), (tl.program_id(1).to(tl.int64) * chunks + chunk) * SINKS * D
-        # sinks as rows: with them as 16 columns of a transposed product, Triton 3.6 reads past its shared memory
-        dfar_key = product(tl.trans(dfar), query, DTYPE)
-        store_tile(dsink_key + at, slots, columns, dfar_key, SINKS, D, D)
-        dfar_values = product(tl.trans((1.0 - w) * far), dout, DTYPE)
-        store_tile(dsink_values + at, slots, columns, dfar_values, SINKS, D, D)
+        at = (index * chunks + chunk) * SINKS * D
+        store_by_sink(dsink_key + at, dfar, query, columns, SINKS, D, DTYPE)
+        store_by_sink(dsink_values + at, (1.0 - w) * far, dout, columns, SINKS, D, DTYPE)
     draw = rotate_back(dturned, rows, columns, cos + batch * rope_stride * R, sin + batch * rope_stride * R, T, R)
 
     recurrent_key = load_tile(near_key + theirs, keys, columns, T, KV * D, D)
@@ -152,10 +149,10 @@ def query_gradients_kernel(
     state = load_state(states, pair * chunks + chunk, columns, D)
     dread = dout
     if PACKED:  # a document that began here has no state
-        dread = tl.where((starts < tl.maximum(start, 1))[:, None], dout, 0.0)
+        dread = tl.where(continues(starts, start)[:, None], dout, 0.0)
     dquery += product(dread, tl.trans(state), DTYPE)
     paired = load_tile(near_query + ours, places, columns, T * H, D, D).to(tl.float32) * dquery
-    gain, index = tl.sum(paired, 1), tl.program_id(1).to(tl.int64)
+    gain = tl.sum(paired, 1)
     if SCALAR:
         tl.store(gained + sums, gain, mask=rows < T)
     gain = tl.sum(tl.reshape(gain - read, [HEADS, CHUNK]), 1)
@@ -185,7 +182,7 @@ def key_gradients_kernel(
     theirs = (batch * T * KV + head) * D
     start = chunk * CHUNK
     rows, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP)
-    starts, begins = load_first(first + batch * T, rows, T, PACKED), tl.maximum(start, 1)
+    starts = load_first(first + batch * T, rows, T, PACKED)
     total = load_total(totals, pair, chunks, chunk, columns, D)
     seen = read_mask(rows, rows, starts, total)
     key = load_tile(near_key + theirs, rows, columns, T, KV * D, D)
@@ -209,15 +206,15 @@ def key_gradients_kernel(
         else:
             dquery = product(da, key, DTYPE)
             if PACKED:  # a document that began here has no state
-                dout = tl.where((starts < begins)[:, None], dout, 0.0)
+                dout = tl.where(continues(starts, start)[:, None], dout, 0.0)
             terms += query.to(tl.float32) * (dquery + w * product(dout, tl.trans(state), DTYPE))
 
     _, whole = state_factors(total)
     paired = key.to(tl.float32) * dkey
     terms -= tl.sum(paired, 1, keep_dims=True) if SCALAR else paired
     if PACKED:  # what the chunk's last token still sees
-        last_first = load_one_first(first + batch * T, tl.minimum(start + CHUNK, T) - 1, PACKED)
-        whole = tl.where(last_first < begins, whole, 0.0)
+        last_first = load_last_first(first + batch * T, start, T, PACKED)
+        whole = tl.where(continues(last_first, start), whole, 0.0)
         ends = (rows >= last_first)[:, None]
         key, values = tl.where(ends, key, 0.0), tl.where(ends, values, 0.0)
     dstate = load_state(dstates, pair * chunks + chunk, columns, D)

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linearize.ops import liger_delta_triton as kernels
+from linearize.ops import liger_delta_backward_triton as gradients
+from linearize.ops import liger_delta_forward_triton as kernels
 from linearize.ops.liger_fused import (
     CHUNK,
     LAUNCHES,
@@ -24,7 +25,7 @@ from linearize.ops.liger_window import window_gradients
 
 
 class Solved(NamedTuple):
-    """What the forward pass makes of keys and values; the names are those of `liger_delta_triton`."""
+    """What the forward pass makes of keys and values; the names are those of `liger_delta_forward_triton`."""
 
     key: Tensor
     residual: Tensor
@@ -130,14 +131,14 @@ def add_gradients(call: Call, made: Solved, doutput: Tensor, dfinal: Tensor, sum
     key, residual, left, solved, beta, log_g, states = made
     dread, dstates = torch.empty_like(states), torch.empty_like(states)
     dresidual, dkey, dsums = torch.empty_like(residual), torch.empty_like(residual), torch.empty_like(log_g)
-    kernels.delta_query_gradients_kernel[grid](
+    gradients.delta_query_gradients_kernel[grid](
         call.q, key, residual, solved, call.mixing, call.first, log_g, states, doutput, sums.q, sums.mixing, dread,
         dresidual, dkey, dsums, T,
         **told, **call.heads(), **fine(call), PACKED=call.packed, **launch("delta_query_gradients", call),
     )  # fmt: skip
-    inputs, kernel = (key, left, call.first, beta, log_g, dread), kernels.delta_state_gradients_kernel
+    inputs, kernel = (key, left, call.first, beta, log_g, dread), gradients.delta_state_gradients_kernel
     dinitial = pass_over_states(call, "delta_state_gradients", kernel, inputs, dfinal, (dresidual, dstates))
-    kernels.delta_key_gradients_kernel[grid](
+    gradients.delta_key_gradients_kernel[grid](
         call.k, call.v, key, residual, solved, call.first, beta, log_g, states, dstates, dresidual, dkey, dsums,
         sums.k, sums.v, sums.beta, sums.log_g, T, call.rate, call.strength,
         **told, **heads(call), **launch("delta_key_gradients", call),

@@ -5,11 +5,13 @@ import triton.language as tl
 
 from linearize.ops.liger_triton import (
     CHUNK,
+    continues,
     decays,
     exp,
     feature,
     key_and_gate,
     load_first,
+    load_last_first,
     load_one_first,
     load_rope,
     load_state,
@@ -99,9 +101,9 @@ def states_kernel(
         half, whole = state_factors(total)
         total = load_total(totals, pair, chunks, tl.minimum(chunk + 1, chunks - 1), channels, D)  # the next one
         if PACKED:  # what the chunk's last token still sees
-            last_first = load_one_first(first, tl.minimum(chunk * CHUNK + CHUNK, T) - 1, PACKED)
+            last_first = load_last_first(first, chunk * CHUNK, T, PACKED)
             key = tl.where((rows >= last_first)[:, None], key, 0.0)
-            whole = tl.where(last_first < tl.maximum(chunk * CHUNK, 1), whole, 0.0)
+            whole = tl.where(continues(last_first, chunk * CHUNK), whole, 0.0)
         state = state * half[:, None]
         if STORE:
             tl.store(states + (pair * chunks + chunk) * D * D + offsets, state.to(states.dtype.element_ty), mask=inside)
@@ -189,6 +191,6 @@ def output_kernel(
         out += product(share * far, sink_values, DTYPE)
     out += product(w * within + share * own, values, DTYPE)
     if PACKED:  # a document that began here has no state
-        query = tl.where((starts < tl.maximum(start, 1))[:, None], query, 0.0)
+        query = tl.where(continues(starts, start)[:, None], query, 0.0)
     out += w * product(query, state, DTYPE)
     store_tile(output, places, columns, out, T * H, D, D)

@@ -11,6 +11,7 @@ from linearize.ops.liger_triton import (
     GONE,
     LEVELS,
     LIMIT,
+    document_mask,
     exp,
     feature,
     feature_backward,
@@ -21,6 +22,7 @@ from linearize.ops.liger_triton import (
     load_total,
     product,
     running_sum,
+    split_product,
     store_tile,
 )
 
@@ -38,24 +40,13 @@ def decay_between(log_g):
 
 
 @triton.jit
-def masked_sums(mask, x, DTYPE: tl.constexpr):
-    """mask x with fp32's precision: in bf16, the mask is exact and x is split in two."""
-    if tl.float32 == DTYPE:
-        sums = product(mask, x, DTYPE)
-    else:
-        high = x.to(DTYPE)
-        sums = product(mask, high, DTYPE) + product(mask, x - high.to(tl.float32), DTYPE)
-    return sums
-
-
-@triton.jit
 def decay_to_boundary(log_g, size, DTYPE: tl.constexpr):
     """For the merge of neighbouring blocks of `size` tokens: the decay from the boundary to each query of the right
     blocks and from each key of the left ones to it, both at most 1, and which tokens are in right blocks `[C, 1]`."""
     i, t = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     right = (i & size) != 0
     between = (i // size == t // size) & ((right & (t <= i)) | ((right == 0) & (t > i)))
-    return exp(masked_sums(between, log_g, DTYPE)), right
+    return exp(split_product(between, log_g, DTYPE)), right
 
 
 @triton.jit
@@ -107,10 +98,8 @@ def scores_backward(da, query, key, log_g, seen, DTYPE: tl.constexpr, SCALAR: tl
             merged = merged_at(1 << level)
             a += tl.where(merged, product(right_query, tl.trans(left_key), DTYPE), 0.0)
             da_merged = tl.where(merged, da, 0.0).to(DTYPE)
-            dright_query, dleft_key = (
-                product(da_merged, left_key, DTYPE),
-                product(tl.trans(da_merged), right_query, DTYPE),
-            )
+            dright_query = product(da_merged, left_key, DTYPE)
+            dleft_key = product(tl.trans(da_merged), right_query, DTYPE)
             terms += right_query.to(tl.float32) * dright_query - left_key.to(tl.float32) * dleft_key
             dquery += tl.where(right, dright_query * decay, 0.0)
             dkey += tl.where(right, 0.0, dleft_key * decay)
@@ -132,7 +121,7 @@ def add_output_kernel(
         if tl.min(load_total(totals, pair, chunks, chunk, columns, D)) <= LIMIT:
             rows = chunk * CHUNK + tl.arange(0, CHUNK)
             starts = load_first(first + batch * T, rows, T, PACKED)
-            seen = (rows[:, None] >= rows[None, :]) & (rows[None, :] >= starts[:, None])
+            seen = document_mask(rows, rows, starts)
             x = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
             key, log_g = key_and_gate(x, rows < T, columns, tl.load(decay + head), rate, lower, D, GATE, FEATURE)
             values = load_tile(v + theirs, rows, columns, T, KV * D, D)
@@ -159,7 +148,7 @@ def add_gradients_kernel(
         if tl.min(load_total(totals, pair, chunks, chunk, columns, D)) <= LIMIT:
             rows = chunk * CHUNK + tl.arange(0, CHUNK)
             starts = load_first(first + batch * T, rows, T, PACKED)
-            seen = (rows[:, None] >= rows[None, :]) & (rows[None, :] >= starts[:, None])
+            seen = document_mask(rows, rows, starts)
             x = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
             key, log_g = key_and_gate(x, rows < T, columns, tl.load(decay + head), rate, lower, D, GATE, FEATURE)
             values = load_tile(v + theirs, rows, columns, T, KV * D, D)

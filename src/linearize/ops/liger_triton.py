@@ -96,9 +96,25 @@ def load_one_first(first, row, PACKED: tl.constexpr):
 
 
 @triton.jit
+def load_last_first(first, start, T, PACKED: tl.constexpr):
+    """As `load_first`, of the last token of the chunk that begins at `start`."""
+    return load_one_first(first, tl.minimum(start + CHUNK, T) - 1, PACKED)
+
+
+@triton.jit
 def product(x, y, DTYPE: tl.constexpr):
     """x y, from operands in DTYPE, summed in fp32; fp32 itself by three products in tf32."""
     return tl.dot(x.to(DTYPE), y.to(DTYPE), input_precision="tf32x3")
+
+
+@triton.jit
+def split_product(x, y, DTYPE: tl.constexpr):
+    """x y of a y that has more digits than DTYPE: in bf16 it is split in two; x is rounded."""
+    high = y.to(DTYPE)
+    z = product(x, high, DTYPE)
+    if tl.float32 != DTYPE:
+        z += product(x, y.to(tl.float32) - high.to(tl.float32), DTYPE)
+    return z
 
 
 @triton.jit
@@ -146,6 +162,19 @@ def rotate_back(dx, rows, columns, cos, sin, T, R: tl.constexpr):
 
 
 @triton.jit
+def document_mask(rows, keys, first):
+    """The tokens of a query's document up to and with itself `[rows, keys]`; `first` as `load_first`, of each query."""
+    return (rows[:, None] >= keys[None, :]) & (keys[None, :] >= first[:, None])
+
+
+@triton.jit
+def continues(first, start):
+    """Whether a document with this first token has a state before the chunk that begins at `start`: it began earlier,
+    or with the sequence, whose first state may be a given one."""
+    return first < tl.maximum(start, 1)
+
+
+@triton.jit
 def window_mask(rows, keys, first, W: tl.constexpr):
     """The last W tokens of the query's document, itself included."""
     age = rows[:, None] - keys[None, :]
@@ -170,8 +199,15 @@ def sink_mask(rows, sinks, first, chunk_first, W: tl.constexpr):
 @triton.jit
 def read_mask(rows, keys, first, total):
     """Whom the recurrence of a mild chunk reads; in a steep one, nobody."""
-    begin = tl.where(tl.min(total) > LIMIT, first, NEVER)
-    return (rows[:, None] >= keys[None, :]) & (keys[None, :] >= begin[:, None])
+    return document_mask(rows, keys, tl.where(tl.min(total) > LIMIT, first, NEVER))
+
+
+@triton.jit
+def store_by_sink(base, weights, x, columns, SINKS: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr):
+    """What a chunk's queries give its sinks: weightsᵀ x `[SINKS, D]`, of `[rows, SINK_ROWS]` and `[rows, DP]`."""
+    # sinks as rows: with them as 16 columns of a transposed product, Triton 3.6 reads past its shared memory
+    sums = product(tl.trans(weights), x, DTYPE)
+    store_tile(base, tl.arange(0, SINK_ROWS), columns, sums, SINKS, D, D)
 
 
 # --- feature map, gate and key ---

@@ -8,7 +8,6 @@ import triton.language as tl
 
 from linearize.ops.liger_triton import (
     CHUNK,
-    SINK_ROWS,
     exp,
     load_first,
     load_one_first,
@@ -20,6 +19,7 @@ from linearize.ops.liger_triton import (
     rotated,
     sink_mask,
     sink_rows,
+    store_by_sink,
     store_tile,
     window_mask,
 )
@@ -132,12 +132,9 @@ def window_query_gradients_kernel(
     if SINKS > 0:
         dfar = share * far * (dfar - read[:, None])
         dquery += product(dfar, sink_key, DTYPE)
-        slots, at = tl.arange(0, SINK_ROWS), (index * chunks + chunk) * SINKS * D
-        # sinks as rows: with them as 16 columns of a transposed product, Triton 3.6 reads past its shared memory
-        dfar_key = product(tl.trans(dfar), query, DTYPE)
-        store_tile(dsink_key + at, slots, columns, dfar_key, SINKS, D, D)
-        dfar_values = product(tl.trans((1.0 - w) * far), dout, DTYPE)
-        store_tile(dsink_values + at, slots, columns, dfar_values, SINKS, D, D)
+        at = (index * chunks + chunk) * SINKS * D
+        store_by_sink(dsink_key + at, dfar, query, columns, SINKS, D, DTYPE)
+        store_by_sink(dsink_values + at, (1.0 - w) * far, dout, columns, SINKS, D, DTYPE)
     dquery = rotate_back(dquery, rows, columns, cos, sin, T, R)
     store_tile(dq + ours, rows, columns, dquery, T, H * D, D)
 

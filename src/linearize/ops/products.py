@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linearize.ops.dispatch import HALF, no_device
+from linearize.ops.dispatch import HALF, no_device, why_no_kernel
 
 MOST = 16  # rows; with more, cuBLAS's products are as fast
 
@@ -32,8 +32,7 @@ def why_not_fused(x: Tensor, weight: Tensor, normed: bool = False) -> str | None
         f"{x.dtype} by {weight.dtype}": x.dtype not in HALF or x.dtype != weight.dtype,
         "tensors that are not contiguous": not (x.is_contiguous() and weight.is_contiguous()),
     }
-    reasons = [name for name, true in unsupported.items() if true]
-    return no_device(x) or (f"no kernel for {', '.join(reasons)}" if reasons else None)
+    return why_no_kernel(x, unsupported)
 
 
 def normed(x: Tensor, norm: Norm) -> Tensor:

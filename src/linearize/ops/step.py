@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linearize.ops.dispatch import may_look, narrowed, no_device
+from linearize.cache import Memory
+from linearize.ops.dispatch import may_look, narrowed, why_no_kernel
 from linearize.ops.liger import DELTA, FEATURES, GATES, Rope, Settings, warn_once, wide
 from linearize.ops.local import Past
 
@@ -46,7 +47,7 @@ class Held(NamedTuple):
     valid: Tensor  # [B, W], uint8: 1 where the ring has a real token; one tensor for all layers of this window
     state: Tensor  # [B, KV, D, D], or another structure's; [0] without a recurrence
     recent: Tensor | None = None
-    late_keys: Tensor | None = None
+    late_keys: Tensor | None = None  # a ring, as the window is
     late_gates: Tensor | None = None
 
 
@@ -55,7 +56,7 @@ class Beyond(NamedTuple):
     the token was made of the layer's input, by matrix products."""
 
     maps: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # of "linear", q's [H, D, R] and [H, R, D], then k's
-    gate: Tensor | None = None  # [B, KV, gates]: P of the delta rule's decay, if it has one, and of β
+    gate: Tensor | None = None  # [B, KV, P]: of the delta rule's decay, if it has one, and of β
     mixing: Tensor | None = None  # [B, H]: with the layer's own added, through σ, the weights
     epsilon: float | None = None  # of the root mean square that divides the recurrence's output
     opening: tuple[Tensor, Tensor] | None = None  # [B, R] and [H * D, R], whose product then multiplies it, 2 σ of it
@@ -85,10 +86,10 @@ def why_not_fused(
         f"head size {D}": D > 256,
         f"{R} rotated channels": R % 2 == 1 or R > D,
         f"a root mean square over {D} channels": D > WHOLE and beyond.epsilon is not None,
+        f"{D} channels behind the window": D > WHOLE and held.late_gates is not None,
         f"{heads.dtype} and a cache in {held.keys.dtype}": heads.dtype != held.keys.dtype,
     }
-    reasons = [name for name, true in unsupported.items() if true]
-    return no_device(heads) or (f"no kernel for {', '.join(reasons)}" if reasons else None)
+    return why_no_kernel(heads, unsupported)
 
 
 def step(
@@ -124,8 +125,9 @@ def step(
         warn_once(f"decoding steps of Liger Attention run unfused, several times slower: {reason}")
     if settings.gate == "none":
         return plain(heads, mixing, settings, *fixed)
+    taken = taken_in(heads, settings, rope, clock, held, beyond)
     windowed = step(heads, mixing, settings._replace(gate="none"), *fixed)  # perhaps by the kernel
-    return with_recurrence(windowed, heads, mixing, settings, clock, held, decay, beyond)
+    return with_recurrence(windowed, taken, mixing, settings, clock, held, decay, beyond)
 
 
 def plain(
@@ -145,6 +147,7 @@ def plain(
     q, k, v = heads.split([H, KV, KV], dim=1)
     near = heads if rope is None else _turned(heads[:, : H + KV], *rope)
     near_q, near_k = near[:, :H].reshape(pairs, -1, D), near[:, H : H + KV]
+    taken = taken_in(heads, settings, rope, clock, held, beyond)
     mask = keep(near_k, v, settings.window, settings.sinks, clock, held).mask
 
     keys = held.keys.view(pairs, -1, D).mT
@@ -155,12 +158,48 @@ def plain(
     windowed = torch.bmm(scores.softmax(-1), held.values.view(pairs, -1, D)).view(B, H, D)
     if settings.gate == "none":
         return windowed
-    return with_recurrence(windowed, heads, mixing, settings, clock, held, decay, beyond)
+    return with_recurrence(windowed, taken, mixing, settings, clock, held, decay, beyond)
+
+
+class Taken(NamedTuple):
+    """What a recurrence reads with and takes in."""
+
+    q: Tensor  # [B, H, D]
+    k: Tensor  # [B, KV, D], in fp32 at least, as v
+    v: Tensor  # [B, KV, D]
+    gate: Tensor | None  # [B, KV, P]
+    real: Tensor  # [B], bool
+
+
+def taken_in(
+    heads: Tensor, settings: Settings, rope: Rope | None, clock: Clock, held: Held, beyond: Beyond
+) -> Taken | None:
+    """The new token; behind the window, whose keys are rotated, that which leaves it now, while the new one's gates
+    come into `held`. Nothing without a recurrence."""
+    if settings.gate == "none":
+        return None
+    KV = held.keys.shape[1]
+    q, k, v = heads.split([heads.shape[1] - 2 * KV, KV, KV], dim=1)
+    if held.late_gates is None:
+        return Taken(wide(q), wide(k), wide(v), beyond.gate, clock.valid)
+    assert beyond.gate is not None
+    q = q if rope is None else _turned(q, *rope)
+    slot = clock.time % settings.window
+    k, v = (x.index_select(2, slot + clock.sink_time.shape[1])[:, :, 0] for x in (held.keys, held.values))
+    late = held.late_gates.index_select(1, slot)[:, 0]
+    held.late_gates.index_copy_(1, slot, _late_gates(settings, clock, beyond.gate)[:, None])
+    return Taken(wide(q), wide(k), wide(v), late[..., :-1], late[:, 0, -1] > 0)
+
+
+def _late_gates(settings: Settings, clock: Clock, gate: Tensor) -> Tensor:
+    """As `cache.Memory` has them, of the new token."""
+    real = clock.valid & (clock.real >= settings.sinks)
+    return torch.cat([wide(gate), real[:, None, None].expand(*gate.shape[:2], 1)], dim=-1)
 
 
 def with_recurrence(
     windowed: Tensor,
-    heads: Tensor,
+    taken: Taken | None,
     mixing: Tensor,
     settings: Settings,
     clock: Clock,
@@ -168,20 +207,20 @@ def with_recurrence(
     decay: Tensor | None,
     beyond: Beyond,
 ) -> Tensor:
-    """The recurrence takes in the token, in PyTorch, and its output is mixed with the window's `[B, H, D]`."""
-    B, KV, _, D = held.keys.shape
-    H = heads.shape[1] - 2 * KV
-    q, k, v = (wide(x) for x in heads.split([H, KV, KV], dim=1))
+    """The recurrence takes in a token, in PyTorch, and its output is mixed with the window's `[B, H, D]`."""
+    assert taken is not None
+    q, k, v, given, real = taken
+    (B, H, D), KV = q.shape, k.shape[1]
     query = _mapped(q, settings, beyond.maps and beyond.maps[:2])
     if settings.gate in DELTA:
         key = _mapped(k, settings, beyond.maps and beyond.maps[2:])
         query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
-        gate = k.mean(-1, keepdim=True) if beyond.gate is None else wide(beyond.gate)
+        gate = k.mean(-1, keepdim=True) if given is None else wide(given)
         log_g = F.logsigmoid(gate[..., :1]) / settings.temperature * (settings.gate == "gated_deltanet")
     else:
         key, log_g = (x[:, 0] for x in GATES[settings.gate](k[:, None], settings, decay))  # [B, KV, D or 1]
-    if not (may_look(clock.valid) and bool(clock.valid.all())):
-        key, log_g = (x * clock.valid[:, None, None] for x in (key, log_g))
+    if not (may_look(real) and bool(real.all())):
+        key, log_g = (x * real[:, None, None] for x in (key, log_g))
     state = wide(held.state)
     state.mul_(log_g.exp()[..., None])
     if settings.gate in DELTA:
@@ -209,10 +248,33 @@ def _mapped(x: Tensor, settings: Settings, maps: tuple[Tensor, ...] | None) -> T
 def past_of(clock: Clock, held: Held) -> tuple[Past, tuple[Tensor, Tensor]]:
     """The window before the token, oldest first, and keys and values of the sinks, as the ordinary forward has them."""
     M, W = clock.sink_time.shape[1], held.valid.shape[1]
-    order = (clock.time + torch.arange(W, device=clock.time.device)) % W
+    order = _order(clock, W)
     keys, values = (x[:, :, M:].index_select(2, order).transpose(1, 2) for x in (held.keys, held.values))
     past = Past(keys, values, held.valid.index_select(1, order).bool())
     return past, (held.keys[:, :, :M].transpose(1, 2), held.values[:, :, :M].transpose(1, 2))
+
+
+def memory_of(clock: Clock, held: Held) -> Memory:
+    """What a recurrence carries, as the ordinary forward has it."""
+    late = (
+        None if x is None else x.index_select(1, _order(clock, x.shape[1])) for x in (held.late_keys, held.late_gates)
+    )
+    return Memory(held.state, held.recent, *late)
+
+
+def keep_memory(memory: Memory, clock: Clock, held: Held) -> None:
+    """What it carries on comes into `held`."""
+    for kept, new in ((held.state, memory.state), (held.recent, memory.recent)):
+        if kept is not None and new is not None:
+            kept.copy_(new)
+    for kept, new in ((held.late_keys, memory.late_keys), (held.late_gates, memory.late_gates)):
+        if kept is not None and new is not None:
+            kept.index_copy_(1, clock.time % kept.shape[1], new[:, -1:])
+
+
+def _order(clock: Clock, window: int) -> Tensor:
+    """Where a ring has its tokens, the oldest first."""
+    return (clock.time + torch.arange(window, device=clock.time.device)) % window
 
 
 def keep(near_k: Tensor, v: Tensor, window: int, sinks: int, clock: Clock, held: Held) -> Marks:

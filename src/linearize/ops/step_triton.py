@@ -1,13 +1,14 @@
 """The kernel of a decoding step: RoPE, window, sinks, feature map, gate, state, readout and mixing in one.
 
 A program has one key/value head of one sequence, with all its query heads, and BV of the value channels (all of them
-where the readout needs their root mean square): it reads the whole window's keys, and its own columns of the values and
-of the state, which it updates in place. What it reads at the new token's places among window and sinks it makes
-nothing of, since another program may have written them already.
+where the readout needs their root mean square, or the recurrence is behind the window): it reads the whole window's
+keys, and its own columns of the values and of the state, which it updates in place. What it reads at the new token's
+places among window and sinks it makes nothing of where another program may have written them already.
 
 The group's queries are rows of one tile, the key the row after them, so that what they are multiplied with passes once
 through matrix products: with keys and values as these are stored, probabilities rounded to their dtype, and with the
-state as it was before the step. With a the decay, k the key and u what is written, S = a S' + k uᵀ is read as
+state as it was before the step. Behind the window, that row is the key of the token whose place the new one takes, and
+queries are rotated as it is. With a the decay, k the key and u what is written, S = a S' + k uᵀ is read as
 q S = (a q) S' + (q · k) u, and nothing waits for the new state.
 """
 
@@ -79,14 +80,15 @@ def one_row(x, rows, row):
 @triton.jit
 def step_kernel(
     heads, stride, cos, sin, rope_stride, sink_cos, sink_sin, sink_rope_stride,
-    mixing, decay, time, real, valid, sink_time, keys, values, ring_valid, state, output,
+    mixing, decay, time, real, valid, sink_time, keys, values, ring_valid, late, state, output,
     down_q, up_q, down_k, up_k, gate, gate_stride, logits, logits_stride, low, low_stride, opening,
     KV, scale, rate, lower, strength, epsilon,
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, R: tl.constexpr,
     M: tl.constexpr, MP: tl.constexpr, SINKS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
     GATE: tl.constexpr, FEATURE: tl.constexpr, ERASE: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
     RP1: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr, GATES: tl.constexpr, LOGITS: tl.constexpr,
-    RMS: tl.constexpr, OPENING: tl.constexpr, MOST: tl.constexpr, READ: tl.constexpr, OVERLAP: tl.constexpr,
+    RMS: tl.constexpr, OPENING: tl.constexpr, BEHIND: tl.constexpr, MOST: tl.constexpr, READ: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One token of one key/value head; see the module and `ops.step`."""
     pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -113,6 +115,10 @@ def step_kernel(
         if EARLY:  # else they would take too much of the memory that a program's threads share
             first, second = load_maps(down_q, up_q, h * G, columns, AT_ONCE, D, RANK, RP)
             first_k, second_k = load_maps(down_k, up_k, h, columns, 1, D, RANK, RP1)
+        if BEHIND:
+            own_late = late + ((b * W + slot) * KV + h) * (GATES + 1)
+            late_decay, late_write = tl.load(own_late), tl.load(own_late + GATES - 1)
+            leaves = tl.load(own_late + GATES) != 0
     if SINKS > 0:
         sinks = tl.arange(0, MP)
         there = sinks < M
@@ -153,6 +159,10 @@ def step_kernel(
         turned = (new_k.to(tl.float32) * c + other_k.to(tl.float32) * s).to(kept_type)
         if SINKS > 0:
             far = rotated(x, other, sink_c, sink_s, held).to(kept_type)
+    if BEHIND:
+        leaving_k = tl.where(leaves, one_row(window_k.to(tl.float32), places, slot), 0.0)
+        leaving = tl.where((rows == G)[:, None], leaving_k[None, :], near)
+        leaving_v = tl.where(leaves, one_row(window_v.to(tl.float32), places, slot), 0.0)
     window_k = tl.where((places == slot)[:, None], turned, window_k)
     window_v = tl.where((places == slot)[:, None], new_v, window_v)
     seen = (seen | (places == slot)) & (places < W)
@@ -172,6 +182,9 @@ def step_kernel(
     # the recurrence
     new_k, new_v = new_k.to(tl.float32), new_v.to(tl.float32)
     if GATE != "none":
+        taken_v, taken = new_v, fresh != 0
+        if BEHIND:
+            x, taken_v, taken = leaving.to(x.dtype), leaving_v, leaves
         query = x.to(tl.float32)
         if RANK > 0:
             if not EARLY:
@@ -191,15 +204,18 @@ def step_kernel(
             if GATES == 0:
                 for_decay = tl.sum(new_k, 0) / D
                 for_write = for_decay
+            if BEHIND:
+                new_decay, new_write = for_decay, for_write
+                for_decay, for_write = late_decay, late_write
             query = of_length_one(query)
             key = one_row(query, rows, G)
             recurrent = product(query, memory, READ)
             kept = 1.0
             if GATE == "gated_deltanet":
-                kept = tl.exp(tl.where(fresh != 0, log_sigmoid(for_decay) * rate, 0.0))
+                kept = tl.exp(tl.where(taken, log_sigmoid(for_decay) * rate, 0.0))
                 recurrent *= kept
-            beta = tl.where(fresh != 0, strength * sigmoid(for_write), 0.0)
-            written = beta * (new_v - one_row(recurrent, rows, G))
+            beta = tl.where(taken, strength * sigmoid(for_write), 0.0)
+            written = beta * (taken_v - one_row(recurrent, rows, G))
             memory = memory.to(tl.float32) * kept
         else:
             inside = (tl.zeros((1,), tl.int32) + fresh) != 0
@@ -207,7 +223,7 @@ def step_kernel(
             if GATE == "lightning":
                 fixed = tl.load(decay + h)
             key, log_g = key_and_gate(new_k[None, :], inside, columns, fixed, rate, lower, D, GATE, FEATURE)
-            kept, key, written = tl.exp(log_g), tl.sum(key, 0), new_v
+            kept, key, written = tl.exp(log_g), tl.sum(key, 0), taken_v
             recurrent = product(query * kept, memory, READ)
             memory = memory.to(tl.float32) * tl.trans(kept)
         recurrent += tl.sum(query * key[None, :], 1)[:, None] * written[None, :]
@@ -238,6 +254,10 @@ def step_kernel(
             tl.store(own_keys + before * D + columns, turned, mask=wide)
         if h == 0:
             tl.store(ring_valid + b * W + slot, fresh.to(tl.uint8))
+        if BEHIND:
+            tl.store(own_late, new_decay)
+            tl.store(own_late + GATES - 1, new_write)
+            tl.store(own_late + GATES, tl.where((fresh != 0) & (before >= SINKS), 1.0, 0.0))
 
 
 def program(pairs: int, D: int, whole: bool) -> tuple[int, int]:
@@ -269,18 +289,19 @@ def run(
     output = torch.empty(B, H, D, dtype=heads.dtype, device=heads.device)
     cos, sin = (mixing, mixing) if rope is None else rope  # an argument that nothing reads
     sink_cos, sink_sin = (cos, sin) if sink_rope is None else sink_rope
-    block, warps = launch or program(B * KV, D, beyond.epsilon is not None)
+    behind = settings.gate != "none" and held.late_gates is not None
+    block, warps = launch or program(B * KV, D, beyond.epsilon is not None or behind)
     rank, overlap = 0 if beyond.maps is None else beyond.maps[0].shape[-1], overlaps(heads)
     at_once = min(H // KV, WIDEST // max(rank, 1))
-    short = (
-        settings.gate in DELTA or settings.feature_map == "softmax"
-    )  # no query is longer than 1, so that fp16 holds it
+    # no query is longer than 1, so that fp16 holds it
+    short = settings.gate in DELTA or settings.feature_map == "softmax"
     in_fp16 = short and heads.dtype != torch.float32 and state == torch.float16
     step_kernel[(B * KV, triton.cdiv(D, block))](
         heads, heads.stride(0),
         cos, sin, 0 if rope is None else cos.stride(0), sink_cos, sink_sin, 0 if rope is None else sink_cos.stride(0),
         mixing, mixing if decay is None else decay, clock.time, clock.real, clock.valid, clock.sink_time,
-        held.keys, held.values, held.valid, held.state, output, *given(beyond, mixing),
+        held.keys, held.values, held.valid, held.late_gates if behind else mixing, held.state, output,
+        *given(beyond, mixing),
         KV, settings.scale, 1.0 / settings.temperature, settings.lower, settings.strength, beyond.epsilon or 0.0,
         G=H // KV, ROWS=side(H // KV + 1), D=D, DP=side(D), BV=block, R=0 if rope is None else cos.shape[-1],
         M=M, MP=side(M), SINKS=min(settings.sinks, M), W=settings.window, WP=side(settings.window),
@@ -288,7 +309,7 @@ def run(
         RANK=rank, RP=side(at_once * rank), RP1=side(rank), AT_ONCE=at_once, EARLY=D <= 64,
         GATES=0 if beyond.gate is None else beyond.gate.shape[-1], LOGITS=beyond.mixing is not None,
         RMS=beyond.epsilon is not None, OPENING=0 if beyond.opening is None else beyond.opening[1].shape[-1],
-        MOST=torch.finfo(torch.float16).max if state == torch.float16 else 0.0,
+        BEHIND=behind, MOST=torch.finfo(torch.float16).max if state == torch.float16 else 0.0,
         READ=tl.float16 if in_fp16 else tl.float32, OVERLAP=overlap, num_warps=warps,
         **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
