@@ -26,7 +26,8 @@ WHOLE = [  # layers that are one kernel though they are not the published ones
     DELTA | {"readout": "gated", "mixing": "data_dependent", "window": 64},
     DELTA | {"structure": "deltanet", "gate_temperature": 16.0, "negative_eigenvalues": True},
     {"structure": "gated_deltanet", "mixing": "data_dependent"},
-    DELTA | {"readout": "rms", "mixing": "data_dependent", "behind": True, "rope": "both"},
+    DELTA | {"readout": "rms", "mixing": "data_dependent", "behind": True},
+    DELTA | {"readout": "gated", "mixing": "data_dependent", "behind": True, "rope": "both"},
     DELTA | {"structure": "deltanet", "gate_temperature": 16.0, "behind": True, "rope": "none", "window": 64},
     {"structure": "hgrn2", "readout": "gated", "mixing": "data_dependent"},
 ]
@@ -45,7 +46,7 @@ BY_OPERATIONS = [  # of whole layers, or of the recurrence alone
     {"structure": "gla", "rope": "none"},
     {"structure": "gla", "behind": True},
     {"structure": "gated_deltanet", "behind": True, "rope": "both"},
-    DELTA | {"readout": "rms", "behind": True},
+    DELTA | {"readout": "rms", "behind": True, "time_scales": 30.0},
     {"structure": "gsa", "slots": 5, "feature_map": "none", "behind": True, "window": 64},
     {"structure": "kronecker", "behind": True, "rope": "both"},
     {"structure": "hgrn2", "local": "block"},

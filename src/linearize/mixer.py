@@ -29,7 +29,7 @@ TEXT: dict[str, tuple[Any, ...]] = {  # values of settings that kernels for a wh
 }  # fmt: skip
 STEP = TEXT | {"readout": ("none", "rms", "gated"), "mixing": ("fixed", "per_head", "data_dependent")}
 DELTA_STEP = STEP | {"gate_source": ("k", "learned")}
-BEHIND_STEP = STEP | {"behind": (True,), "gate_source": ("learned",), "rope": ("both", "none")}
+BEHIND_STEP = STEP | {"behind": (True,), "gate_source": ("learned",), "rope": ("local", "both", "none")}
 
 
 def _unrotated(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

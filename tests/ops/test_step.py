@@ -225,15 +225,16 @@ def at(given: Beyond, t: int) -> Beyond:
 
 
 def truth(
-    given: list[Tensor], fixed: Settings, more: Beyond, angles=None, behind: bool = False
+    given: list[Tensor], fixed: Settings, more: Beyond, angles=None, behind: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The equations in float64: `gated_delta.reference` beside the window of `liger.reference`, or behind it."""
+    """The equations in float64: `gated_delta.reference` beside the window of `liger.reference`, or `behind` it,
+    with `both` branches rotated or the "local" one alone."""
     q, k, v, mixing = (x.double() for x in given)
     angles = None if angles is None else tuple(x.double() for x in angles)
     windowed, _ = liger.reference(
         q, k, v, torch.zeros_like(mixing), fixed._replace(gate="gla", feature_map="none"), angles
     )
-    if behind and angles is not None:
+    if behind == "both" and angles is not None:
         q, k = (liger.rotate(x, *angles) for x in (q, k))
     if more.maps is None:
         query, key = (liger.FEATURES[fixed.feature_map](x) for x in (q, k))
@@ -259,10 +260,10 @@ def truth(
     return w * read + (1 - w) * windowed, state
 
 
-def assert_is_the_truth(run, given, fixed, more, angles=None, tolerance=1e-5, behind=False) -> Tensor:
+def assert_is_the_truth(run, given, fixed, more, angles=None, tolerance=1e-5, behind=None) -> Tensor:
     start = nothing(len(given[1]), *given[1].shape[2:], fixed, fixed.sinks, given[1].dtype)
     if behind:
-        start = start[0], start[1]._replace(late_gates=no_gates(more, fixed))
+        start = start[0], waiting(start[1], more, fixed, behind)
     if run == "kernel":
         start[1].keys.fill_(torch.nan)  # nothing of what was never written is looked at
     output, state = stepped(run, given, fixed, angles, start=start, beyond=more)
@@ -313,13 +314,16 @@ def test_shapes_of_the_delta_rule(shape, kwargs, rotated, run):
     assert_is_the_truth(run, given, fixed, more, rope(10, rotated) if rotated else None)
 
 
-def no_gates(more: Beyond, fixed: Settings) -> Tensor:
-    """Those of a window that has had no token yet."""
+def waiting(held: Held, more: Beyond, fixed: Settings, rope: str) -> Held:
+    """With what tokens in the window keep, of which there is none yet."""
     B, _, KV, gates = more.gate.shape
-    return torch.zeros(B, fixed.window, KV, gates + 1, device=DEVICE)
+    keys = torch.zeros(B, fixed.window, KV, held.keys.shape[-1], device=DEVICE, dtype=held.keys.dtype)
+    late_gates = torch.zeros(B, fixed.window, KV, gates + 1, device=DEVICE)
+    return held._replace(late_keys=keys if rope == "local" else None, late_gates=late_gates)
 
 
 @pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("turned", ["both", "local"])
 @pytest.mark.parametrize(
     ("gate", "shape", "kwargs", "rotated"),
     [
@@ -329,12 +333,12 @@ def no_gates(more: Beyond, fixed: Settings) -> Tensor:
         ("gated_deltanet", {"B": 1, "KV": 1, "D": 128}, {"window": 6, "sinks": 1}, 0),
     ],
 )
-def test_behind_the_window(gate, shape, kwargs, rotated, run):
+def test_behind_the_window(gate, shape, kwargs, rotated, turned, run):
     """A token is taken in when another has its place."""
     D = shape.get("D", 16)
     fixed = settings(gate, D, feature_map="linear", **kwargs)
     given, more = inputs(14, **shape), beyond(14, gates=1 + (gate == "gated_deltanet"), **shape)
-    assert_is_the_truth(run, given, fixed, more, rope(14, rotated) if rotated else None, behind=True)
+    assert_is_the_truth(run, given, fixed, more, rope(14, rotated) if rotated else None, behind=turned)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -343,12 +347,12 @@ def test_behind_the_window_padding_is_not_taken_in(run):
     valid = torch.ones(2, 16, dtype=torch.bool)
     valid[0, :3] = False
     clock, held = nothing(2, 2, 16, fixed, fixed.sinks)
-    start = clock, held._replace(late_gates=no_gates(more, fixed))
+    start = clock, waiting(held, more, fixed, "local")
     output, state = stepped(run, given, fixed, valid=valid, start=start, beyond=more)
     alone = [x[:1, 3:] for x in given[:3]]
     maps, gate, mixing, epsilon, (low, up) = more
     its = Beyond(maps, gate[:1, 3:], mixing[:1, 3:], epsilon, (low[:1, 3:], up))
-    expected, final = truth([*alone, given[3]], fixed, its, behind=True)
+    expected, final = truth([*alone, given[3]], fixed, its, behind="local")
     assert_close(output[:1, 3:], expected)
     assert_close(state[:1], final)
 

@@ -20,7 +20,7 @@ from linearize.train.distill import distill_loss
 from linearize.train.trainer import shared_copy, with_lora
 
 DEFAULT = {"structure": "gated_deltanet", "feature_map": "linear", "gate_source": "learned", "readout": "rms"}
-DEFAULT |= {"mixing": "data_dependent", "mixing_weight": 0.4, "window": 4}
+DEFAULT |= {"mixing": "data_dependent", "mixing_weight": 0.4, "window": 4, "behind": True, "rope": "both"}
 SETTINGS = {"default": DEFAULT, "gla": {"structure": "gla"}, "lightning": {"structure": "lightning", "window": 4}}
 LOSSES = {"align": align_loss, "distill": distill_loss}
 

@@ -174,8 +174,8 @@ class Taken(NamedTuple):
 def taken_in(
     heads: Tensor, settings: Settings, rope: Rope | None, clock: Clock, held: Held, beyond: Beyond
 ) -> Taken | None:
-    """The new token; behind the window, whose keys are rotated, that which leaves it now, while the new one's gates
-    come into `held`. Nothing without a recurrence."""
+    """The new token; behind the window that which leaves it now, while what the new one keeps for then comes into
+    `held`. Nothing without a recurrence."""
     if settings.gate == "none":
         return None
     KV = held.keys.shape[1]
@@ -183,12 +183,16 @@ def taken_in(
     if held.late_gates is None:
         return Taken(wide(q), wide(k), wide(v), beyond.gate, clock.valid)
     assert beyond.gate is not None
-    q = q if rope is None else _turned(q, *rope)
     slot = clock.time % settings.window
-    k, v = (x.index_select(2, slot + clock.sink_time.shape[1])[:, :, 0] for x in (held.keys, held.values))
+    leaving, v = (x.index_select(2, slot + clock.sink_time.shape[1])[:, :, 0] for x in (held.keys, held.values))
+    if held.late_keys is not None:
+        leaving = held.late_keys.index_select(1, slot)[:, 0]
+        held.late_keys.index_copy_(1, slot, k[:, None])
+    elif rope is not None:
+        q = _turned(q, *rope)
     late = held.late_gates.index_select(1, slot)[:, 0]
     held.late_gates.index_copy_(1, slot, _late_gates(settings, clock, beyond.gate)[:, None])
-    return Taken(wide(q), wide(k), wide(v), late[..., :-1], late[:, 0, -1] > 0)
+    return Taken(wide(q), wide(leaving), wide(v), late[..., :-1], late[:, 0, -1] > 0)
 
 
 def _late_gates(settings: Settings, clock: Clock, gate: Tensor) -> Tensor:

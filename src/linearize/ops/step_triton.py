@@ -7,9 +7,9 @@ places among window and sinks it makes nothing of where another program may have
 
 The group's queries are rows of one tile, the key the row after them, so that what they are multiplied with passes once
 through matrix products: with keys and values as these are stored, probabilities rounded to their dtype, and with the
-state as it was before the step. Behind the window, that row is the key of the token whose place the new one takes, and
-queries are rotated as it is. With a the decay, k the key and u what is written, S = a S' + k uᵀ is read as
-q S = (a q) S' + (q · k) u, and nothing waits for the new state.
+state as it was before the step. Behind the window, that row is the key of the token whose place the new one takes: as
+the window has it, queries too being rotated, or as it was kept before RoPE. With a the decay, k the key and u what is
+written, S = a S' + k uᵀ is read as q S = (a q) S' + (q · k) u, and nothing waits for the new state.
 """
 
 import torch
@@ -23,6 +23,7 @@ from linearize.ops.liger_triton import feature, key_and_gate, log_sigmoid, partn
 from linearize.ops.step import NOTHING, Beyond, Clock, Held
 
 SMALLEST = 16  # side of a matrix product
+OWN_KEYS = tl.constexpr(2)  # kept for a recurrence behind the window; 1 where it reads the window's
 WIDEST = 128  # ranks of learned maps that one product has
 
 
@@ -80,7 +81,7 @@ def one_row(x, rows, row):
 @triton.jit
 def step_kernel(
     heads, stride, cos, sin, rope_stride, sink_cos, sink_sin, sink_rope_stride,
-    mixing, decay, time, real, valid, sink_time, keys, values, ring_valid, late, state, output,
+    mixing, decay, time, real, valid, sink_time, keys, values, ring_valid, late_keys, late_gates, state, output,
     down_q, up_q, down_k, up_k, gate, gate_stride, logits, logits_stride, low, low_stride, opening,
     KV, scale, rate, lower, strength, epsilon,
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, R: tl.constexpr,
@@ -116,7 +117,10 @@ def step_kernel(
             first, second = load_maps(down_q, up_q, h * G, columns, AT_ONCE, D, RANK, RP)
             first_k, second_k = load_maps(down_k, up_k, h, columns, 1, D, RANK, RP1)
         if BEHIND:
-            own_late = late + ((b * W + slot) * KV + h) * (GATES + 1)
+            if BEHIND == OWN_KEYS:
+                own_late_k = late_keys + ((b * W + slot) * KV + h) * D + columns
+                late_k = tl.load(own_late_k, mask=wide, other=0.0)
+            own_late = late_gates + ((b * W + slot) * KV + h) * (GATES + 1)
             late_decay, late_write = tl.load(own_late), tl.load(own_late + GATES - 1)
             leaves = tl.load(own_late + GATES) != 0
     if SINKS > 0:
@@ -160,8 +164,11 @@ def step_kernel(
         if SINKS > 0:
             far = rotated(x, other, sink_c, sink_s, held).to(kept_type)
     if BEHIND:
-        leaving_k = tl.where(leaves, one_row(window_k.to(tl.float32), places, slot), 0.0)
-        leaving = tl.where((rows == G)[:, None], leaving_k[None, :], near)
+        if BEHIND == OWN_KEYS:
+            leaving = tl.where((rows == G)[:, None], late_k.to(tl.float32)[None, :], x)
+        else:
+            leaving_k = tl.where(leaves, one_row(window_k.to(tl.float32), places, slot), 0.0)
+            leaving = tl.where((rows == G)[:, None], leaving_k[None, :], near)
         leaving_v = tl.where(leaves, one_row(window_v.to(tl.float32), places, slot), 0.0)
     window_k = tl.where((places == slot)[:, None], turned, window_k)
     window_v = tl.where((places == slot)[:, None], new_v, window_v)
@@ -180,7 +187,7 @@ def step_kernel(
     result = result / total[:, None]
 
     # the recurrence
-    new_k, new_v = new_k.to(tl.float32), new_v.to(tl.float32)
+    kept_k, new_k, new_v = new_k, new_k.to(tl.float32), new_v.to(tl.float32)
     if GATE != "none":
         taken_v, taken = new_v, fresh != 0
         if BEHIND:
@@ -255,6 +262,8 @@ def step_kernel(
         if h == 0:
             tl.store(ring_valid + b * W + slot, fresh.to(tl.uint8))
         if BEHIND:
+            if BEHIND == OWN_KEYS:
+                tl.store(own_late_k, kept_k, mask=wide)
             tl.store(own_late, new_decay)
             tl.store(own_late + GATES - 1, new_write)
             tl.store(own_late + GATES, tl.where((fresh != 0) & (before >= SINKS), 1.0, 0.0))
@@ -289,8 +298,11 @@ def run(
     output = torch.empty(B, H, D, dtype=heads.dtype, device=heads.device)
     cos, sin = (mixing, mixing) if rope is None else rope  # an argument that nothing reads
     sink_cos, sink_sin = (cos, sin) if sink_rope is None else sink_rope
-    behind = settings.gate != "none" and held.late_gates is not None
-    block, warps = launch or program(B * KV, D, beyond.epsilon is not None or behind)
+    behind, late_keys, late_gates = 0, mixing, mixing
+    if settings.gate != "none" and held.late_gates is not None:
+        late_gates = held.late_gates
+        behind, late_keys = (1, mixing) if held.late_keys is None else (OWN_KEYS.value, held.late_keys)
+    block, warps = launch or program(B * KV, D, beyond.epsilon is not None or behind > 0)
     rank, overlap = 0 if beyond.maps is None else beyond.maps[0].shape[-1], overlaps(heads)
     at_once = min(H // KV, WIDEST // max(rank, 1))
     # no query is longer than 1, so that fp16 holds it
@@ -300,7 +312,7 @@ def run(
         heads, heads.stride(0),
         cos, sin, 0 if rope is None else cos.stride(0), sink_cos, sink_sin, 0 if rope is None else sink_cos.stride(0),
         mixing, mixing if decay is None else decay, clock.time, clock.real, clock.valid, clock.sink_time,
-        held.keys, held.values, held.valid, held.late_gates if behind else mixing, held.state, output,
+        held.keys, held.values, held.valid, late_keys, late_gates, held.state, output,
         *given(beyond, mixing),
         KV, settings.scale, 1.0 / settings.temperature, settings.lower, settings.strength, beyond.epsilon or 0.0,
         G=H // KV, ROWS=side(H // KV + 1), D=D, DP=side(D), BV=block, R=0 if rope is None else cos.shape[-1],
