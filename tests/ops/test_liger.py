@@ -229,6 +229,19 @@ def test_segments_of_the_delta_rule(monkeypatch, gate, fixed, size, packed):
     assert_is_the_equation(given, settings(gate, **fixed), rope(300), first)
 
 
+@needs_interpreter
+@pytest.mark.parametrize(("gate", "groups"), [("gla", 4), ("mamba2", 2)])
+@pytest.mark.parametrize("fixed", [{}, {"feature_map": "none", "sinks": 0}], ids=str)
+def test_several_heads_in_a_program(monkeypatch, gate, groups, fixed):
+    from linearize.ops import liger_fused
+
+    for name in ("output", "query_gradients"):
+        launches = liger_fused.LAUNCHES[name]
+        monkeypatch.setitem(launches, 16, launches[16]._replace(heads=2))
+    given, first = inputs(130, B=2, KV=2, groups=groups), documents(130, [20, 23, 100], [64])
+    assert_is_the_equation(given, settings(gate, **fixed), rope(130, B=2), first)
+
+
 def assert_is_the_window(
     given: list[Tensor],
     fixed: Settings,

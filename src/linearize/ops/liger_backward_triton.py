@@ -15,6 +15,7 @@ from linearize.ops.liger_triton import (
     GONE,
     continues,
     decays,
+    exp,
     feature_backward,
     key_and_gate,
     key_and_gate_backward,
@@ -25,7 +26,9 @@ from linearize.ops.liger_triton import (
     load_tile,
     load_total,
     product,
+    query_rows,
     read_mask,
+    repeated,
     rotate_back,
     running_sum,
     sink_mask,
@@ -87,80 +90,87 @@ def state_gradients_kernel(
 @triton.jit(do_not_specialize=["T", "rope_stride"])
 def query_gradients_kernel(
     q, k, near_query, turned_query, near_key, turned_key, v, cos, sin, mixing, first, decay, totals, states, lse,
-    doutput, dq, delta, dmixing, dsink_key, dsink_values, T, rope_stride, rate, lower, scale,
-    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    SINKS: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr, SCALAR: tl.constexpr, PACKED: tl.constexpr,
-    DTYPE: tl.constexpr,
+    doutput, dq, delta, gained, dmixing, dsink_key, dsink_values, T, rope_stride, rate, lower, scale,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr,
+    W: tl.constexpr, SINKS: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr, SCALAR: tl.constexpr,
+    PACKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a chunk's queries of one head; besides, for each query doutput · window output, `delta`
-    `[B, H, T]`, and what the chunk adds to the gradients of the mixing weights, `dmixing` `[B, H, chunks]`, and of
-    the sinks, after RoPE, `[B, H, chunks, SINKS, D]`."""
+    """The gradient of a chunk's queries of HEADS heads of one key/value head, whose rows are one below the other;
+    besides, for each query doutput · window output, `delta` `[B, H, T]`, and what the chunk adds to the gradients of
+    the mixing weights, `dmixing` `[B, H, chunks]`, and of the sinks, after RoPE,
+    `[B, H / HEADS, chunks, SINKS, D]`; where a head has one decay, near query · its gradient `[B, H, T]`, `gained`."""
     chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
-    index = tl.program_id(1).to(tl.int64)  # of a query head among all sequences
-    batch, query_head, pair = index // H, index % H, index // GROUPS
-    ours, theirs = (batch * T * H + query_head) * D, (batch * T * KV + query_head // GROUPS) * D
+    batch, pair, heads, rows, places = query_rows(chunk, tl.program_id(1), KV, GROUPS, HEADS)
+    index, ours, theirs = tl.program_id(1).to(tl.int64), batch * T * H * D, (batch * T * KV + pair % KV) * D
     start = chunk * CHUNK
-    rows, before, columns = start + tl.arange(0, CHUNK), start - CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
+    keys, before, columns = start + tl.arange(0, CHUNK), start - CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
     starts = load_first(first + batch * T, rows, T, PACKED)
-    w = tl.load(mixing + query_head)
-    share = (1.0 - w) * scale
-    norm = tl.load(lse + index * T + rows, mask=rows < T, other=0.0)[:, None]
+    w = tl.load(mixing + heads)[:, None]
+    share, sums = (1.0 - w) * scale, (batch * H + heads) * T + rows
+    norm = tl.load(lse + sums, mask=rows < T, other=0.0)[:, None]
 
-    query = load_tile(turned_query + ours, rows, columns, T, H * D, D)
-    dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
-    key = load_tile(turned_key + theirs, rows, columns, T, KV * D, D)
+    query = load_tile(turned_query + ours, places, columns, T * H, D, D)
+    dout = load_tile(doutput + ours, places, columns, T * H, D, D)
+    key = load_tile(turned_key + theirs, keys, columns, T, KV * D, D)
     key_before = load_tile(turned_key + theirs, before, columns, T, KV * D, D)
-    values = load_tile(v + theirs, rows, columns, T, KV * D, D)
+    values = load_tile(v + theirs, keys, columns, T, KV * D, D)
     values_before = load_tile(v + theirs, before, columns, T, KV * D, D)
     own, past = product(query, tl.trans(key), DTYPE) * scale, product(query, tl.trans(key_before), DTYPE) * scale
     down, dpast = product(dout, tl.trans(values), DTYPE), product(dout, tl.trans(values_before), DTYPE)
-    # loads well before their use, which then does not wait
-    recurrent_key = load_tile(near_key + theirs, rows, columns, T, KV * D, D)
     total = load_total(totals, pair, chunks, chunk, columns, D)
-    own = tl.exp(tl.where(window_mask(rows, rows, starts, W), own, -float("inf")) - norm)
-    past = tl.exp(tl.where(window_mask(rows, before, starts, W), past, -float("inf")) - norm)
+    own = exp(tl.where(window_mask(rows, keys, starts, W), own, -float("inf")) - norm)
+    past = exp(tl.where(window_mask(rows, before, starts, W), past, -float("inf")) - norm)
     read = tl.sum(own * down, 1) + tl.sum(past * dpast, 1)
     if SINKS > 0:
         chunk_first = load_one_first(first + batch * T, start, PACKED)
         sinks = sink_rows(chunk_first, SINKS)
         sink_key = load_tile(turned_key + theirs, sinks, columns, T, KV * D, D)
         far = product(query, tl.trans(sink_key), DTYPE) * scale
-        far = tl.exp(tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf")) - norm)
+        far = exp(tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf")) - norm)
         dfar = product(dout, tl.trans(load_tile(v + theirs, sinks, columns, T, KV * D, D)), DTYPE)
         read += tl.sum(far * dfar, 1)
-    tl.store(delta + index * T + rows, read, mask=rows < T)
+    tl.store(delta + sums, read, mask=rows < T)
+    da = tl.where(read_mask(rows, keys, starts, total), down, 0.0).to(DTYPE)
     dturned = product(share * own * (down - read[:, None]), key, DTYPE)
     dturned += product(share * past * (dpast - read[:, None]), key_before, DTYPE)
-    state = load_state(states, pair * chunks + chunk, columns, D)
     if SINKS > 0:
         dfar = share * far * (dfar - read[:, None])
         dturned += product(dfar, sink_key, DTYPE)
+        # loaded again: such products want another layout, whose copies would have to be kept all along
+        query = load_tile(turned_query + ours, places, columns, T * H, D, D)
+        dout = load_tile(doutput + ours, places, columns, T * H, D, D)
         at = (index * chunks + chunk) * SINKS * D
         store_by_sink(dsink_key + at, dfar, query, columns, SINKS, D, DTYPE)
         store_by_sink(dsink_values + at, (1.0 - w) * far, dout, columns, SINKS, D, DTYPE)
+    draw = rotate_back(dturned, rows, columns, cos + batch * rope_stride * R, sin + batch * rope_stride * R, T, R)
 
-    da = tl.where(read_mask(rows, starts, total), down, 0.0)
+    recurrent_key = load_tile(near_key + theirs, keys, columns, T, KV * D, D)
     dquery = product(da, recurrent_key, DTYPE)
+    state = load_state(states, pair * chunks + chunk, columns, D)
+    dread = dout
     if PACKED:  # a document that began here has no state
-        dout = tl.where(continues(starts, start)[:, None], dout, 0.0)
-    dquery += product(dout, tl.trans(state), DTYPE)
-    paired = load_tile(near_query + ours, rows, columns, T, H * D, D).to(tl.float32) * dquery
-    tl.store(dmixing + index * chunks + chunk, tl.sum(tl.sum(paired, 1) - read, 0))
-    x = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
-    fixed = tl.load(decay + query_head // GROUPS)
-    _, log_g = key_and_gate(x, rows < T, columns, fixed, rate, lower, D, GATE, FEATURE)
+        dread = tl.where(continues(starts, start)[:, None], dout, 0.0)
+    dquery += product(dread, tl.trans(state), DTYPE)
+    paired = load_tile(near_query + ours, places, columns, T * H, D, D).to(tl.float32) * dquery
+    gain = tl.sum(paired, 1)
+    if SCALAR:
+        tl.store(gained + sums, gain, mask=rows < T)
+    gain = tl.sum(tl.reshape(gain - read, [HEADS, CHUNK]), 1)
+    tl.store(dmixing + (index * HEADS + tl.arange(0, HEADS)) * chunks + chunk, gain)
+    x = load_tile(k + theirs, keys, columns, T, KV * D, D).to(tl.float32)
+    fixed = tl.load(decay + pair % KV)
+    _, log_g = key_and_gate(x, keys < T, columns, fixed, rate, lower, D, GATE, FEATURE)
     for_query, _ = decays(
-        log_g, total, k + theirs, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, SCALAR
+        log_g, total, k + theirs, keys, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, SCALAR
     )
-    raw = load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32)
-    draw = feature_backward(raw, w * dquery * for_query, w * paired, columns, D, FEATURE)
-    draw += rotate_back(dturned, rows, columns, cos + batch * rope_stride, sin + batch * rope_stride, T, R)
-    store_tile(dq + ours, rows, columns, draw, T, H * D, D)
+    raw = load_tile(q + ours, places, columns, T * H, D, D).to(tl.float32)
+    draw += feature_backward(raw, w * dquery * repeated(for_query, HEADS), w * paired, columns, D, FEATURE)
+    store_tile(dq + ours, places, columns, draw, T * H, D, D)
 
 
 @triton.jit(do_not_specialize=["T"])
 def key_gradients_kernel(
-    k, near_query, near_key, v, mixing, first, decay, totals, states, dstates, doutput, dk, dv, T, rate, lower,
+    k, near_query, near_key, v, mixing, first, decay, totals, states, dstates, gained, doutput, dk, dv, T, rate, lower,
     KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GATE: tl.constexpr,
     FEATURE: tl.constexpr, SCALAR: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -174,7 +184,7 @@ def key_gradients_kernel(
     rows, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP)
     starts = load_first(first + batch * T, rows, T, PACKED)
     total = load_total(totals, pair, chunks, chunk, columns, D)
-    seen = read_mask(rows, starts, total)
+    seen = read_mask(rows, rows, starts, total)
     key = load_tile(near_key + theirs, rows, columns, T, KV * D, D)
     values = load_tile(v + theirs, rows, columns, T, KV * D, D)
     state = load_state(states, pair * chunks + chunk, columns, D)
@@ -190,11 +200,14 @@ def key_gradients_kernel(
         da = tl.where(seen, w * product(dout, tl.trans(values), DTYPE), 0.0).to(DTYPE)
         dvalues += product(tl.trans(a), dout, DTYPE)
         dkey += product(tl.trans(da), query, DTYPE)
-        dquery = product(da, key, DTYPE)
-        if PACKED:  # a document that began here has no state
-            dout = tl.where(continues(starts, start)[:, None], dout, 0.0)
-        gate_terms = query.to(tl.float32) * (dquery + w * product(dout, tl.trans(state), DTYPE))
-        terms += tl.sum(gate_terms, 1, keep_dims=True) if SCALAR else gate_terms
+        if SCALAR:
+            index = batch * H + head * GROUPS + group
+            terms += w * tl.load(gained + index * T + rows, mask=rows < T, other=0.0)[:, None]
+        else:
+            dquery = product(da, key, DTYPE)
+            if PACKED:  # a document that began here has no state
+                dout = tl.where(continues(starts, start)[:, None], dout, 0.0)
+            terms += query.to(tl.float32) * (dquery + w * product(dout, tl.trans(state), DTYPE))
 
     _, whole = state_factors(total)
     paired = key.to(tl.float32) * dkey
@@ -205,9 +218,10 @@ def key_gradients_kernel(
         ends = (rows >= last_first)[:, None]
         key, values = tl.where(ends, key, 0.0), tl.where(ends, values, 0.0)
     dstate = load_state(dstates, pair * chunks + chunk, columns, D)
-    held = tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1) * whole
     dvalues += product(key, dstate, DTYPE)
     store_tile(dv + theirs, rows, columns, dvalues, T, KV * D, D)
+    state = load_state(states, pair * chunks + chunk, columns, D)  # again: kept all along, it would be in registers
+    held = tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1) * whole
     dended = product(values, tl.trans(dstate), DTYPE)
     dkey += dended
     written = key.to(tl.float32) * dended
@@ -243,22 +257,23 @@ def window_gradients_kernel(
     key = load_tile(turned_key + theirs, rows, columns, T, KV * D, D)
     values = load_tile(v + theirs, rows, columns, T, KV * D, D)
     dkey, dvalues = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
-    for n in range(2 * GROUPS):
-        query_head, times = head * GROUPS + n // 2, rows + n % 2 * CHUNK
+    times = chunk * CHUNK + tl.arange(0, 2 * CHUNK)
+    starts, age = load_first(first + batch * T, times, T, PACKED), times[:, None] - rows[None, :]
+    seen = (age >= 0) & (age < W) & (rows[None, :] >= starts[:, None])  # [query, key]
+    for group in range(GROUPS):
+        query_head = head * GROUPS + group
         ours, sums = (batch * T * H + query_head) * D, (batch * H + query_head) * T + times
         query = load_tile(turned_query + ours, times, columns, T, H * D, D)
         dout = load_tile(doutput + ours, times, columns, T, H * D, D)
-        norm = tl.load(lse + sums, mask=times < T, other=0.0)
-        read = tl.load(delta + sums, mask=times < T, other=0.0)
+        norm = tl.load(lse + sums, mask=times < T, other=0.0)[:, None]
+        read = tl.load(delta + sums, mask=times < T, other=0.0)[:, None]
         share = 1.0 - tl.load(mixing + query_head)
-        starts, age = load_first(first + batch * T, times, T, PACKED), times[None, :] - rows[:, None]
-        seen = (age >= 0) & (age < W) & (rows[:, None] >= starts[None, :])  # [key, query]
-        p = product(key, tl.trans(query), DTYPE) * scale
-        p = share * tl.exp(tl.where(seen, p, -float("inf")) - norm[None, :])
-        dp = product(values, tl.trans(dout), DTYPE)
-        dvalues += product(p, dout, DTYPE)
-        dkey += product(p * (dp - read[None, :]), query, DTYPE)
-    dkey = rotate_back(scale * dkey, rows, columns, cos + batch * rope_stride, sin + batch * rope_stride, T, R)
+        p = product(query, tl.trans(key), DTYPE) * scale
+        p = share * exp(tl.where(seen, p, -float("inf")) - norm)
+        dp = product(dout, tl.trans(values), DTYPE)
+        dvalues += product(tl.trans(p), dout, DTYPE)
+        dkey += product(tl.trans(p * (dp - read)), query, DTYPE)
+    dkey = rotate_back(scale * dkey, rows, columns, cos + batch * rope_stride * R, sin + batch * rope_stride * R, T, R)
     dkey += load_tile(dk + theirs, rows, columns, T, KV * D, D).to(tl.float32)
     store_tile(dk + theirs, rows, columns, dkey, T, KV * D, D)
     dvalues += load_tile(dv + theirs, rows, columns, T, KV * D, D).to(tl.float32)

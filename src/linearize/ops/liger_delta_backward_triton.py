@@ -25,6 +25,7 @@ from linearize.ops.liger_triton import (
     CHUNK,
     GONE,
     document_mask,
+    exp,
     load_first,
     load_state,
     load_tile,
@@ -56,12 +57,12 @@ def delta_query_gradients_kernel(
     starts = load_first(first + batch * T, rows, T, PACKED)
     to_query, _ = load_sums(log_g + pair * T, rows, T, GATED)
     between = decay_mask(log_g + pair * T, to_query, rows, T, GATED)
-    reaching = reached(tl.exp(to_query), starts, start, PACKED)[:, None]
+    reaching = reached(exp(to_query), starts, start, PACKED)[:, None]
     unit_key = load_tile(key + theirs, rows, columns, T, KV * D, D)
     gain = load_tile(residual + theirs, rows, columns, T, KV * D, D)
     inverted = load_square(solved, pair * chunks + chunk)
     state = load_state(states, pair * chunks + chunk, columns, D)
-    between = tl.where(document_mask(rows, starts), between, 0.0)
+    between = tl.where(document_mask(rows, rows, starts), between, 0.0)
     dgain, dunit_key = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
     dstate, dsum = tl.zeros([DP, DP], tl.float32), tl.zeros([CHUNK], tl.float32)
     for group in tl.range(0, GROUPS, disable_licm=True):  # offsets and masks, made anew, need no registers meanwhile
@@ -199,7 +200,7 @@ def delta_key_gradients_kernel(
     dunit_key += product(da, unit_key, DTYPE) + product(tl.trans(da), unit_key, DTYPE)
 
     state = load_state(states, pair * chunks + chunk, columns, D)
-    reaching = reached(tl.exp(to_query), starts, start, PACKED)
+    reaching = reached(exp(to_query), starts, start, PACKED)
     derased = product(z, tl.trans(state), DTYPE)
     dread = reaching * tl.sum(unit_key.to(tl.float32) * derased, 1)
     dwrite -= dread
@@ -207,7 +208,7 @@ def delta_key_gradients_kernel(
 
     dstate = load_state(dstates, pair * chunks + chunk, columns, D)
     last = tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
-    ending = lasting(tl.exp(to_end), first, rows, start, T, PACKED)
+    ending = lasting(exp(to_end), first, rows, start, T, PACKED)
     dended = ending[:, None] * product(written, tl.trans(dstate), DTYPE)
     dunit_key += dended
 

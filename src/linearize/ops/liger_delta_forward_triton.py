@@ -37,6 +37,7 @@ from linearize.ops.liger_triton import (
     LEVELS,
     LIMIT,
     document_mask,
+    exp,
     load_first,
     load_state,
     load_tile,
@@ -106,7 +107,7 @@ def delta_solve_kernel(
             tl.store(log_g + rows, decay, mask=rows < T)
         to_query = tl.cumsum(decay, 0)
         if tl.min(to_query) > LIMIT:
-            between = tl.exp(tl.minimum(to_query[:, None] - to_query[None, :], 0.0))
+            between = exp(tl.minimum(to_query[:, None] - to_query[None, :], 0.0))
         else:
             between = decay_between(decay[:, None])
     unit_key, _ = unit(x, columns, D, FEATURE)
@@ -202,10 +203,10 @@ def delta_output_kernel(
     query, _ = unit(load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32), columns, D, FEATURE)
     query = query.to(DTYPE)
     unit_key = load_tile(key + theirs, rows, columns, T, KV * D, D)
-    p = tl.where(document_mask(rows, starts), between * product(query, tl.trans(unit_key), DTYPE), 0.0)
+    p = tl.where(document_mask(rows, rows, starts), between * product(query, tl.trans(unit_key), DTYPE), 0.0)
     m = product(p, load_square(solved, pair * chunks + chunk), FINE)
     out = product(query, load_state(states, pair * chunks + chunk, columns, D), DTYPE)
-    out *= reached(tl.exp(to_query), starts, start, PACKED)[:, None]
+    out *= reached(exp(to_query), starts, start, PACKED)[:, None]
     out += product(m, load_tile(residual + theirs, rows, columns, T, KV * D, D), DTYPE)
     if FEATURE != "given":
         out *= tl.load(mixing + query_head)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from linearize.ops.liger_steep_triton import decay_between
-from linearize.ops.liger_triton import CHUNK, LIMIT, continues, load_first, load_last_first
+from linearize.ops.liger_triton import CHUNK, LIMIT, continues, exp, load_first, load_last_first
 
 LEAST = tl.constexpr(1e-12)  # length of a vector; shorter ones are not made longer than this makes them
 
@@ -41,7 +41,7 @@ def unit(x, columns, D: tl.constexpr, FEATURE: tl.constexpr):
     if FEATURE != "given":
         if FEATURE == "softmax":
             x = tl.where((columns < D)[None, :], x, -float("inf"))
-            x = tl.exp(x - tl.max(x, 1)[:, None])
+            x = exp(x - tl.max(x, 1)[:, None])
         scale = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), LEAST)[:, None]
         x = x * scale
     return x, scale
@@ -78,7 +78,7 @@ def decay_mask(log_g, to_query, rows, T, GATED: tl.constexpr):
     between = tl.full([CHUNK, CHUNK], 1.0, tl.float32)
     if GATED:
         if tl.min(to_query) > LIMIT:
-            between = tl.exp(tl.minimum(to_query[:, None] - to_query[None, :], 0.0))
+            between = exp(tl.minimum(to_query[:, None] - to_query[None, :], 0.0))
         else:
             between = decay_between(tl.load(log_g + rows, mask=rows < T, other=0.0)[:, None])
     return between
@@ -99,7 +99,7 @@ def reached(values, starts, start, PACKED: tl.constexpr):
 def reach(log_g, first, rows, start, T, GATED: tl.constexpr, PACKED: tl.constexpr):
     """The share of the state before a chunk that each token finds `[C]`."""
     to_query, _ = load_sums(log_g, rows, T, GATED)
-    return reached(tl.exp(to_query), load_first(first, rows, T, PACKED), start, PACKED)
+    return reached(exp(to_query), load_first(first, rows, T, PACKED), start, PACKED)
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def kept(log_g, first, rows, start, T, GATED: tl.constexpr, PACKED: tl.constexpr
     """The share of the state before a chunk that is left after it."""
     share = 1.0
     if GATED:
-        share = tl.exp(tl.sum(tl.load(log_g + rows, mask=rows < T, other=0.0), 0))
+        share = exp(tl.sum(tl.load(log_g + rows, mask=rows < T, other=0.0), 0))
     if PACKED:
         share = tl.where(continues(load_last_first(first, start, T, PACKED), start), share, 0.0)
     return share

@@ -7,6 +7,7 @@ from linearize.ops.liger_triton import (
     CHUNK,
     continues,
     decays,
+    exp,
     feature,
     key_and_gate,
     load_first,
@@ -18,6 +19,7 @@ from linearize.ops.liger_triton import (
     load_total,
     partner_of,
     product,
+    query_rows,
     read_mask,
     rotated,
     sink_mask,
@@ -41,8 +43,8 @@ def prepare_kernel(
     batch, head, H = pair // KV, pair % KV, KV * GROUPS
     rows, columns = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
     at, partners = (batch * T * KV + head) * D, partner_of(columns, R)
-    cos += batch * rope_stride
-    sin += batch * rope_stride
+    cos += batch * rope_stride * R
+    sin += batch * rope_stride * R
     raw = load_tile(k + at, rows, columns, T, KV * D, D)
     queries = (batch * T * H + head * GROUPS) * D
     next_query = load_tile(q + queries, rows, columns, T, H * D, D)  # well before its use, which then does not wait
@@ -135,22 +137,24 @@ def carry_kernel(
 @triton.jit(do_not_specialize=["T"])
 def output_kernel(
     near_query, turned_query, near_key, turned_key, v, mixing, first, totals, states, output, lse, T, scale,
-    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, W: tl.constexpr, SINKS: tl.constexpr,
-    PACKED: tl.constexpr, DTYPE: tl.constexpr,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, W: tl.constexpr,
+    SINKS: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """output = w · recurrence + (1 - w) · window, for one chunk and one query head, and the log-sum-exp of each
-    query's window `[B, H, T]`."""
+    """output = w · recurrence + (1 - w) · window, for one chunk and HEADS query heads of one key/value head, whose
+    rows are one below the other, and the log-sum-exp of each query's window `[B, H, T]`."""
     chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
-    index = tl.program_id(1).to(tl.int64)  # of a query head among all sequences
-    batch, query_head, pair = index // H, index % H, index // GROUPS
-    ours, theirs = (batch * T * H + query_head) * D, (batch * T * KV + query_head // GROUPS) * D
+    batch, pair, heads, rows, places = query_rows(chunk, tl.program_id(1), KV, GROUPS, HEADS)
+    theirs = (batch * T * KV + pair % KV) * D
+    near_query += batch * T * H * D
+    turned_query += batch * T * H * D
+    output += batch * T * H * D
     start = chunk * CHUNK
-    rows, before, columns = start + tl.arange(0, CHUNK), start - CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
+    keys, before, columns = start + tl.arange(0, CHUNK), start - CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
     starts = load_first(first + batch * T, rows, T, PACKED)
-    w = tl.load(mixing + query_head)
+    w = tl.load(mixing + heads)[:, None]
 
-    query = load_tile(turned_query + ours, rows, columns, T, H * D, D)
-    key = load_tile(turned_key + theirs, rows, columns, T, KV * D, D)
+    query = load_tile(turned_query, places, columns, T * H, D, D)
+    key = load_tile(turned_key + theirs, keys, columns, T, KV * D, D)
     key_before = load_tile(turned_key + theirs, before, columns, T, KV * D, D)
     own = product(query, tl.trans(key), DTYPE) * scale
     past = product(query, tl.trans(key_before), DTYPE) * scale
@@ -161,27 +165,27 @@ def output_kernel(
         sink_values = load_tile(v + theirs, sinks, columns, T, KV * D, D)
     # loads well before their use, which then does not wait
     values_before = load_tile(v + theirs, before, columns, T, KV * D, D)
-    query = load_tile(near_query + ours, rows, columns, T, H * D, D)
-    key = load_tile(near_key + theirs, rows, columns, T, KV * D, D)
+    query = load_tile(near_query, places, columns, T * H, D, D)
+    key = load_tile(near_key + theirs, keys, columns, T, KV * D, D)
     total = load_total(totals, pair, chunks, chunk, columns, D)
 
-    own = tl.where(window_mask(rows, rows, starts, W), own, -float("inf"))
+    own = tl.where(window_mask(rows, keys, starts, W), own, -float("inf"))
     past = tl.where(window_mask(rows, before, starts, W), past, -float("inf"))
     largest = tl.maximum(tl.max(own, 1), tl.max(past, 1))
     if SINKS > 0:
         far = tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf"))
         largest = tl.maximum(largest, tl.max(far, 1))
-        far = tl.exp(far - largest[:, None])
-    own, past = tl.exp(own - largest[:, None]), tl.exp(past - largest[:, None])
+        far = exp(far - largest[:, None])
+    own, past = exp(own - largest[:, None]), exp(past - largest[:, None])
     weight = tl.sum(own, 1) + tl.sum(past, 1)
     if SINKS > 0:
         weight += tl.sum(far, 1)
-    share = ((1.0 - w) / weight)[:, None]
-    tl.store(lse + index * T + rows, largest + tl.log(weight), mask=rows < T)
+    share = (1.0 - w) / weight[:, None]
+    tl.store(lse + (batch * H + heads) * T + rows, largest + tl.log(weight), mask=rows < T)
 
-    values = load_tile(v + theirs, rows, columns, T, KV * D, D)
+    values = load_tile(v + theirs, keys, columns, T, KV * D, D)
     state = load_state(states, pair * chunks + chunk, columns, D)
-    within = tl.where(read_mask(rows, starts, total), product(query, tl.trans(key), DTYPE), 0.0)
+    within = tl.where(read_mask(rows, keys, starts, total), product(query, tl.trans(key), DTYPE), 0.0)
     out = product(share * past, values_before, DTYPE)
     if SINKS > 0:
         out += product(share * far, sink_values, DTYPE)
@@ -189,4 +193,4 @@ def output_kernel(
     if PACKED:  # a document that began here has no state
         query = tl.where(continues(starts, start)[:, None], query, 0.0)
     out += w * product(query, state, DTYPE)
-    store_tile(output + ours, rows, columns, out, T, H * D, D)
+    store_tile(output, places, columns, out, T * H, D, D)

@@ -1,5 +1,6 @@
 """Liger Attention by its Triton kernels: launch settings, and what runs forward and backward."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,19 +28,21 @@ class Launch(NamedTuple):
     num_stages: int
     block: int = 64  # value channels of one program, in the passes over the states
     registers: int = 0  # of a thread at most; 0 for what the compiler likes
+    heads: int = 1  # query heads of one program, if so many share a key/value head, where a program has one chunk's
 
 
 # by padded head size; by reasoning about registers and shared memory, not tuned on a device yet but for the stages of
-# the delta rule's passes over the states at 64
+# the delta rule's passes over the states at 64. With 168 registers `output` at 64 has three programs on a
+# multiprocessor, and spills 8 bytes
 LAUNCHES: dict[str, dict[int, Launch]] = {
     "window": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
     "prepare": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1), 128: Launch(16, 1)},
     "states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
-    "output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
+    "output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1, registers=168), 128: Launch(4, 1)},
     "state_gradients": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
     "query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
     "key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
-    "window_gradients": {16: Launch(4, 2), 32: Launch(4, 2), 64: Launch(4, 2), 128: Launch(8, 2)},
+    "window_gradients": {16: Launch(4, 2), 32: Launch(4, 2), 64: Launch(8, 2), 128: Launch(8, 2)},
     "add_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "add_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "window_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
@@ -88,8 +91,9 @@ class Call(NamedTuple):
 
     @property
     def rope_stride(self) -> int:
-        """From one sequence's angles to the next one's."""
-        return self.cos[0].numel() if self.cos.dim() == 3 and self.cos.shape[0] > 1 else 0
+        """From one sequence's angles to the next one's, in tokens: kernels, which multiply it by the rotated channels,
+        so know that rows are aligned, and load several channels at once."""
+        return self.q.shape[1] if self.cos.dim() == 3 and self.cos.shape[0] > 1 else 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,9 +130,16 @@ def launch(kernel: str, call: Call) -> dict[str, int]:
     """Keyword arguments of a launch; operands in fp32 take twice the memory."""
     settings = LAUNCHES[kernel][padded(call.q.shape[3])]
     if call.dtype == torch.float32:
-        settings = settings._replace(num_stages=1, num_warps=8 if call.q.shape[3] > 64 else settings.num_warps)
+        num_warps = 8 if call.q.shape[3] > 64 else settings.num_warps
+        settings = settings._replace(num_stages=1, num_warps=num_warps, registers=0)
     limit = {"maxnreg": settings.registers} if settings.registers else {}
     return {"num_warps": settings.num_warps, "num_stages": settings.num_stages, **limit}
+
+
+def heads_of(kernel: str, call: Call) -> int:
+    """Query heads of one program, all of one key/value head."""
+    D, groups = call.q.shape[3], call.q.shape[2] // call.k.shape[2]
+    return math.gcd(LAUNCHES[kernel][padded(D)].heads, groups)
 
 
 def segments_of(call: Call, blocks: int) -> tuple[int, int]:
@@ -191,9 +202,10 @@ def forward(call: Call, initial: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
     inputs = (made.near_key, call.v, call.first, made.totals)
     states, final = pass_over_states(call, "states", kernels.states_kernel, inputs, initial, told_states)
     output, lse = torch.empty_like(call.q), call.q.new_empty(B, H, T, dtype=torch.float32)
-    kernels.output_kernel[(call.chunks, B * H)](
+    heads = heads_of("output", call)
+    kernels.output_kernel[(call.chunks, B * H // heads)](
         *made[:4], call.v, call.mixing, call.first, made.totals, states, output, lse, T, call.scale,
-        W=call.window, SINKS=call.sinks, PACKED=call.packed, **told, **launch("output", call),
+        HEADS=heads, W=call.window, SINKS=call.sinks, PACKED=call.packed, **told, **launch("output", call),
     )  # fmt: skip
     steep.add_output_kernel[(triton.cdiv(call.chunks, steep.STEP.value), call.pairs)](
         call.q, call.k, call.v, call.mixing, call.first, call.decay, made.totals, output, T, call.rate, call.lower,
@@ -236,22 +248,24 @@ def backward(call: Call, made_before: Sequence[Tensor], doutput: Tensor, dfinal:
     turned_query, turned_key = turned or (call.q, call.k)
     made = Operands(near_query, turned_query, near_key, turned_key, totals)
     dq, dk, dv = torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v)
-    delta, dmixing = torch.empty_like(lse), lse.new_empty(B, H, call.chunks)
-    sinks = [lse.new_empty(B, H, call.chunks, call.sinks, D) for _ in range(2)]
+    delta, gained, dmixing = torch.empty_like(lse), torch.empty_like(lse), lse.new_empty(B, H, call.chunks)
+    heads = heads_of("query_gradients", call)
+    sinks = [lse.new_empty(B, H // heads, call.chunks, call.sinks, D) for _ in range(2)]
     told = call.heads() | {"PACKED": call.packed}
     turning, gate, gating = (call.cos, call.sin), (call.rate, call.lower), call.gating()
     inputs = (made.near_query, doutput, call.mixing, call.first, made.totals)
     kernel = gradients.state_gradients_kernel
     dstates, dinitial = pass_over_states(call, "state_gradients", kernel, inputs, dfinal, call.heads())
-    gradients.query_gradients_kernel[(call.chunks, B * H)](
+    gradients.query_gradients_kernel[(call.chunks, B * H // heads)](
         call.q, call.k, *made[:4], call.v, *turning, call.mixing, call.first, call.decay, made.totals, states, lse,
-        doutput, dq, delta, dmixing, *sinks, T, call.rope_stride, *gate, call.scale,
-        R=call.rotary, W=call.window, SINKS=call.sinks, **told, **gating, **launch("query_gradients", call),
+        doutput, dq, delta, gained, dmixing, *sinks, T, call.rope_stride, *gate, call.scale,
+        HEADS=heads, R=call.rotary, W=call.window, SINKS=call.sinks, **told, **gating,
+        **launch("query_gradients", call),
     )  # fmt: skip
     grid = (call.chunks, call.pairs)
     gradients.key_gradients_kernel[grid](
         call.k, made.near_query, made.near_key, call.v, call.mixing, call.first, call.decay, made.totals, states,
-        dstates, doutput, dk, dv, T, *gate, **told, **gating, **launch("key_gradients", call),
+        dstates, gained, doutput, dk, dv, T, *gate, **told, **gating, **launch("key_gradients", call),
     )  # fmt: skip
     gradients.window_gradients_kernel[grid](
         made.turned_query, made.turned_key, call.v, *turning, call.mixing, call.first, lse, delta, doutput, dk, dv,
@@ -269,7 +283,7 @@ def backward(call: Call, made_before: Sequence[Tensor], doutput: Tensor, dfinal:
 def add_sink_gradients(call: Call, dk: Tensor, dv: Tensor, dsink_key: Tensor, dsink_values: Tensor) -> None:
     """What every chunk adds to the gradients of its document's sinks, the keys' taken back through RoPE."""
     B, T, KV, D = dk.shape
-    # [B, chunks, sinks, KV, D], of a group's heads together
+    # [B, chunks, sinks, KV, D], of all heads of a group together
     dkey, dvalues = (x.unflatten(1, (KV, -1)).sum(2).permute(0, 2, 3, 1, 4) for x in (dsink_key, dsink_values))
     if call.packed:
         begin = call.first[:, ::CHUNK].long()

@@ -12,6 +12,7 @@ from linearize.ops.liger_triton import (
     LEVELS,
     LIMIT,
     document_mask,
+    exp,
     feature,
     feature_backward,
     key_and_gate,
@@ -35,7 +36,7 @@ STEP = tl.constexpr(16)  # chunks that one program looks at
 def decay_between(log_g):
     """exp(log decay from key j to query i) `[C, C]` for one decay a head; each sum starts from its own key."""
     i = tl.arange(0, CHUNK)
-    return tl.exp(tl.cumsum(tl.where(i[:, None] > i[None, :], log_g, 0.0), 0))
+    return exp(tl.cumsum(tl.where(i[:, None] > i[None, :], log_g, 0.0), 0))
 
 
 @triton.jit
@@ -45,7 +46,7 @@ def decay_to_boundary(log_g, size, DTYPE: tl.constexpr):
     i, t = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     right = (i & size) != 0
     between = (i // size == t // size) & ((right & (t <= i)) | ((right == 0) & (t > i)))
-    return tl.exp(split_product(between, log_g, DTYPE)), right
+    return exp(split_product(between, log_g, DTYPE)), right
 
 
 @triton.jit
@@ -120,7 +121,7 @@ def add_output_kernel(
         if tl.min(load_total(totals, pair, chunks, chunk, columns, D)) <= LIMIT:
             rows = chunk * CHUNK + tl.arange(0, CHUNK)
             starts = load_first(first + batch * T, rows, T, PACKED)
-            seen = document_mask(rows, starts)
+            seen = document_mask(rows, rows, starts)
             x = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
             key, log_g = key_and_gate(x, rows < T, columns, tl.load(decay + head), rate, lower, D, GATE, FEATURE)
             values = load_tile(v + theirs, rows, columns, T, KV * D, D)
@@ -147,7 +148,7 @@ def add_gradients_kernel(
         if tl.min(load_total(totals, pair, chunks, chunk, columns, D)) <= LIMIT:
             rows = chunk * CHUNK + tl.arange(0, CHUNK)
             starts = load_first(first + batch * T, rows, T, PACKED)
-            seen = document_mask(rows, starts)
+            seen = document_mask(rows, rows, starts)
             x = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
             key, log_g = key_and_gate(x, rows < T, columns, tl.load(decay + head), rate, lower, D, GATE, FEATURE)
             values = load_tile(v + theirs, rows, columns, T, KV * D, D)

@@ -19,10 +19,33 @@ LEVELS = tl.constexpr(6)  # 2^6 tokens in a chunk
 SINK_ROWS = tl.constexpr(16)  # the smallest side of a matrix product
 GONE = tl.constexpr(-100.0)  # a log decay that leaves nothing in fp32, and has no gradient
 NEVER = tl.constexpr(2**31 - 1)  # later than every token
+LOG2_E = tl.constexpr(1.4426950408889634)
 LIMIT = tl.constexpr(-60.0)  # of a chunk's summed log decay, for one product to serve the whole chunk
 
 
 # --- tiles ---
+
+
+@triton.jit
+def query_rows(chunk, index, KV: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr):
+    """Where the queries of a chunk and of HEADS heads of one key/value head are, one head's rows below the other's:
+    their sequence, their key/value head among all sequences, and of each row the head, the token, and the row in a
+    sequence's queries `[T * H, D]`. `index` counts such heads among all sequences."""
+    i, H = tl.arange(0, HEADS * CHUNK), KV * GROUPS
+    query_head = index * HEADS
+    batch, heads = (query_head // H).to(tl.int64), query_head % H + i // CHUNK
+    rows = chunk * CHUNK + i % CHUNK
+    return batch, (query_head // GROUPS).to(tl.int64), heads, rows, rows * H + heads
+
+
+@triton.jit
+def repeated(x, HEADS: tl.constexpr):
+    """x `[C, K]` for each of the heads that `query_rows` puts one below the other."""
+    if HEADS > 1:
+        C: tl.constexpr = x.shape[0]
+        K: tl.constexpr = x.shape[1]
+        x = tl.reshape(tl.broadcast_to(x[None, :, :], [HEADS, C, K]), [HEADS * C, K])
+    return x
 
 
 @triton.jit
@@ -94,6 +117,12 @@ def split_product(x, y, DTYPE: tl.constexpr):
     return z
 
 
+@triton.jit
+def exp(x):
+    """e^x; what is below 2^-126 is 0, for which `tl.exp` takes three times as many instructions."""
+    return tl.exp2(x * LOG2_E)
+
+
 # --- rotary position embedding, as rotate-half over the first R channels ---
 
 
@@ -133,9 +162,9 @@ def rotate_back(dx, rows, columns, cos, sin, T, R: tl.constexpr):
 
 
 @triton.jit
-def document_mask(rows, first):
-    """The tokens of the query's document up to and with itself `[C, C]`; `first` as `load_first`, of each query."""
-    return (rows[:, None] >= rows[None, :]) & (rows[None, :] >= first[:, None])
+def document_mask(rows, keys, first):
+    """The tokens of a query's document up to and with itself `[rows, keys]`; `first` as `load_first`, of each query."""
+    return (rows[:, None] >= keys[None, :]) & (keys[None, :] >= first[:, None])
 
 
 @triton.jit
@@ -168,14 +197,14 @@ def sink_mask(rows, sinks, first, chunk_first, W: tl.constexpr):
 
 
 @triton.jit
-def read_mask(rows, first, total):
+def read_mask(rows, keys, first, total):
     """Whom the recurrence of a mild chunk reads; in a steep one, nobody."""
-    return document_mask(rows, tl.where(tl.min(total) > LIMIT, first, NEVER))
+    return document_mask(rows, keys, tl.where(tl.min(total) > LIMIT, first, NEVER))
 
 
 @triton.jit
 def store_by_sink(base, weights, x, columns, SINKS: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr):
-    """What a chunk's queries give its sinks: weightsᵀ x `[SINKS, D]`, of weights `[C, SINK_ROWS]` and x `[C, DP]`."""
+    """What a chunk's queries give its sinks: weightsᵀ x `[SINKS, D]`, of `[rows, SINK_ROWS]` and `[rows, DP]`."""
     # sinks as rows: with them as 16 columns of a transposed product, Triton 3.6 reads past its shared memory
     sums = product(tl.trans(weights), x, DTYPE)
     store_tile(base, tl.arange(0, SINK_ROWS), columns, sums, SINKS, D, D)
@@ -189,8 +218,8 @@ def feature(x, columns, D: tl.constexpr, FEATURE: tl.constexpr):
     """Softmax over the head, or nothing."""
     if FEATURE == "softmax":
         x = tl.where((columns < D)[None, :], x, -float("inf"))
-        x = tl.exp(x - tl.max(x, 1)[:, None])
-        x = x / tl.sum(x, 1)[:, None]
+        x = exp(x - tl.max(x, 1)[:, None])
+        x = x * (1.0 / tl.sum(x, 1))[:, None]
     return x
 
 
@@ -208,13 +237,13 @@ def feature_backward(x, dy, paired, columns, D: tl.constexpr, FEATURE: tl.conste
 @triton.jit
 def log_sigmoid(x):
     """log σ(x), without overflow."""
-    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
+    return tl.minimum(x, 0.0) - tl.log(1.0 + exp(-tl.abs(x)))
 
 
 @triton.jit
 def sigmoid(x):
     """σ(x), without overflow."""
-    return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 80.0)))
+    return 1.0 / (1.0 + exp(tl.minimum(-x, 80.0)))
 
 
 @triton.jit
@@ -222,13 +251,13 @@ def key_and_gate(k, inside, columns, decay, rate, lower, D: tl.constexpr, GATE: 
     """The recurrence's key `[C, DP]` and log decay `[C, K]` from the key projection, both 0 past the sequence and the
     head; `rate` is one over the gate's temperature."""
     if GATE == "hgrn2":
-        key = (1.0 - lower) * (1.0 - tl.exp(log_sigmoid(k) * rate))
+        key = (1.0 - lower) * (1.0 - exp(log_sigmoid(k) * rate))
     else:
         key = feature(k, columns, D, FEATURE)
     if GATE == "gla":
         log_g = log_sigmoid(k) * rate
     elif GATE == "rwkv6":
-        log_g = -tl.exp(tl.minimum(k, 10.0)) * rate
+        log_g = -exp(tl.minimum(k, 10.0)) * rate
     elif GATE == "hgrn2":
         log_g = tl.log(1.0 - key)
     elif GATE == "lightning":
@@ -255,10 +284,10 @@ def key_and_gate_backward(
     if GATE == "gla":
         dk = feature_backward(k, dkey, paired, columns, D, FEATURE) + dlog_g * sigmoid(-k) * rate
     elif GATE == "rwkv6":
-        slope = tl.where(k <= 10.0, -tl.exp(tl.minimum(k, 10.0)) * rate, 0.0)
+        slope = tl.where(k <= 10.0, -exp(tl.minimum(k, 10.0)) * rate, 0.0)
         dk = feature_backward(k, dkey, paired, columns, D, FEATURE) + dlog_g * slope
     elif GATE == "hgrn2":
-        kept = tl.exp(log_sigmoid(k) * rate)
+        kept = exp(log_sigmoid(k) * rate)
         slope = -(1.0 - lower) * kept * sigmoid(-k) * rate
         dk = (dkey - dlog_g / (1.0 - (1.0 - lower) * (1.0 - kept))) * slope
     elif GATE == "lightning":
@@ -298,15 +327,15 @@ def decays(
     to_query = running_sum(log_g, SCALAR)
     if tl.min(total) > LIMIT:
         middle = 0.5 * (tl.min(total) if SCALAR else total[None, :])
-        for_query = tl.exp(to_query - middle)
-        for_key = tl.exp(middle - to_query)
+        for_query = exp(to_query - middle)
+        for_key = exp(middle - to_query)
     else:  # large sums are not subtracted: one -1e4 would swallow its neighbours
         later = rows + 1
         x = load_tile(k, later, columns, T, STRIDE, D).to(tl.float32)
         inside = (later < T) & (later % CHUNK != 0)
         _, log_after = key_and_gate(x, inside, columns, fixed, rate, lower, D, GATE, FEATURE)
-        for_query = tl.exp(to_query)
-        for_key = tl.exp(running_sum(log_after, SCALAR, True))
+        for_query = exp(to_query)
+        for_key = exp(running_sum(log_after, SCALAR, True))
     return for_query, for_key
 
 
@@ -321,4 +350,4 @@ def state_factors(total):
     """Two factors `[DP]` from a chunk's log decay. The state before a chunk is kept as kept = half · S, and after it
     S = half · (whole · kept + near keysᵀ values)."""
     mild = tl.min(total) > LIMIT
-    return tl.exp(tl.where(mild, 0.5 * total, 0.0)), tl.exp(tl.where(mild, 0.0, total))
+    return exp(tl.where(mild, 0.5 * total, 0.0)), exp(tl.where(mild, 0.0, total))

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from linearize.ops.liger_triton import (
     CHUNK,
+    exp,
     load_first,
     load_one_first,
     load_rope,
@@ -50,8 +51,8 @@ def window_kernel(
     start = chunk * CHUNK
     rows, before, columns = start + tl.arange(0, CHUNK), start - CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
     first += batch * T
-    cos += batch * rope_stride
-    sin += batch * rope_stride
+    cos += batch * rope_stride * R
+    sin += batch * rope_stride * R
     starts = load_first(first, rows, T, PACKED)
     query = load_turned(q + ours, rows, columns, cos, sin, T, H * D, D, R)
     key = load_turned(k + theirs, rows, columns, cos, sin, T, KV * D, D, R)
@@ -69,8 +70,8 @@ def window_kernel(
         far = product(query, tl.trans(load_turned(k + theirs, sinks, columns, cos, sin, T, KV * D, D, R)), DTYPE)
         far = tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far * scale, -float("inf"))
         largest = tl.maximum(largest, tl.max(far, 1))
-        far = tl.exp(far - largest[:, None])
-    own, past = tl.exp(own - largest[:, None]), tl.exp(past - largest[:, None])
+        far = exp(far - largest[:, None])
+    own, past = exp(own - largest[:, None]), exp(past - largest[:, None])
     weight = tl.sum(own, 1) + tl.sum(past, 1)
     if SINKS > 0:
         weight += tl.sum(far, 1)
@@ -99,8 +100,8 @@ def window_query_gradients_kernel(
     start = chunk * CHUNK
     rows, before, columns = start + tl.arange(0, CHUNK), start - CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
     first += batch * T
-    cos += batch * rope_stride
-    sin += batch * rope_stride
+    cos += batch * rope_stride * R
+    sin += batch * rope_stride * R
     starts = load_first(first, rows, T, PACKED)
     w = tl.load(mixing + query_head)
     share = (1.0 - w) * scale
@@ -111,8 +112,8 @@ def window_query_gradients_kernel(
     key = load_turned(k + theirs, rows, columns, cos, sin, T, KV * D, D, R)
     key_before = load_turned(k + theirs, before, columns, cos, sin, T, KV * D, D, R)
     own, past = product(query, tl.trans(key), DTYPE) * scale, product(query, tl.trans(key_before), DTYPE) * scale
-    own = tl.exp(tl.where(window_mask(rows, rows, starts, W), own, -float("inf")) - norm)
-    past = tl.exp(tl.where(window_mask(rows, before, starts, W), past, -float("inf")) - norm)
+    own = exp(tl.where(window_mask(rows, rows, starts, W), own, -float("inf")) - norm)
+    past = exp(tl.where(window_mask(rows, before, starts, W), past, -float("inf")) - norm)
     down = product(dout, tl.trans(load_tile(v + theirs, rows, columns, T, KV * D, D)), DTYPE)
     dpast = product(dout, tl.trans(load_tile(v + theirs, before, columns, T, KV * D, D)), DTYPE)
     read = tl.sum(own * down, 1) + tl.sum(past * dpast, 1)
@@ -121,7 +122,7 @@ def window_query_gradients_kernel(
         sinks = sink_rows(chunk_first, SINKS)
         sink_key = load_turned(k + theirs, sinks, columns, cos, sin, T, KV * D, D, R)
         far = product(query, tl.trans(sink_key), DTYPE) * scale
-        far = tl.exp(tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf")) - norm)
+        far = exp(tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf")) - norm)
         dfar = product(dout, tl.trans(load_tile(v + theirs, sinks, columns, T, KV * D, D)), DTYPE)
         read += tl.sum(far * dfar, 1)
     tl.store(delta + index * T + rows, read, mask=rows < T)
@@ -150,8 +151,8 @@ def window_key_gradients_kernel(
     batch, head = pair // KV, pair % KV
     theirs = (batch * T * KV + head) * D
     rows, columns = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
-    cos += batch * rope_stride
-    sin += batch * rope_stride
+    cos += batch * rope_stride * R
+    sin += batch * rope_stride * R
     key = load_turned(k + theirs, rows, columns, cos, sin, T, KV * D, D, R)
     values = load_tile(v + theirs, rows, columns, T, KV * D, D)
     dkey, dvalues = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
@@ -166,7 +167,7 @@ def window_key_gradients_kernel(
         starts, age = load_first(first + batch * T, times, T, PACKED), times[None, :] - rows[:, None]
         seen = (age >= 0) & (age < W) & (rows[:, None] >= starts[None, :])  # [key, query]
         p = product(key, tl.trans(query), DTYPE) * scale
-        p = share * tl.exp(tl.where(seen, p, -float("inf")) - norm[None, :])
+        p = share * exp(tl.where(seen, p, -float("inf")) - norm[None, :])
         dp = product(values, tl.trans(dout), DTYPE)
         dvalues += product(p, dout, DTYPE)
         dkey += product(p * (dp - read[None, :]), query, DTYPE)
