@@ -280,6 +280,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "earlier": recovery.earlier,
     "three-layers": recovery.three_layers,
     "trained-otherwise": recovery.trained_otherwise,
+    "behind": recovery.behind,
+    "behind-20M": recovery.behind_claim,
     "recipes-trained": recovery.recipes,
     "short-tasks": partial(recovery.short_tasks, "tasks_h100"),
     "short-tasks-500": partial(recovery.short_tasks, "tasks_500_cpu"),

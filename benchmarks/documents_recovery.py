@@ -190,10 +190,8 @@ def recipes() -> str:
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, row in sorted(rows.items(), key=lambda item: item[1]["late_loss"]):
         share = "–" if name == "window-only" else _interval(_closed(rows["window-only"], row, data))
-        needles = {cell["distance"]: cell["accuracy"] for cell in row["recall"] if cell["task"] == "needle"}
         new, cache = f"{row['new_parameters']:,}", f"{row['cache_bytes'] / 1e6:.1f}"
-        found = f"{needles[128]:.0%}, {needles[512]:.0%}"
-        lines.append(f"| {name} | {row['late_loss']:.4f} | {share} | {found} | {new} | {cache} |")
+        lines.append(f"| {name} | {row['late_loss']:.4f} | {share} | {_needles(row)} | {new} | {cache} |")
     return "\n".join([*lines, "", f"Teacher {data['teacher']['late_loss']:.4f}. {made_on(data)}."])
 
 
@@ -227,13 +225,52 @@ def trained_otherwise() -> str:
         own += [f"not `{setting}`" for setting in rows[base]["set"] if setting not in row["set"]]
         mean, error = _difference(row["late"]["1024"], rows[base]["late"]["1024"])
         against = "–" if base == name else f"{mean:+.4f} ± {error:.4f} (`{base}`)"
-        needles = {cell["distance"]: cell["accuracy"] for cell in row["recall"] if cell["task"] == "needle"}
-        found = f"{needles[128]:.0%}, {needles[512]:.0%}"
         changed, new = ", ".join(own) or "–", f"{row['new_parameters']:,}"
-        lines.append(f"| {name} | {changed} | {row['late_loss']:.4f} | {against} | {found} | {new} |")
-    best = {cell["distance"]: cell["accuracy"] for cell in data["teacher"]["recall"] if cell["task"] == "needle"}
-    lines.append(f"| teacher | | {data['teacher']['late_loss']:.4f} | | {best[128]:.0%}, {best[512]:.0%} | |")
+        lines.append(f"| {name} | {changed} | {row['late_loss']:.4f} | {against} | {_needles(row)} | {new} |")
+    lines.append(f"| teacher | | {data['teacher']['late_loss']:.4f} | | {_needles(data['teacher'])} | |")
     return "\n".join([*lines, "", f"The error is one standard error over sequences. {made_on(data)}."])
+
+
+def behind() -> str:
+    """A recurrence behind the window, and what was tried beside it, in late loss and in needles found."""
+    rows, data = _rows("behind")
+    tried, _ = _rows("tried")
+    base = rows["beside"]
+    lines = ["| row | change | late loss | worse than `beside` by, nats | early loss | needles at 128, 512 |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    for name, row in sorted((rows | tried).items(), key=lambda item: item[1]["late_loss"]):
+        own = row.get("what") or ", ".join(f"`{x}`" for x in row["set"] if x not in base["set"]) or "–"
+        mean, error = _difference(row["late"]["1024"], base["late"]["1024"])
+        against = "–" if name == "beside" else f"{mean:+.4f} ± {error:.4f}"
+        losses = f"{row['late_loss']:.4f} | {against} | {row['early_loss']:.4f}"
+        lines.append(f"| {name} | {own} | {losses} | {_needles(row)} |")
+    best = data["teacher"]
+    lines.append(f"| teacher | | {best['late_loss']:.4f} | | {best['early_loss']:.4f} | {_needles(best)} |")
+    shares = "; ".join(
+        f"`{name}` {_interval(_closed(rows['window'], rows[name], data))}" for name in ("beside", "behind")
+    )
+    note = f"Closed of the gap of `window`: {shares}. The error is one standard error over sequences."
+    return "\n".join([*lines, "", f"{note} {made_on(data)}."])
+
+
+def behind_claim() -> str:
+    """Late losses behind the window after 20 million tokens, by length, beside the window's, and the share closed."""
+    rows, data = _rows("behind_20M")
+    lengths, best = list(rows["converted"]["late"]), data["teacher"]
+    models = {"teacher": best, "window_only": rows["window_only"], "converted": rows["converted"]}
+    lines = ["| | " + " | ".join(f"T = {int(length):,}" for length in lengths) + " |"]
+    lines.append("| --- |" + " ---: |" * len(lengths))
+    for name, row in models.items():
+        losses = " | ".join(f"{np.mean(row['late'][length]):.4f}" for length in lengths)
+        lines.append(f"| {LABELS[name]} | {losses} |")
+    shares = [_interval(_closed(models["window_only"], models["converted"], data, length)) for length in lengths]
+    lines.append(f"| closed of the gap of window only | {' | '.join(shares)} |")
+    return "\n".join([*lines, "", f"{made_on(data)}."])
+
+
+def _needles(row: dict[str, Any]) -> str:
+    found = {cell["distance"]: cell["accuracy"] for cell in row["recall"] if cell["task"] == "needle"}
+    return f"{found[128]:.0%}, {found[512]:.0%}"
 
 
 def _base_of(name: str) -> str:
