@@ -399,5 +399,6 @@ def test_gpu_fp16(gate):
 @needs_gpu
 @pytest.mark.parametrize("gate", ["gla", "gated_deltanet"])
 def test_gpu_segments(gate):
-    given = inputs(4200, D=64, KV=1, groups=1)
+    """Of several heads, since the mixing gradient of one is a single number, in which rounding does not even out."""
+    given = inputs(4200, D=64, KV=1, groups=4)
     assert_is_the_equation(given, settings(gate, D=64), rope(4200, 64), dtype=torch.bfloat16, tolerance=5e-3)
