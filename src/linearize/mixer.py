@@ -266,8 +266,9 @@ class LinearizedAttention(nn.Module):
         `made` `[B, ...]` are the products of the input with the moment's `inputs`, where they are known."""
         clock, held, settings, mixing, decay, inputs, sink_rope, tokens = moment
         output = normalizer = past = before = None
-        if self.config.local != "none" and not self.is_whole(settings):
-            past, before = stepping.past_of(clock, held)  # the oldest token of which leaves now
+        late = self.config.is_behind and not self.is_whole(settings)  # the window's oldest token is wanted as well
+        if self.config.local != "none" and (settings is None or late):
+            past, before = stepping.past_of(clock, held)
         if settings is not None:
             near, far = (None, None) if self.rotate is _unrotated else (rope, sink_rope)
             beyond = stepping.NOTHING
@@ -284,7 +285,7 @@ class LinearizedAttention(nn.Module):
         rotated: tuple[Tensor, Tensor] = q, k
         if settings is None or self.config.rope == "both":  # else nobody looks at them
             rotated = self.rotate(q, k, *(x[:, None] for x in rope), unsqueeze_dim=2)
-        if settings is None and past is not None:
+        if settings is None and self.config.local != "none":
             sinks = self.document_sinks(q, rotated[1], v, tokens, before)
             output, normalizer = self.local(*rotated, v, sinks, past, tokens)
             stepping.keep(rotated[1][:, 0], v[:, 0], self.config.window, self.config.sinks, clock, held)
