@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import assert_close
 from torch import Tensor
 
@@ -118,6 +119,14 @@ def test_lengths(gate, T):
 def test_any_decay(gate, spread):
     """Decays from nothing to all in one sequence; a key of -1e4 is a log decay of -1e4 with `gla`."""
     assert_is_the_equation(inputs(65, groups=1, spread=spread), settings(gate, temperature=1.0), rope(65))
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("spread", "temperature"), [(20.0, 1.0), (400.0, 16.0), (1e4, 1.0)])
+def test_any_decay_of_hgrn2(spread, temperature):
+    """In the first layer, where keys round to 1."""
+    fixed = settings("hgrn2", temperature=temperature, scale=1 / spread, lower=0.0)
+    assert_is_the_equation(inputs(65, groups=1, spread=spread), fixed, rope(65))
 
 
 @needs_interpreter
@@ -325,6 +334,35 @@ def test_gates_are_the_structures(gate):
     assert_close(log_g, expected.log_g)
 
 
+@pytest.mark.parametrize("layer_idx", [0, 1, 29])
+@pytest.mark.parametrize(("spread", "temperature"), [(1.0, 16.0), (20.0, 1.0), (400.0, 16.0), (1e4, 1.0)])
+def test_any_gate_of_hgrn2(spread, temperature, layer_idx):
+    """Key, log decay and its gradient against α = lower + (1 - lower) σ(k)^(1/temperature), from its logarithm."""
+    k, lower = torch.randn(2, 30, 1, 16), layer_idx / 30
+    k[1] *= spread
+    layer = Layer(MixerConfig(structure="hgrn2", gate_temperature=temperature), layer_idx, 30, 1, 1, 16, 48)
+    exact = k.double().requires_grad_()
+    bound, rest = torch.tensor([lower, 1 - lower], dtype=torch.float64).log()
+    expected = torch.logaddexp(bound, rest + F.logsigmoid(exact) / temperature)
+    weights = torch.randn_like(k)
+    (weights * expected).sum().backward()
+    for made in (
+        lambda k: liger.hgrn2(k, settings("hgrn2", temperature=temperature, lower=lower), None),
+        lambda k: STRUCTURES["hgrn2"].inputs(k, k, k, k, layer)[1::2],
+    ):
+        given = k.clone().requires_grad_()
+        key, log_g = made(given)
+        assert_close(key, -torch.expm1(expected))
+        assert_close(log_g, expected)
+        (weights * log_g).sum().backward()
+        assert_close(given.grad, exact.grad)
+
+
+def test_unfused_with_any_decay_of_hgrn2():
+    given, fixed = inputs(65, spread=400.0), settings("hgrn2", scale=1 / 400, lower=0.0)
+    assert_is_the_equation(given, fixed, rope(65), None, unfused)
+
+
 def test_first_tokens():
     document = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 2, 2]])
     valid = torch.tensor([[False, False, True, True, True], [True, True, True, True, False]])
@@ -365,11 +403,11 @@ def test_gpu_gates(gate, D):
 
 
 @needs_gpu
-@pytest.mark.parametrize("gate", ["gla", "rwkv6"])
+@pytest.mark.parametrize("gate", ["gla", "rwkv6", "hgrn2"])
 @pytest.mark.parametrize("spread", [4.0, 20.0, 1e4])
 def test_gpu_any_decay(gate, spread):
     given = inputs(200, D=64, spread=spread, **SHAPES["gqa"])
-    fixed = settings(gate, D=64, temperature=1.0, scale=0.01 / spread)
+    fixed = settings(gate, D=64, temperature=1.0, scale=0.01 / spread, lower=0.0)
     assert_is_the_equation(given, fixed, rope(200, 64), dtype=torch.bfloat16, tolerance=5e-3)
 
 

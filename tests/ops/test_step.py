@@ -129,6 +129,17 @@ def test_shapes(shape, kwargs, rotated, run):
 
 
 @pytest.mark.parametrize("run", RUNS)
+def test_any_decay_of_hgrn2(run):
+    """In the first layer, where keys round to 1; nor is there NaN where padding is left out."""
+    given, fixed = inputs(14), settings("hgrn2", scale=1 / 400, lower=0.0)
+    given[1] *= 400.0
+    assert_is_the_equation(run, given, fixed, rope(14))
+    valid = torch.arange(14) >= torch.tensor([[3], [0]])
+    output, _ = stepped(run, given, fixed, rope(14), valid=valid)
+    assert output[valid].isfinite().all()
+
+
+@pytest.mark.parametrize("run", RUNS)
 def test_a_layer_with_fewer_sinks_than_there_are_places(run):
     assert_is_the_equation(run, inputs(14), settings(sinks=2), rope(14), sinks=4)
 

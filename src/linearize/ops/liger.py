@@ -235,8 +235,9 @@ def rwkv6(k: Tensor, settings: Settings, decay: Tensor | None) -> tuple[Tensor, 
 
 def hgrn2(k: Tensor, settings: Settings, decay: Tensor | None) -> tuple[Tensor, Tensor]:
     """lower + (1 - lower) σ(k)^(1/temperature); what it forgets is the key."""
-    key = (1 - settings.lower) * -torch.expm1(F.logsigmoid(k) / settings.temperature)
-    return key, torch.log1p(-key)
+    log_kept = F.logsigmoid(k) / settings.temperature
+    key = (1 - settings.lower) * -torch.expm1(log_kept)
+    return key, torch.log1p(-key) if settings.lower else log_kept  # without a bound, the key may round to 1
 
 
 def mlstm(k: Tensor, settings: Settings, decay: Tensor | None) -> tuple[Tensor, Tensor]:

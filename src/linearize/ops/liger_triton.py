@@ -259,7 +259,10 @@ def key_and_gate(k, inside, columns, decay, rate, lower, D: tl.constexpr, GATE: 
     elif GATE == "rwkv6":
         log_g = -exp(tl.minimum(k, 10.0)) * rate
     elif GATE == "hgrn2":
-        log_g = tl.log(1.0 - key)
+        if lower > 0.0:
+            log_g = tl.log(1.0 - key)
+        else:  # the key may round to 1
+            log_g = log_sigmoid(k) * rate
     elif GATE == "lightning":
         log_g = tl.zeros_like(tl.sum(k, 1, keep_dims=True)) + decay
     else:
@@ -287,9 +290,10 @@ def key_and_gate_backward(
         slope = tl.where(k <= 10.0, -exp(tl.minimum(k, 10.0)) * rate, 0.0)
         dk = feature_backward(k, dkey, paired, columns, D, FEATURE) + dlog_g * slope
     elif GATE == "hgrn2":
-        kept = exp(log_sigmoid(k) * rate)
-        slope = -(1.0 - lower) * kept * sigmoid(-k) * rate
-        dk = (dkey - dlog_g / (1.0 - (1.0 - lower) * (1.0 - kept))) * slope
+        slope, kept = sigmoid(-k) * rate, (1.0 - lower) * exp(log_sigmoid(k) * rate)
+        if lower > 0.0:
+            dlog_g *= kept / (lower + kept)
+        dk = (dlog_g - dkey * kept) * slope
     elif GATE == "lightning":
         dk = feature_backward(k, dkey, paired, columns, D, FEATURE)
     else:

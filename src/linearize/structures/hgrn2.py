@@ -10,9 +10,9 @@ from linearize.structures.base import Inputs, Layer, Structure
 def inputs(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, layer: Layer) -> Inputs:
     """`α = γ + (1 - γ) σ(P)^(1/temperature)`, γ = layer_idx / num_layers, 0 in the first; the key is `1 - α`."""
     lower = layer.layer_idx / layer.num_layers
-    forget = -torch.expm1(torch.nn.functional.logsigmoid(gate) / layer.config.gate_temperature)
-    key = (1 - lower) * forget  # 1 - α, without the cancellation near 1
-    return Inputs(q, key, v, torch.log1p(-key))
+    log_kept = torch.nn.functional.logsigmoid(gate) / layer.config.gate_temperature
+    key = (1 - lower) * -torch.expm1(log_kept)  # 1 - α, without the cancellation near 1
+    return Inputs(q, key, v, torch.log1p(-key) if lower else log_kept)  # without a bound, the key may round to 1
 
 
 HGRN2 = Structure(inputs, gated_linear, own_keys=True, by_depth=True)
