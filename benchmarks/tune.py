@@ -14,6 +14,7 @@ reason. Prints the table to paste.
 import argparse
 import importlib
 import itertools
+import math
 import multiprocessing
 import statistics
 import time
@@ -65,8 +66,8 @@ def options(launch: Launch) -> dict[str, int]:
 
 
 def candidates(kernel: str, D: int) -> list[Launch]:
-    """What is tried, the settings in the table first; what spills hundreds of bytes a thread, compiled for an H100, is
-    left out. `num_stages` matters only to kernels with loops over tiles."""
+    """What is tried, the settings in the table first: few, those that spill least when compiled for an H100.
+    `num_stages` matters only to kernels with loops over tiles."""
     current = LAUNCHES[kernel][D]
     if "state" in kernel or kernel == "delta_carry":
         blocks = (16, 32) if kernel == "delta_carry" else (32, 64, 128)
@@ -171,7 +172,11 @@ def start_compiler(target: Any) -> None:
 
 def with_settings(task: Task, launch: Launch) -> Task:
     """The task by other settings."""
-    settings = {"BV": launch.block, "STAGES": launch.num_stages, "HEADS": launch.heads}
+    settings = {
+        "BV": launch.block,
+        "STAGES": launch.num_stages,
+        "HEADS": math.gcd(launch.heads, task.told.get("GROUPS", 1)),
+    }
     told = task.told | {name: value for name, value in settings.items() if name in task.told}
     told.pop("maxnreg", None)
     return task._replace(told=told | options(launch))

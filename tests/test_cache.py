@@ -187,10 +187,10 @@ def test_reset_forgets_everything():
     ],
     ids=["reorder", "select", "repeat"],
 )
-@pytest.mark.parametrize("layers", ["all", "0,2"])
-def test_rows_move_with_all_that_belongs_to_them(change, rows, layers):
+@pytest.mark.parametrize("settings", [{}, {"layers": "0,2"}, {"behind": True}], ids=["all", "two", "behind"])
+def test_rows_move_with_all_that_belongs_to_them(change, rows, settings):
     """Rows differ in padding too: one of them has not filled its sinks yet."""
-    model, tokens = converted(layers=layers), ids(3, LENGTH)
+    model, tokens = converted(**settings), ids(3, LENGTH)
     mask = (torch.arange(LENGTH) >= torch.tensor([0, 4, 8])[:, None]).long()
     _, cache = in_parts(model, tokens[:, :10], [10], mask)
     change(cache)

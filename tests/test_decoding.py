@@ -28,7 +28,7 @@ WHOLE = [  # layers that are one kernel though they are not the published ones
     {"structure": "gated_deltanet", "mixing": "data_dependent"},
     DELTA | {"readout": "rms", "mixing": "data_dependent", "behind": True},
     DELTA | {"readout": "gated", "mixing": "data_dependent", "behind": True, "rope": "both"},
-    DELTA | {"structure": "deltanet", "gate_temperature": 16.0, "behind": True, "rope": "none", "window": 64},
+    DELTA | {"structure": "deltanet", "gate_temperature": 16.0, "behind": True, "rope": "none"},
     {"structure": "hgrn2", "readout": "gated", "mixing": "data_dependent"},
 ]
 BY_OPERATIONS = [  # of whole layers, or of the recurrence alone
@@ -47,7 +47,7 @@ BY_OPERATIONS = [  # of whole layers, or of the recurrence alone
     {"structure": "gla", "behind": True},
     {"structure": "gated_deltanet", "behind": True, "rope": "both"},
     DELTA | {"readout": "rms", "behind": True, "time_scales": 30.0},
-    {"structure": "gsa", "slots": 5, "feature_map": "none", "behind": True, "window": 64},
+    {"structure": "gsa", "slots": 5, "feature_map": "none", "behind": True},
     {"structure": "kronecker", "behind": True, "rope": "both"},
     {"structure": "hgrn2", "local": "block"},
     {"structure": "mamba2", "score": "softplus_reweighted"},
@@ -239,8 +239,9 @@ def test_two_caches_in_turn_and_chunks_between(steps):
 
 @torch.no_grad()
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
-def test_copies_of_a_cache_go_ways_of_their_own(copied, steps):
-    model, tokens = converted(), ids(2, LENGTH).to(DEVICE)
+@pytest.mark.parametrize("settings", [{}, {"behind": True}], ids=["published", "behind"])
+def test_copies_of_a_cache_go_ways_of_their_own(settings, copied, steps):
+    model, tokens = converted(**settings), ids(2, LENGTH).to(DEVICE)
     _, cache = in_parts(model, tokens[:, :12], one_by_one(9)[:4])
     other = copied(cache)
     other_tokens = torch.cat([tokens[:, :12], ids(2, 5, seed=2).to(DEVICE)], 1)
@@ -262,8 +263,9 @@ def test_copies_of_a_cache_go_ways_of_their_own(copied, steps):
     ],
     ids=["reorder", "select", "repeat"],
 )
-def test_rows_that_move(change, rows, steps):
-    model, tokens = converted(), ids(3, LENGTH).to(DEVICE)
+@pytest.mark.parametrize("settings", [{}, {"behind": True}], ids=["published", "behind"])
+def test_rows_that_move(settings, change, rows, steps):
+    model, tokens = converted(**settings), ids(3, LENGTH).to(DEVICE)
     _, cache = in_parts(model, tokens[:, :12], one_by_one(9)[:4])
     change(cache)
     parts = [logits(model, tokens[rows][:, [t]], past_key_values=cache) for t in range(12, LENGTH)]

@@ -32,9 +32,10 @@ def test_bytes_are_those_of_a_real_cache(family, layers, structure):
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_every_structure_s_states_weigh_what_is_said(family, structure):
+@pytest.mark.parametrize("late", [{}, {"behind": True}, {"behind": True, "rope": "both"}], ids=str)
+def test_every_structure_s_states_weigh_what_is_said(late, family, structure):
     slots = {"slots": 7} if structure == "gsa" else {}
-    model = convert(tiny(family).bfloat16(), structure=structure, window=5, sinks=3, **slots)
+    model = convert(tiny(family).bfloat16(), structure=structure, window=5, sinks=3, **slots, **late)
     assert inspect(model).cache_bytes(16) == bytes_of(model, 16)
 
 

@@ -31,7 +31,7 @@ class MixerCacheLayer(CacheLayerMixin):
     sink_keys, sink_values `[B, S, KV, D]`, sink_time `[B, S]`: see `tokens.Tokens`. real `[B]`: real tokens seen.
     state, recent, late_keys, late_gates: see `Memory`; None where there is none.
     While a `decoding.Decoder` has the cache, it is the `lender`, all of them are parts of its buffers, and the window
-    is a ring: `settle` makes all as above again.
+    and what waits with it are rings: `settle` makes all as above again.
     """
 
     is_compileable = False

@@ -429,18 +429,21 @@ def test_a_kernel_that_takes_more_than_the_device_has(monkeypatch):
 def test_what_the_kernel_lacks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
 
-    def reason(D, beyond=step.NOTHING, dtype=torch.float32, **kwargs):
+    def reason(D, beyond=step.NOTHING, dtype=torch.float32, gate="gated_deltanet", late=None, **kwargs):
         class OnGPU:
             shape = (2, 8, D)
             device, is_cuda = torch.device("cuda"), True
 
         OnGPU.dtype = dtype
-        fixed = settings("gated_deltanet", D, **kwargs)
-        return step.why_not_fused(OnGPU(), fixed, None, nothing(2, 2, D, fixed, 3)[1], beyond)
+        fixed = settings(gate, D, **kwargs)
+        held = nothing(2, 2, D, fixed, 3)[1]._replace(late_gates=late)
+        return step.why_not_fused(OnGPU(), fixed, None, held, beyond)
 
     more = at(beyond(1), 0)
     assert reason(16) is reason(16, more) is reason(256) is None
     assert "a root mean square over 256 channels" in reason(256, more)
+    assert "256 channels behind the window" in reason(256, late=torch.zeros(2, 5, 2, 3))
+    assert reason(256, late=torch.zeros(2, 5, 2, 3), gate="none") is None
     assert "a window of 129" in reason(16, window=129)
     assert "torch.float16 and a cache in torch.float32" in reason(16, dtype=torch.float16)
 
@@ -515,12 +518,13 @@ def test_sixteen_bits(gate, D, groups, B, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("D", "groups", "B"), [(16, 1, 2), (64, 3, 2), (128, 4, 3), (80, 1, 1)])
 @pytest.mark.parametrize("gate", liger.DELTA)
-def test_the_delta_rule_in_sixteen_bits(gate, D, groups, B, dtype):
+@pytest.mark.parametrize("behind", [None, "both", "local"])
+def test_the_delta_rule_in_sixteen_bits(behind, gate, D, groups, B, dtype):
     gates = 2 if gate == "gated_deltanet" else 1
     given, more = inputs(80, B=B, groups=groups, D=D), beyond(80, B=B, groups=groups, D=D, gates=gates)
     given = [*(x.to(dtype) for x in given[:3]), given[3]]
     fixed = settings(gate, D, feature_map="linear", window=64, sinks=4)
-    assert_is_the_truth("kernel", given, fixed, more, rope(80, D), tolerance=5e-3)
+    assert_is_the_truth("kernel", given, fixed, more, rope(80, D), tolerance=5e-3, behind=behind)
 
 
 @needs_triton
@@ -541,6 +545,19 @@ def test_a_state_of_half_the_precision_in_a_model_of_half_the_precision(feature_
         expected, final = truth(given, fixed, Beyond(), angles)
     assert_close(output, expected, 5e-3)
     assert_close(state, final, 5e-3)
+
+
+@needs_triton
+@pytest.mark.parametrize("turned", ["both", "local"])
+def test_behind_the_window_in_half_the_precision(turned):
+    given, more, angles = inputs(14), without(beyond(14), "opening"), rope(14)
+    given, fixed = [*(x.bfloat16() for x in given[:3]), given[3]], settings("gated_deltanet", feature_map="linear")
+    clock, held = nothing(2, 2, 16, fixed, 3, torch.bfloat16)
+    start = clock, waiting(held, more, fixed, turned)._replace(state=held.state.half())
+    output, state = stepped("kernel", given, fixed, angles, start=start, beyond=more)
+    expected, final = truth(given, fixed, more, angles, turned)
+    assert_close(output, expected, 1e-2)
+    assert_close(state, final, 1e-2)
 
 
 @needs_triton

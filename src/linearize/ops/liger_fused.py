@@ -28,7 +28,7 @@ class Launch(NamedTuple):
     num_stages: int
     block: int = 64  # value channels of one program, in the passes over the states
     registers: int = 0  # of a thread at most; 0 for what the compiler likes
-    heads: int = 1  # query heads of one program, if so many share a key/value head, where a program has one chunk's
+    heads: int = 1  # query heads of one program of `output` and `query_gradients`, if their number divides a group's
 
 
 # by padded head size; by reasoning about registers and shared memory, not tuned on a device yet but for the stages of

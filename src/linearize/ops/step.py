@@ -40,14 +40,14 @@ class Clock(NamedTuple):
 
 class Held(NamedTuple):
     """What one layer keeps: M sinks, then a ring of W tokens, of which token t is at M + t % W; keys are rotated. Then
-    what a recurrence carries, as `cache.Memory` has it."""
+    what a recurrence carries, as `cache.Memory` has it, but that keys and gates that wait are rings too."""
 
     keys: Tensor  # [B, KV, M + W, D]; neither sinks nor ring where there is no window
     values: Tensor  # [B, KV, M + W, D]
     valid: Tensor  # [B, W], uint8: 1 where the ring has a real token; one tensor for all layers of this window
     state: Tensor  # [B, KV, D, D], or another structure's; [0] without a recurrence
     recent: Tensor | None = None
-    late_keys: Tensor | None = None  # a ring, as the window is
+    late_keys: Tensor | None = None
     late_gates: Tensor | None = None
 
 
@@ -86,7 +86,7 @@ def why_not_fused(
         f"head size {D}": D > 256,
         f"{R} rotated channels": R % 2 == 1 or R > D,
         f"a root mean square over {D} channels": D > WHOLE and beyond.epsilon is not None,
-        f"{D} channels behind the window": D > WHOLE and held.late_gates is not None,
+        f"{D} channels behind the window": D > WHOLE and held.late_gates is not None and settings.gate != "none",
         f"{heads.dtype} and a cache in {held.keys.dtype}": heads.dtype != held.keys.dtype,
     }
     return why_no_kernel(heads, unsupported)

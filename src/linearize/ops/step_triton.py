@@ -300,6 +300,7 @@ def run(
         late_gates = held.late_gates
         behind, late_keys = (1, mixing) if held.late_keys is None else (OWN_KEYS.value, held.late_keys)
     block, warps = launch or program(B * KV, D, beyond.epsilon is not None or behind > 0)
+    assert behind == 0 or block >= D, "behind the window, a program has the whole head"
     rank, overlap = 0 if beyond.maps is None else beyond.maps[0].shape[-1], overlaps(heads)
     at_once = min(H // KV, WIDEST // max(rank, 1))
     # no query is longer than 1, so that fp16 holds it
