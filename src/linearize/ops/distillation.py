@@ -1,0 +1,71 @@
+"""The loss of distillation over the vocabulary, with the gradient of the student's logits."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from linearize.ops.dispatch import warn_once, why_no_kernel
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def distillation(
+    student: Float[Tensor, "N vocab"],
+    teacher: Float[Tensor, "N vocab"] | None,
+    targets: Int[Tensor, "N"],
+    kl_weight: float,
+    scale: Float[Tensor, ""],
+) -> tuple[Float[Tensor, ""], Float[Tensor, "N vocab"]]:
+    """`scale` times `sums`, and its gradient, which may be written over the teacher's logits."""
+    reason = why_not_fused(student, teacher)
+    if reason is None:
+        from linearize.ops.distillation_triton import distillation as kernel
+
+        with torch.cuda.device_of(student):  # kernels run on the current device
+            return kernel(student, teacher, targets, kl_weight, scale)
+    if student.is_cuda:
+        warn_once(f"the loss over the vocabulary runs without its kernel, several times slower: {reason}")
+    return reference(student, teacher, targets, kl_weight, scale)
+
+
+def why_not_fused(student: Tensor, teacher: Tensor | None) -> str | None:
+    """What the kernel lacks for these logits; None if nothing."""
+    given = [x.dtype for x in (student, teacher) if x is not None]
+    return why_no_kernel(student, {f"logits in {dtype}": dtype not in DTYPES for dtype in given})
+
+
+def sums(
+    student: Float[Tensor, "N vocab"],
+    teacher: Float[Tensor, "N vocab"] | None,
+    targets: Int[Tensor, "N"],
+    kl_weight: float,
+) -> Float[Tensor, ""]:
+    """Sum over tokens that have a target, which is not below 0, of a·KL(teacher ‖ student) + (1-a)·cross-entropy,
+    a = `kl_weight`, in nats; without a teacher, of the latter alone."""
+    log_p, counted = _log_softmax(student), targets >= 0
+    losses = (kl_weight - 1) * log_p.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+    if teacher is not None:
+        divergence = F.kl_div(log_p, _log_softmax(teacher), reduction="none", log_target=True).sum(-1)
+        losses = losses + kl_weight * divergence
+    return losses.masked_fill(~counted, 0).sum()  # not by index, which would wait for the GPU
+
+
+def reference(
+    student: Float[Tensor, "N vocab"],
+    teacher: Float[Tensor, "N vocab"] | None,
+    targets: Int[Tensor, "N"],
+    kl_weight: float,
+    scale: Float[Tensor, ""],
+) -> tuple[Float[Tensor, ""], Float[Tensor, "N vocab"]]:
+    """As `distillation`, by PyTorch, which goes over the logits many times."""
+    with torch.enable_grad():
+        leaf = student.detach().requires_grad_()
+        loss = sums(leaf, teacher, targets, kl_weight) * scale
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), gradient
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """In fp32 at least."""
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
