@@ -94,10 +94,13 @@ class AlignSettings(StageSettings):
 
 
 class DistillSettings(StageSettings):
-    """Its loss is kl_weight · KL(teacher ‖ student) + (1 - kl_weight) · next token."""
+    """Its loss is kl_weight · KL(teacher ‖ student) + (1 - kl_weight) · next token, averaged over tokens."""
 
     tokens: Tokens = 1_500_000
     kl_weight: float = Field(1.0, ge=0, le=1, description="a in a KL(teacher, student) + (1 - a) next token")
+    ramp: int = Field(
+        0, ge=0, description="tokens from a document's beginning over which the loss's weight rises to 1; 0: all alike"
+    )
 
 
 class EvaluationSettings(Settings):

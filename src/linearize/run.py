@@ -345,7 +345,8 @@ def _stages(recipe: Recipe) -> dict[str, tuple[StageSettings, Loss]]:
     if recipe.align is not None:
         chosen["align"] = recipe.align, partial(align_loss, checkpointing=recipe.align.gradient_checkpointing)
     if recipe.distill is not None:
-        chosen["distill"] = recipe.distill, partial(distill_loss, kl_weight=recipe.distill.kl_weight)
+        settings = recipe.distill
+        chosen["distill"] = settings, partial(distill_loss, kl_weight=settings.kl_weight, ramp=settings.ramp)
     return chosen
 
 

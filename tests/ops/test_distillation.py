@@ -26,15 +26,16 @@ pytestmark = pytest.mark.usefixtures("checked_kernels")
 
 
 def inputs(vocabulary: int, dtype: torch.dtype, N: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits, some of them near each other, targets, of which the second is none, and a scale."""
+    """Logits, some of them near each other, targets, of which the second is none, and weights."""
     student = 3 * torch.randn(N, vocabulary)
     teacher = student + torch.logspace(-1, 0.5, N)[:, None] * torch.randn(N, vocabulary)
     targets = torch.randint(vocabulary, (N,))
     targets[1] = IGNORED
-    return *(x.to(DEVICE, dtype) for x in (student, teacher)), targets.to(DEVICE), torch.tensor(0.25, device=DEVICE)
+    weights = torch.rand(N).masked_fill(targets == IGNORED, 0)
+    return *(x.to(DEVICE, dtype) for x in (student, teacher)), targets.to(DEVICE), weights.to(DEVICE)
 
 
-def formula(student: Tensor, teacher: Tensor | None, targets: Tensor, kl_weight: float, scale: Tensor) -> tuple:
+def formula(student: Tensor, teacher: Tensor | None, targets: Tensor, kl_weight: float, weights: Tensor) -> tuple:
     """Loss and gradient in float64."""
     leaf, keep = student.double().requires_grad_(), targets != IGNORED
     given = leaf[keep]
@@ -42,13 +43,13 @@ def formula(student: Tensor, teacher: Tensor | None, targets: Tensor, kl_weight:
     if teacher is not None:
         log_p = teacher.double()[keep].log_softmax(-1)
         losses = losses + kl_weight * (log_p.exp() * (log_p - given.log_softmax(-1))).sum(-1)
-    loss = losses.sum() * scale.double()
+    loss = (losses * weights[keep].double()).sum()
     return loss.detach(), *torch.autograd.grad(loss, leaf)
 
 
-def assert_is_the_formula(run, student, teacher, targets, kl_weight, scale, tolerance) -> None:
-    expected, slopes = formula(student, teacher, targets, kl_weight, scale)
-    loss, gradient = run(student.clone(), None if teacher is None else teacher.clone(), targets, kl_weight, scale)
+def assert_is_the_formula(run, student, teacher, targets, kl_weight, weights, tolerance) -> None:
+    expected, slopes = formula(student, teacher, targets, kl_weight, weights)
+    loss, gradient = run(student.clone(), None if teacher is None else teacher.clone(), targets, kl_weight, weights)
     assert loss.dtype == torch.float32
     assert gradient.dtype == student.dtype
     assert_close(loss, expected, tolerance[0])
@@ -61,37 +62,37 @@ def assert_is_the_formula(run, student, teacher, targets, kl_weight, scale, tole
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("vocabulary", [1, 11, 1000, 9001, 16384])  # one block, or several, whole or not
 def test_is_the_formula(vocabulary, kl_weight, run, dtype):
-    student, teacher, targets, scale = inputs(vocabulary, dtype)
-    assert_is_the_formula(run, student, teacher, targets, kl_weight, scale, TOLERANCE[dtype])
+    student, teacher, targets, weights = inputs(vocabulary, dtype)
+    assert_is_the_formula(run, student, teacher, targets, kl_weight, weights, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("run", RUNS, ids=["plain", "kernel"])
 def test_next_token_alone(run):
-    student, _, targets, scale = inputs(9000, torch.float32)
+    student, _, targets, weights = inputs(9000, torch.float32)
     for kl_weight in (0.0, 0.4):
-        assert_is_the_formula(run, student, None, targets, kl_weight, scale, TOLERANCE[torch.float32])
+        assert_is_the_formula(run, student, None, targets, kl_weight, weights, TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("run", RUNS, ids=["plain", "kernel"])
 def test_logits_of_different_types(run):
-    student, teacher, targets, scale = inputs(1000, torch.float32)
+    student, teacher, targets, weights = inputs(1000, torch.float32)
     for given in ((student, teacher.bfloat16()), (student.bfloat16(), teacher)):
-        assert_is_the_formula(run, *given, targets, 0.7, scale, TOLERANCE[given[0].dtype])
+        assert_is_the_formula(run, *given, targets, 0.7, weights, TOLERANCE[given[0].dtype])
 
 
 @pytest.mark.parametrize("run", RUNS, ids=["plain", "kernel"])
 def test_large_logits(run):
     """What is far below the largest vanishes, and nothing overflows."""
-    student, teacher, targets, scale = inputs(9000, torch.float32)
+    student, teacher, targets, weights = inputs(9000, torch.float32)
     student, teacher = 1000 * student, 1000 * teacher
     student[2:, ::7] -= 60000
-    assert_is_the_formula(run, student, teacher, targets, 0.5, scale, TOLERANCE[torch.float32])
+    assert_is_the_formula(run, student, teacher, targets, 0.5, weights, TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("run", RUNS, ids=["plain", "kernel"])
 def test_no_target_at_all(run):
-    student, teacher, targets, scale = inputs(1000, torch.float32)
-    loss, gradient = run(student, teacher, targets.fill_(IGNORED), 0.5, scale)
+    student, teacher, targets, weights = inputs(1000, torch.float32)
+    loss, gradient = run(student, teacher, targets.fill_(IGNORED), 0.5, weights.zero_())
     assert loss.item() == 0
     assert not gradient.any()
 

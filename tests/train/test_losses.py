@@ -47,7 +47,7 @@ def test_chunks_are_the_formula(kl_weight, rows, trainable):
     targets = torch.randint(VOCAB, (N,))
     targets[[0, 5, 6, 22]] = IGNORED
     inputs = [hidden, *ours.parameters()] if trainable else [hidden]
-    loss = distillation_loss(hidden, expected_hidden, ours, theirs, targets, kl_weight, rows)
+    loss = distillation_loss(hidden, expected_hidden, ours, theirs, targets, kl_weight, rows=rows)
     gradients = torch.autograd.grad(3 * loss, inputs)
     given = nn.Linear.forward(ours, hidden), nn.Linear.forward(theirs, expected_hidden)
     expected = direct(given[0], given[1].detach(), targets, kl_weight)
@@ -119,6 +119,20 @@ def test_distillation_does_not_leak_between_documents(kl_weight, family, layers)
     )
     count = (packed["targets"] != IGNORED).sum()
     assert_close(distill_loss(student, teacher, packed, kl_weight), total / count)
+
+
+def test_a_ramp_weighs_tokens_by_their_place_in_their_document():
+    teacher, student, packed = tiny(), convert(tiny(), window=4, mixing_weight=0.4), batch(*LENGTHS)
+    kept = packed["targets"] != IGNORED
+    each = [  # the loss of every token by itself
+        distill_loss(
+            student, teacher, packed | {"targets": packed["targets"].where(torch.arange(kept.numel()) == t, IGNORED)}
+        )
+        for t in range(kept.numel())
+    ]
+    weights = ((packed["position_ids"] + 1.0) / 8).clamp(max=1)[kept]
+    expected = (weights * torch.stack(each)[kept[0]]).sum() / weights.sum()
+    assert_close(distill_loss(student, teacher, packed, ramp=8), expected)
 
 
 def attention_outputs(model, given: dict) -> list[torch.Tensor]:

@@ -15,18 +15,20 @@ def distillation(
     teacher: Float[Tensor, "N vocab"] | None,
     targets: Int[Tensor, "N"],
     kl_weight: float,
-    scale: Float[Tensor, ""],
+    weights: Float[Tensor, "N"],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "N vocab"]]:
-    """`scale` times `sums`, and its gradient, which may be written over the teacher's logits."""
+    """Sum over tokens of `weights`, which are 0 where there is no target, times a·KL(teacher ‖ student) +
+    (1-a)·cross-entropy, a = `kl_weight`, in nats; without a teacher, of the latter alone. And its gradient, which may
+    be written over the teacher's logits."""
     reason = why_not_fused(student, teacher)
     if reason is None:
         from linearize.ops.distillation_triton import distillation as kernel
 
         with torch.cuda.device_of(student):  # kernels run on the current device
-            return kernel(student, teacher, targets, kl_weight, scale)
+            return kernel(student, teacher, targets, kl_weight, weights)
     if student.is_cuda:
         warn_once(f"the loss over the vocabulary runs without its kernel, several times slower: {reason}")
-    return reference(student, teacher, targets, kl_weight, scale)
+    return reference(student, teacher, targets, kl_weight, weights)
 
 
 def why_not_fused(student: Tensor, teacher: Tensor | None) -> str | None:
@@ -35,33 +37,22 @@ def why_not_fused(student: Tensor, teacher: Tensor | None) -> str | None:
     return why_no_kernel(student, {f"logits in {dtype}": dtype not in DTYPES for dtype in given})
 
 
-def sums(
-    student: Float[Tensor, "N vocab"],
-    teacher: Float[Tensor, "N vocab"] | None,
-    targets: Int[Tensor, "N"],
-    kl_weight: float,
-) -> Float[Tensor, ""]:
-    """Sum over tokens that have a target, which is not below 0, of a·KL(teacher ‖ student) + (1-a)·cross-entropy,
-    a = `kl_weight`, in nats; without a teacher, of the latter alone."""
-    log_p, counted = _log_softmax(student), targets >= 0
-    losses = (kl_weight - 1) * log_p.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
-    if teacher is not None:
-        divergence = F.kl_div(log_p, _log_softmax(teacher), reduction="none", log_target=True).sum(-1)
-        losses = losses + kl_weight * divergence
-    return losses.masked_fill(~counted, 0).sum()  # not by index, which would wait for the GPU
-
-
 def reference(
     student: Float[Tensor, "N vocab"],
     teacher: Float[Tensor, "N vocab"] | None,
     targets: Int[Tensor, "N"],
     kl_weight: float,
-    scale: Float[Tensor, ""],
+    weights: Float[Tensor, "N"],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "N vocab"]]:
     """As `distillation`, by PyTorch, which goes over the logits many times."""
     with torch.enable_grad():
         leaf = student.detach().requires_grad_()
-        loss = sums(leaf, teacher, targets, kl_weight) * scale
+        log_p = _log_softmax(leaf)
+        losses = (kl_weight - 1) * log_p.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+        if teacher is not None:
+            divergence = F.kl_div(log_p, _log_softmax(teacher), reduction="none", log_target=True).sum(-1)
+            losses = losses + kl_weight * divergence
+        loss = (weights * losses).sum()
         (gradient,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), gradient
 

@@ -6,6 +6,7 @@ multiprocessor, so that all of them together are 26 of an H100's 50 MB at a voca
 and written once. Logits are rounded as they are given, the gradient once; all between is in fp32.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,20 +44,20 @@ def normalizer(largest, total):
 
 @triton.jit
 def distillation_kernel(
-    student, teacher, targets, scale, losses, gradient, kl_weight,
+    student, teacher, targets, weights, losses, gradient, kl_weight,
     V: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, TAUGHT: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
-    """The loss of a row of logits, to `losses`, and its gradient, both times `scale`; TAUGHT where there is a teacher,
-    NEXT where the next token has a weight. `gradient` may be the teacher's logits: each element is written by the
-    thread that has read it."""
+    """The loss of a row of logits, to `losses`, and its gradient, both times the row's weight; TAUGHT where there is a
+    teacher, NEXT where the next token has a share. `gradient` may be the teacher's logits: each element is written by
+    the thread that has read it."""
     row = tl.program_id(0)
-    at, target, unit = row.to(tl.int64) * V, tl.load(targets + row), tl.load(scale)
+    at, target, unit = row.to(tl.int64) * V, tl.load(targets + row), tl.load(weights + row)
     BLOCK: tl.constexpr = LANES * WIDTH
     BLOCKS: tl.constexpr = (V + BLOCK - 1) // BLOCK
     lane, column = tl.arange(0, LANES)[:, None], tl.arange(0, WIDTH)[None, :]
     # a thread's logits are one load where rows are aligned; else loads of neighbours are side by side
     places = lane * WIDTH + column if V % WIDTH == 0 else column * LANES + lane
-    if target < 0:
+    if unit == 0.0:
         tl.store(losses + row, 0.0)
         zeros = tl.zeros([LANES, WIDTH], gradient.dtype.element_ty)
         for n in range(BLOCKS):
@@ -77,17 +78,17 @@ def distillation_kernel(
     for n in range(BLOCKS):
         here = (BLOCKS - 1 - n) * BLOCK + places  # what was read last is most likely in a cache
         log_q = (load_logits(student + at, here, V, BLOCK) - largest) * LOG2_E - total
-        slope = tl.exp2(log_q) * unit
+        slope = tl.exp2(log_q)
         if TAUGHT:
             log_p = (load_logits(teacher + at, here, V, BLOCK) - taught_largest) * LOG2_E - taught_total
             p = tl.exp2(log_p)
             divergence += p * (log_p - log_q)
-            slope -= p * (kl_weight * unit)
+            slope -= p * kl_weight
         else:
             slope *= 1.0 - kl_weight
         if NEXT:
-            slope = tl.where(here == target, slope - (1.0 - kl_weight) * unit, slope)
-        tl.store(gradient + at + here, slope.to(gradient.dtype.element_ty), mask=here < V)
+            slope = tl.where(here == target, slope - (1.0 - kl_weight), slope)
+        tl.store(gradient + at + here, (slope * unit).to(gradient.dtype.element_ty), mask=here < V)
     loss = kl_weight * tl.sum(tl.sum(divergence, 1), 0)
     if NEXT:
         said = (tl.load(student + at + target).to(tl.float32) - largest) * LOG2_E - total
@@ -96,17 +97,17 @@ def distillation_kernel(
 
 
 def distillation(
-    student: Tensor, teacher: Tensor | None, targets: Tensor, kl_weight: float, scale: Tensor
+    student: Tensor, teacher: Tensor | None, targets: Tensor, kl_weight: float, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As `distillation.distillation`; the gradient is written over the teacher's logits where these are of its type."""
     student, taught = student.contiguous(), teacher is not None
     teacher = student if teacher is None else teacher.contiguous()
     gradient = teacher if taught and teacher.dtype == student.dtype else student.new_empty(student.shape)
-    losses = scale.new_empty(len(student))
+    losses = torch.empty_like(weights)
     V, width = student.shape[1], BYTES // student.itemsize
     lanes = min(THREADS, triton.next_power_of_2(triton.cdiv(V, width)))
     distillation_kernel[(len(student),)](
-        student, teacher, targets.contiguous(), scale, losses, gradient, kl_weight,
+        student, teacher, targets.contiguous(), weights, losses, gradient, kl_weight,
         V=V, LANES=lanes, WIDTH=width, TAUGHT=taught, NEXT=kl_weight < 1, num_warps=max(1, lanes // 32),
     )  # fmt: skip
     return losses.sum(), gradient

@@ -14,9 +14,11 @@ def distill_loss(
     teacher: PreTrainedModel,
     batch: dict[str, Tensor],
     kl_weight: float = 1.0,
+    ramp: int = 0,
     documents: int | None = None,
 ) -> Tensor:
-    """a·KL(teacher ‖ student) + (1-a)·next token, a = `kl_weight`, mean over tokens; 0 needs no teacher.
+    """a·KL(teacher ‖ student) + (1-a)·next token, a = `kl_weight`, mean over tokens; 0 needs no teacher. Over the first
+    `ramp` tokens of a document weights rise to 1: most of what these look back on is in the window.
 
     `documents` is how many are packed into a row at most, where that is known.
     """
@@ -29,5 +31,6 @@ def distill_loss(
                 masks = document_masks(teacher, batch["input_ids"], batch["position_ids"])
                 teacher_hidden = decoder(teacher)(**inputs, attention_mask=masks).last_hidden_state.flatten(0, 1)
         student_hidden = decoder(student)(**inputs, **told).last_hidden_state.flatten(0, 1)
+    weights = ((batch["position_ids"].flatten() + 1) / ramp).clamp(max=1) if ramp > 0 else None
     heads = Head(student), Head(teacher)
-    return distillation_loss(student_hidden, teacher_hidden, *heads, batch["targets"].flatten(), kl_weight)
+    return distillation_loss(student_hidden, teacher_hidden, *heads, batch["targets"].flatten(), kl_weight, weights)

@@ -25,10 +25,11 @@ def distillation_loss(
     teacher_head: nn.Module,
     targets: Int[Tensor, "N"],
     kl_weight: float,
+    weights: Float[Tensor, "N"] | None = None,
     rows: int | None = None,
 ) -> Tensor:
     """The mean over tokens with a target of a·KL(teacher ‖ student) + (1-a)·cross-entropy, a = `kl_weight`, in nats,
-    without ever holding all logits.
+    without ever holding all logits; by `weights`, where not all tokens count alike.
 
     The heads run on `rows` tokens at a time, by default as many as `LOGITS` allows; the gradient of a chunk is taken at
     once and its logits are dropped, so that student's and teacher's full logits never exist, and nothing is computed
@@ -37,12 +38,13 @@ def distillation_loss(
 
     def chunk_loss(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         expected = None if teacher_hidden is None else teacher_head(teacher_hidden[part])
-        return distillation(logits, expected, targets[part], kl_weight, share)
+        return distillation(logits, expected, targets[part], kl_weight, shares[part])
 
     if rows is None:
         vocabulary = max(p.shape[0] for p in student_head.parameters())
         rows = max(1024, 2 ** (LOGITS // vocabulary).bit_length() // 2) if student_hidden.is_cuda else 1024
-    share = 1.0 / (targets != IGNORED).sum().clamp(min=1)
+    shares = (targets != IGNORED).float() if weights is None else weights.masked_fill(targets == IGNORED, 0)
+    shares = shares / shares.sum().clamp(min=torch.finfo(shares.dtype).tiny)
     parts = [slice(start, start + rows) for start in range(0, len(targets), rows)]
     trainable = [p for p in student_head.parameters() if p.requires_grad]
     return _ChunkedSum.apply(chunk_loss, student_head, parts, student_hidden, *trainable)
