@@ -14,7 +14,8 @@ from linearize.ops.liger_triton import (
     CHUNK,
     GONE,
     continues,
-    decays,
+    decay_of_keys,
+    decay_of_queries,
     exp,
     feature_backward,
     key_and_gate,
@@ -160,9 +161,7 @@ def query_gradients_kernel(
     x = load_tile(k + theirs, keys, columns, T, KV * D, D).to(tl.float32)
     fixed = tl.load(decay + pair % KV)
     _, log_g = key_and_gate(x, keys < T, columns, fixed, rate, lower, D, GATE, FEATURE)
-    for_query, _ = decays(
-        log_g, total, k + theirs, keys, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, SCALAR
-    )
+    for_query = decay_of_queries(log_g, total, DTYPE, SCALAR)
     raw = load_tile(q + ours, places, columns, T * H, D, D).to(tl.float32)
     draw += feature_backward(raw, w * dquery * repeated(for_query, HEADS), w * paired, columns, D, FEATURE)
     store_tile(dq + ours, places, columns, draw, T * H, D, D)
@@ -228,14 +227,14 @@ def key_gradients_kernel(
     paired += written
     if SCALAR:
         written, held = tl.sum(written, 1, keep_dims=True), tl.sum(held, 0)
-        dlog_g = running_sum(terms - written, SCALAR, True) + tl.sum(written, 0)[None, :] + held
+        dlog_g = running_sum(terms - written, DTYPE, SCALAR, True) + tl.sum(written, 0)[None, :] + held
     else:
-        dlog_g = running_sum(terms - written, SCALAR, True) + (tl.sum(written, 0) + held)[None, :]
+        dlog_g = running_sum(terms - written, DTYPE, SCALAR, True) + (tl.sum(written, 0) + held)[None, :]
     raw = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
     fixed = tl.load(decay + head)
     _, log_g = key_and_gate(raw, rows < T, columns, fixed, rate, lower, D, GATE, FEATURE)
-    _, for_key = decays(
-        log_g, total, k + theirs, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, SCALAR
+    for_key = decay_of_keys(
+        log_g, total, k + theirs, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, DTYPE, SCALAR
     )
     dlog_g = tl.where(log_g > GONE, dlog_g, 0.0)  # else the sum's rounding, times the slope of a steep gate
     draw = key_and_gate_backward(raw, dkey * for_key, paired, dlog_g, columns, rate, lower, D, GATE, FEATURE)

@@ -313,34 +313,45 @@ def key_and_gate_backward(
 
 
 @triton.jit
-def running_sum(x, SCALAR: tl.constexpr, REVERSE: tl.constexpr = False):
-    """The sum of x `[C, K]` up to and with each token, or from it on. (Triton cannot scan a tile of width 1.)"""
+def running_sum(x, DTYPE: tl.constexpr, SCALAR: tl.constexpr, REVERSE: tl.constexpr = False):
+    """The sum of x `[C, K]` up to and with each token, or from it on: of a tile as a product, since a scan that goes
+    across warps has each of them add up what all others have. (Triton cannot scan a tile of width 1.)"""
     if SCALAR:
         sums = tl.cumsum(tl.sum(x, 1), 0, reverse=REVERSE)[:, None]
     else:
-        sums = tl.cumsum(x, 0, reverse=REVERSE)
+        i, t = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+        sums = split_product(tl.where(t >= i if REVERSE else t <= i, 1.0, 0.0), x, DTYPE)
     return sums
 
 
 @triton.jit
-def decays(
-    log_g, total, k, rows, columns, T, fixed, rate, lower,
-    STRIDE: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr, SCALAR: tl.constexpr,
+def middle_of(total, SCALAR: tl.constexpr):
+    """What a chunk's decays are relative to, `[1, K]`; 0 in a steep one. `total` `[DP]` as `load_total`."""
+    middle = tl.where(tl.min(total) > LIMIT, 0.5 * total, 0.0)[None, :]
+    return tl.min(middle, 1, keep_dims=True) if SCALAR else middle
+
+
+@triton.jit
+def decay_of_queries(log_g, total, DTYPE: tl.constexpr, SCALAR: tl.constexpr):
+    """What makes near queries of queries `[C, K]`."""
+    return exp(running_sum(log_g, DTYPE, SCALAR) - middle_of(total, SCALAR))
+
+
+@triton.jit
+def decay_of_keys(
+    log_g, total, k, rows, columns, T, fixed, rate, lower, STRIDE: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr,
+    FEATURE: tl.constexpr, DTYPE: tl.constexpr, SCALAR: tl.constexpr,
 ):  # fmt: skip
-    """What makes near queries of queries and near keys of keys, `[C, K]` each; `total` `[DP]` as `load_total`."""
-    to_query = running_sum(log_g, SCALAR)
+    """What makes near keys of keys `[C, K]`."""
     if tl.min(total) > LIMIT:
-        middle = 0.5 * (tl.min(total) if SCALAR else total[None, :])
-        for_query = exp(to_query - middle)
-        for_key = exp(middle - to_query)
+        for_key = exp(middle_of(total, SCALAR) - running_sum(log_g, DTYPE, SCALAR))
     else:  # large sums are not subtracted: one -1e4 would swallow its neighbours
         later = rows + 1
         x = load_tile(k, later, columns, T, STRIDE, D).to(tl.float32)
         inside = (later < T) & (later % CHUNK != 0)
         _, log_after = key_and_gate(x, inside, columns, fixed, rate, lower, D, GATE, FEATURE)
-        for_query = exp(to_query)
-        for_key = exp(running_sum(log_after, SCALAR, True))
-    return for_query, for_key
+        for_key = exp(running_sum(log_after, DTYPE, SCALAR, True))
+    return for_key
 
 
 @triton.jit
