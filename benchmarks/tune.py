@@ -76,8 +76,6 @@ def candidates(kernel: str, D: int) -> list[Launch]:
     elif kernel == "output":
         found = [Launch(4, 1), Launch(4, 1, registers=168), Launch(8, 1, registers=128), Launch(8, 1)]
         found += [Launch(8, 1, heads=2), Launch(8, 1, registers=128, heads=2)]
-    elif kernel == "query_gradients":
-        found = [Launch(4, 1), Launch(8, 1, heads=2), Launch(8, 1)]
     elif kernel == "prepare":
         found = [Launch(4, 1), Launch(8, 1), Launch(8, 1, registers=128), Launch(16, 1)]
     else:

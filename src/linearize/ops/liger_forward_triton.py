@@ -12,6 +12,7 @@ from linearize.ops.liger_triton import (
     feature,
     key_and_gate,
     load_first,
+    load_gate,
     load_last_first,
     load_one_first,
     load_rope,
@@ -26,6 +27,7 @@ from linearize.ops.liger_triton import (
     sink_mask,
     sink_rows,
     state_factors,
+    store_gate,
     store_tile,
     window_mask,
 )
@@ -54,10 +56,7 @@ def prepare_kernel(
     total = tl.where(columns < D, tl.sum(log_g, 0), 0.0)
     tl.store(totals + (pair * tl.num_programs(0) + chunk) * D + columns, total, mask=columns < D)
     for_query = decay_of_queries(log_g, total, DTYPE, SCALAR)
-    if SCALAR:
-        tl.store(for_queries + (batch * T + rows[:, None]) * KV + head, for_query, mask=(rows < T)[:, None])
-    else:
-        store_tile(for_queries + at, rows, columns, for_query, T, KV * D, D)
+    store_gate(for_queries, batch, head, rows, columns, for_query, T, KV, D, SCALAR)
     for_key = decay_of_keys(
         log_g, total, k + at, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, DTYPE, SCALAR
     )
@@ -146,11 +145,7 @@ def output_kernel(
     w = tl.load(mixing + heads)[:, None]
 
     x = load_tile(q + ours, places, columns, T * H, D, D).to(tl.float32)
-    if SCALAR:
-        at = (batch * T + rows[:, None]) * KV + pair % KV
-        for_query = tl.load(for_queries + at, mask=(rows < T)[:, None], other=0.0)
-    else:
-        for_query = load_tile(for_queries + theirs, rows, columns, T, KV * D, D)
+    for_query = load_gate(for_queries, batch, pair % KV, rows, columns, T, KV, D, SCALAR)
     read = (feature(x, columns, D, FEATURE) * for_query).to(DTYPE)
     if KEEP:
         store_tile(near_query + ours, places, columns, read, T * H, D, D)

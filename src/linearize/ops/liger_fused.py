@@ -28,24 +28,24 @@ class Launch(NamedTuple):
     num_stages: int
     block: int = 64  # value channels of one program, in the passes over the states
     registers: int = 0  # of a thread at most; 0 for what the compiler likes
-    heads: int = 1  # query heads of one program of `output` and `query_gradients`, if their number divides a group's
+    heads: int = 1  # query heads of one program of `output`, if their number divides a group's
 
 
 # by padded head size; by reasoning about registers and shared memory, not tuned on a device yet but for the stages of
-# the delta rule's passes over the states at 64. With 168 registers `output` at 64 has three programs on a
-# multiprocessor, and spills 8 bytes
+# the delta rule's passes over the states at 64. With 168 registers `output` has three programs of four warps on a
+# multiprocessor, and with 128 `prepare` and `query_gradients` at 128 have two of eight; all of them spill
 LAUNCHES: dict[str, dict[int, Launch]] = {
     "window": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
-    "prepare": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1, registers=128)},
+    "prepare": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1), 128: Launch(8, 1, registers=128)},
     "states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
     "output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1, registers=168), 128: Launch(4, 1, registers=168)},
     "state_gradients": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
-    "query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
+    "query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1, registers=128)},
     "key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
-    "window_gradients": {16: Launch(4, 2), 32: Launch(4, 2), 64: Launch(8, 2), 128: Launch(8, 2)},
+    "window_gradients": {16: Launch(4, 2), 32: Launch(4, 2), 64: Launch(4, 2), 128: Launch(4, 1)},
     "add_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "add_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
-    "window_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "window_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
     "window_key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "delta_solve": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
     "delta_states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3, 32), 128: Launch(4, 2)},
@@ -259,28 +259,30 @@ def backward(call: Call, made_before: Sequence[Tensor], doutput: Tensor, dfinal:
     near_query, near_key, totals, states, lse, *turned = made_before
     turned_query, turned_key = turned or (call.q, call.k)
     dq, dk, dv = torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v)
-    delta, gained, dmixing = torch.empty_like(lse), torch.empty_like(lse), lse.new_empty(B, H, call.chunks)
-    heads = heads_of("query_gradients", call)
-    sinks = [lse.new_empty(B, H // heads, call.chunks, call.sinks, D) for _ in range(2)]
-    told = call.heads() | {"PACKED": call.packed}
+    delta, dmixing = torch.empty_like(lse), lse.new_empty(B, H, call.chunks)
+    terms = lse.new_empty(*call.k.shape[:3], 1 if call.scalar else D)
+    sinks = [lse.new_empty(B, H, call.chunks, call.sinks, D) for _ in range(2)]
+    told, grid = call.heads() | {"PACKED": call.packed}, (call.chunks, call.pairs)
     turning, gate, gating = (call.cos, call.sin), (call.rate, call.lower), call.gating()
     inputs = (near_query, doutput, call.mixing, call.first, totals)
     kernel = gradients.state_gradients_kernel
     dstates, dinitial = pass_over_states(call, "state_gradients", kernel, inputs, dfinal, call.heads())
-    gradients.query_gradients_kernel[(call.chunks, B * H // heads)](
-        call.q, call.k, near_query, turned_query, near_key, turned_key, call.v, *turning, call.mixing, call.first,
-        call.decay, totals, states, lse, doutput, dq, delta, gained, dmixing, *sinks, T, call.rope_stride, *gate,
-        call.scale, HEADS=heads, R=call.rotary, W=call.window, SINKS=call.sinks, **told, **gating,
-        **launch("query_gradients", call),
+    windows.window_query_gradients_kernel[(call.chunks, B * H)](
+        turned_query, turned_key, call.v, *turning, call.mixing, call.first, lse, doutput, dq, delta, dmixing, *sinks,
+        T, call.rope_stride, call.scale, R=call.rotary, W=call.window, SINKS=call.sinks, TURNED=True, **told,
+        **launch("window_query_gradients", call),
     )  # fmt: skip
-    grid = (call.chunks, call.pairs)
+    gradients.query_gradients_kernel[grid](
+        call.q, call.k, near_query, near_key, call.v, call.mixing, call.first, call.decay, totals, states, doutput, dq,
+        dmixing, terms, T, *gate, **told, **gating, **launch("query_gradients", call),
+    )  # fmt: skip
     gradients.key_gradients_kernel[grid](
-        call.k, near_query, near_key, call.v, call.mixing, call.first, call.decay, totals, states,
-        dstates, gained, doutput, dk, dv, T, *gate, **told, **gating, **launch("key_gradients", call),
+        call.k, near_query, near_key, call.v, call.mixing, call.first, call.decay, totals, states, dstates, terms,
+        doutput, dk, dv, T, *gate, **told, **gating, **launch("key_gradients", call),
     )  # fmt: skip
     gradients.window_gradients_kernel[grid](
-        turned_query, turned_key, call.v, *turning, call.mixing, call.first, lse, delta, doutput, dk, dv,
-        T, call.rope_stride, call.scale, R=call.rotary, W=call.window, **told, **launch("window_gradients", call),
+        turned_query, turned_key, call.v, *turning, call.mixing, call.first, lse, delta, doutput, dk, dv, T,
+        call.rope_stride, call.scale, R=call.rotary, W=call.window, **told, **launch("window_gradients", call),
     )  # fmt: skip
     steep.add_gradients_kernel[(triton.cdiv(call.chunks, steep.STEP.value), call.pairs)](
         call.q, call.k, call.v, call.mixing, call.first, call.decay, totals, doutput, dq, dk, dv, dmixing, T,

@@ -39,16 +39,6 @@ def query_rows(chunk, index, KV: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.c
 
 
 @triton.jit
-def repeated(x, HEADS: tl.constexpr):
-    """x `[C, K]` for each of the heads that `query_rows` puts one below the other."""
-    if HEADS > 1:
-        C: tl.constexpr = x.shape[0]
-        K: tl.constexpr = x.shape[1]
-        x = tl.reshape(tl.broadcast_to(x[None, :, :], [HEADS, C, K]), [HEADS * C, K])
-    return x
-
-
-@triton.jit
 def load_tile(base, rows, columns, T, STRIDE: tl.constexpr, D: tl.constexpr):
     """`[rows, columns]`, 0 outside the sequence and the head."""
     inside = ((rows >= 0) & (rows < T))[:, None] & (columns < D)[None, :]
@@ -60,6 +50,25 @@ def store_tile(base, rows, columns, values, T, STRIDE: tl.constexpr, D: tl.const
     """Rows past the sequence are left out."""
     inside = (rows < T)[:, None] & (columns < D)[None, :]
     tl.store(base + rows[:, None] * STRIDE + columns[None, :], values.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_gate(base, batch, head, rows, columns, T, KV: tl.constexpr, D: tl.constexpr, SCALAR: tl.constexpr):
+    """A chunk of what is as large as log decays, `[B, T, KV, K]`, as `[C, K]`."""
+    if SCALAR:
+        x = tl.load(base + (batch * T + rows[:, None]) * KV + head, mask=(rows < T)[:, None], other=0.0)
+    else:
+        x = load_tile(base + (batch * T * KV + head) * D, rows, columns, T, KV * D, D)
+    return x
+
+
+@triton.jit
+def store_gate(base, batch, head, rows, columns, x, T, KV: tl.constexpr, D: tl.constexpr, SCALAR: tl.constexpr):
+    """As `load_gate` reads it."""
+    if SCALAR:
+        tl.store(base + (batch * T + rows[:, None]) * KV + head, x, mask=(rows < T)[:, None])
+    else:
+        store_tile(base + (batch * T * KV + head) * D, rows, columns, x, T, KV * D, D)
 
 
 @triton.jit
