@@ -73,8 +73,9 @@ def candidates(kernel: str, D: int) -> list[Launch]:
         blocks = (16, 32) if kernel == "delta_carry" else (32, 64, 128)
         passes = itertools.product((4, 8), (2, 3, 4), blocks)
         found = [Launch(warps, stages, block) for warps, stages, block in passes if block <= D]
-    elif kernel in ("output", "query_gradients"):
-        found = [Launch(4, 1), Launch(8, 1, heads=2), Launch(8, 1)]
+    elif kernel == "output":
+        found = [Launch(4, 1), Launch(4, 1, registers=168), Launch(8, 1, registers=128), Launch(8, 1)]
+        found += [Launch(8, 1, heads=2), Launch(8, 1, registers=128, heads=2)]
     elif kernel == "prepare":
         found = [Launch(4, 1), Launch(8, 1), Launch(8, 1, registers=128), Launch(16, 1)]
     else:

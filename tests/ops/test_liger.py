@@ -244,11 +244,20 @@ def test_segments_of_the_delta_rule(monkeypatch, gate, fixed, size, packed):
 def test_several_heads_in_a_program(monkeypatch, gate, groups, fixed):
     from linearize.ops import liger_fused
 
-    for name in ("output", "query_gradients"):
-        launches = liger_fused.LAUNCHES[name]
-        monkeypatch.setitem(launches, 16, launches[16]._replace(heads=2))
+    launches = liger_fused.LAUNCHES["output"]
+    monkeypatch.setitem(launches, 16, launches[16]._replace(heads=2))
     given, first = inputs(130, B=2, KV=2, groups=groups), documents(130, [20, 23, 100], [64])
     assert_is_the_equation(given, settings(gate, **fixed), rope(130, B=2), first)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("gate", ["gla", "mamba2"])
+@pytest.mark.parametrize("feature_map", ["softmax", "none"])
+def test_weights_of_zero_and_one(gate, feature_map):
+    """Of a head that reads nothing of the recurrence, the mixing weight still has a gradient."""
+    given = inputs(70)
+    given[3] = torch.tensor([0.0, 1.0])
+    assert_is_the_equation(given, settings(gate, feature_map=feature_map), rope(70))
 
 
 def assert_is_the_window(

@@ -1,10 +1,12 @@
 """Backward kernels of Liger Attention; shapes and names as in `liger_triton`.
 
 The gradients of the states, from the last chunk to the first; then for every chunk at once the gradients of its
-queries, and those of its keys and values, first from the recurrence, then from the window.
+queries, from the recurrence, beside those from the window, which `liger_window_triton` leaves; and those of its keys
+and values, first from the recurrence, then from the window. Kernels that do both need more tiles at once.
 
 The gate's gradient is a sum over the chunk of query · dquery - key · dkey, in which most terms cancel: it is taken of
-the operands exactly as rounded for the matrix products, in fp32, so that they do.
+the operands exactly as rounded for the matrix products, in fp32, so that they do. The first term is summed where the
+queries' gradients are at hand, and handed on in fp32.
 """
 
 import triton
@@ -14,29 +16,25 @@ from linearize.ops.liger_triton import (
     CHUNK,
     GONE,
     continues,
-    decays,
+    decay_of_keys,
+    decay_of_queries,
     exp,
     feature_backward,
     key_and_gate,
     key_and_gate_backward,
     load_first,
+    load_gate,
     load_last_first,
-    load_one_first,
     load_state,
     load_tile,
     load_total,
     product,
-    query_rows,
     read_mask,
-    repeated,
     rotate_back,
     running_sum,
-    sink_mask,
-    sink_rows,
     state_factors,
-    store_by_sink,
+    store_gate,
     store_tile,
-    window_mask,
 )
 
 
@@ -87,95 +85,15 @@ def state_gradients_kernel(
         tl.store(products + (pair * segments + segment) * D + channels, passed, mask=channels < D)
 
 
-@triton.jit(do_not_specialize=["T", "rope_stride"])
-def query_gradients_kernel(
-    q, k, near_query, turned_query, near_key, turned_key, v, cos, sin, mixing, first, decay, totals, states, lse,
-    doutput, dq, delta, gained, dmixing, dsink_key, dsink_values, T, rope_stride, rate, lower, scale,
-    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr,
-    W: tl.constexpr, SINKS: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr, SCALAR: tl.constexpr,
-    PACKED: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The gradient of a chunk's queries of HEADS heads of one key/value head, whose rows are one below the other;
-    besides, for each query doutput · window output, `delta` `[B, H, T]`, and what the chunk adds to the gradients of
-    the mixing weights, `dmixing` `[B, H, chunks]`, and of the sinks, after RoPE,
-    `[B, H / HEADS, chunks, SINKS, D]`; where a head has one decay, near query · its gradient `[B, H, T]`, `gained`."""
-    chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
-    batch, pair, heads, rows, places = query_rows(chunk, tl.program_id(1), KV, GROUPS, HEADS)
-    index, ours, theirs = tl.program_id(1).to(tl.int64), batch * T * H * D, (batch * T * KV + pair % KV) * D
-    start = chunk * CHUNK
-    keys, before, columns = start + tl.arange(0, CHUNK), start - CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
-    starts = load_first(first + batch * T, rows, T, PACKED)
-    w = tl.load(mixing + heads)[:, None]
-    share, sums = (1.0 - w) * scale, (batch * H + heads) * T + rows
-    norm = tl.load(lse + sums, mask=rows < T, other=0.0)[:, None]
-
-    query = load_tile(turned_query + ours, places, columns, T * H, D, D)
-    dout = load_tile(doutput + ours, places, columns, T * H, D, D)
-    key = load_tile(turned_key + theirs, keys, columns, T, KV * D, D)
-    key_before = load_tile(turned_key + theirs, before, columns, T, KV * D, D)
-    values = load_tile(v + theirs, keys, columns, T, KV * D, D)
-    values_before = load_tile(v + theirs, before, columns, T, KV * D, D)
-    own, past = product(query, tl.trans(key), DTYPE) * scale, product(query, tl.trans(key_before), DTYPE) * scale
-    down, dpast = product(dout, tl.trans(values), DTYPE), product(dout, tl.trans(values_before), DTYPE)
-    total = load_total(totals, pair, chunks, chunk, columns, D)
-    own = exp(tl.where(window_mask(rows, keys, starts, W), own, -float("inf")) - norm)
-    past = exp(tl.where(window_mask(rows, before, starts, W), past, -float("inf")) - norm)
-    read = tl.sum(own * down, 1) + tl.sum(past * dpast, 1)
-    if SINKS > 0:
-        chunk_first = load_one_first(first + batch * T, start, PACKED)
-        sinks = sink_rows(chunk_first, SINKS)
-        sink_key = load_tile(turned_key + theirs, sinks, columns, T, KV * D, D)
-        far = product(query, tl.trans(sink_key), DTYPE) * scale
-        far = exp(tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf")) - norm)
-        dfar = product(dout, tl.trans(load_tile(v + theirs, sinks, columns, T, KV * D, D)), DTYPE)
-        read += tl.sum(far * dfar, 1)
-    tl.store(delta + sums, read, mask=rows < T)
-    da = tl.where(read_mask(rows, keys, starts, total), down, 0.0).to(DTYPE)
-    dturned = product(share * own * (down - read[:, None]), key, DTYPE)
-    dturned += product(share * past * (dpast - read[:, None]), key_before, DTYPE)
-    if SINKS > 0:
-        dfar = share * far * (dfar - read[:, None])
-        dturned += product(dfar, sink_key, DTYPE)
-        # loaded again: such products want another layout, whose copies would have to be kept all along
-        query = load_tile(turned_query + ours, places, columns, T * H, D, D)
-        dout = load_tile(doutput + ours, places, columns, T * H, D, D)
-        at = (index * chunks + chunk) * SINKS * D
-        store_by_sink(dsink_key + at, dfar, query, columns, SINKS, D, DTYPE)
-        store_by_sink(dsink_values + at, (1.0 - w) * far, dout, columns, SINKS, D, DTYPE)
-    draw = rotate_back(dturned, rows, columns, cos + batch * rope_stride * R, sin + batch * rope_stride * R, T, R)
-
-    recurrent_key = load_tile(near_key + theirs, keys, columns, T, KV * D, D)
-    dquery = product(da, recurrent_key, DTYPE)
-    state = load_state(states, pair * chunks + chunk, columns, D)
-    dread = dout
-    if PACKED:  # a document that began here has no state
-        dread = tl.where(continues(starts, start)[:, None], dout, 0.0)
-    dquery += product(dread, tl.trans(state), DTYPE)
-    paired = load_tile(near_query + ours, places, columns, T * H, D, D).to(tl.float32) * dquery
-    gain = tl.sum(paired, 1)
-    if SCALAR:
-        tl.store(gained + sums, gain, mask=rows < T)
-    gain = tl.sum(tl.reshape(gain - read, [HEADS, CHUNK]), 1)
-    tl.store(dmixing + (index * HEADS + tl.arange(0, HEADS)) * chunks + chunk, gain)
-    x = load_tile(k + theirs, keys, columns, T, KV * D, D).to(tl.float32)
-    fixed = tl.load(decay + pair % KV)
-    _, log_g = key_and_gate(x, keys < T, columns, fixed, rate, lower, D, GATE, FEATURE)
-    for_query, _ = decays(
-        log_g, total, k + theirs, keys, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, SCALAR
-    )
-    raw = load_tile(q + ours, places, columns, T * H, D, D).to(tl.float32)
-    draw += feature_backward(raw, w * dquery * repeated(for_query, HEADS), w * paired, columns, D, FEATURE)
-    store_tile(dq + ours, places, columns, draw, T * H, D, D)
-
-
 @triton.jit(do_not_specialize=["T"])
-def key_gradients_kernel(
-    k, near_query, near_key, v, mixing, first, decay, totals, states, dstates, gained, doutput, dk, dv, T, rate, lower,
+def query_gradients_kernel(
+    q, k, near_query, near_key, v, mixing, first, decay, totals, states, doutput, dq, dmixing, terms, T, rate, lower,
     KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GATE: tl.constexpr,
     FEATURE: tl.constexpr, SCALAR: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a chunk's keys (as keys of the recurrence and as the gate) and values, from its own queries
-    and from the state after it."""
+    """To the gradients of a chunk's queries, of all heads of one key/value head, and of the mixing weights,
+    `dmixing` `[B, H, chunks]`, those from the recurrence. The sum over these heads of w · near query · its gradient,
+    which the gate's gradient takes, goes to `terms` `[B, T, KV, K]`."""
     chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
     pair = tl.program_id(1).to(tl.int64)
     batch, head = pair // KV, pair % KV
@@ -188,54 +106,91 @@ def key_gradients_kernel(
     key = load_tile(near_key + theirs, rows, columns, T, KV * D, D)
     values = load_tile(v + theirs, rows, columns, T, KV * D, D)
     state = load_state(states, pair * chunks + chunk, columns, D)
+    for_query = tl.full([1, 1], 1.0, tl.float32)
+    if FEATURE != "softmax":
+        x = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
+        _, log_g = key_and_gate(x, rows < T, columns, tl.load(decay + head), rate, lower, D, GATE, FEATURE)
+        for_query = decay_of_queries(log_g, total, DTYPE, SCALAR)
+    gathered = tl.zeros([CHUNK, 1 if SCALAR else DP], tl.float32)
+    for group in range(GROUPS):
+        index, ours = batch * H + head * GROUPS + group, (batch * T * H + head * GROUPS + group) * D
+        w = tl.load(mixing + head * GROUPS + group)
+        weight, used = tl.where(w == 0.0, 1.0, w), tl.where(w == 0.0, 0.0, 1.0)  # the gradient of w is divided by it
+        dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
+        # rounded with w, as the keys' gradients have it
+        da = tl.where(seen, weight * product(dout, tl.trans(values), DTYPE), 0.0).to(DTYPE)
+        if PACKED:  # a document that began here has no state
+            dout = tl.where(continues(starts, start)[:, None], dout, 0.0)
+        dquery = weight * product(dout, tl.trans(state), DTYPE)
+        dquery += product(da, key, DTYPE)
+        paired = load_tile(near_query + ours, rows, columns, T, H * D, D).to(tl.float32) * dquery
+        gain = tl.sum(paired, 1)
+        place = dmixing + index * chunks + chunk
+        tl.store(place, tl.load(place) + tl.sum(gain, 0) / weight)
+        gathered += used * (gain[:, None] if SCALAR else paired)
+        raw = load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32)
+        draw = used * feature_backward(raw, dquery * for_query, paired, columns, D, FEATURE)
+        draw += load_tile(dq + ours, rows, columns, T, H * D, D).to(tl.float32)
+        store_tile(dq + ours, rows, columns, draw, T, H * D, D)
+    store_gate(terms, batch, head, rows, columns, gathered, T, KV, D, SCALAR)
 
-    dkey, dvalues = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
-    terms = tl.zeros([CHUNK, 1 if SCALAR else DP], tl.float32)
+
+@triton.jit(do_not_specialize=["T"])
+def key_gradients_kernel(
+    k, near_query, near_key, v, mixing, first, decay, totals, states, dstates, terms, doutput, dk, dv, T, rate, lower,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GATE: tl.constexpr,
+    FEATURE: tl.constexpr, SCALAR: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a chunk's keys (as keys of the recurrence and as the gate) and values, from its own queries
+    and from the state after it; `terms` as `query_gradients_kernel` leaves them."""
+    chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
+    pair = tl.program_id(1).to(tl.int64)
+    batch, head = pair // KV, pair % KV
+    theirs = (batch * T * KV + head) * D
+    start = chunk * CHUNK
+    rows, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP)
+    starts = load_first(first + batch * T, rows, T, PACKED)
+    total = load_total(totals, pair, chunks, chunk, columns, D)
+    key = load_tile(near_key + theirs, rows, columns, T, KV * D, D)
+    values = load_tile(v + theirs, rows, columns, T, KV * D, D)
+
+    dstate = load_state(dstates, pair * chunks + chunk, columns, D)
+    written, writes, whole = key, values, state_factors(total)[1]
+    if PACKED:  # what the chunk's last token still sees
+        last_first = load_last_first(first + batch * T, start, T, PACKED)
+        whole = tl.where(continues(last_first, start), whole, 0.0)
+        ends = (rows >= last_first)[:, None]
+        written, writes = tl.where(ends, key, 0.0), tl.where(ends, values, 0.0)
+    dvalues = product(written, dstate, DTYPE)
+    dkey = product(writes, tl.trans(dstate), DTYPE)
+    state = load_state(states, pair * chunks + chunk, columns, D)
+    last = tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1) * whole
+    last = (last + tl.sum(key.to(tl.float32) * dkey, 0))[None, :]  # of the gate of the chunk's last token
+    if SCALAR:
+        last = tl.sum(last, 1, keep_dims=True)
+
+    # transposed, so that they are operands as they are
+    seen = tl.trans(read_mask(rows, rows, starts, total))  # [key, query]
     for group in range(GROUPS):
         ours = (batch * T * H + head * GROUPS + group) * D
         w = tl.load(mixing + head * GROUPS + group)
         query = load_tile(near_query + ours, rows, columns, T, H * D, D)
         dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
-        a = tl.where(seen, w * product(query, tl.trans(key), DTYPE), 0.0).to(DTYPE)
-        da = tl.where(seen, w * product(dout, tl.trans(values), DTYPE), 0.0).to(DTYPE)
-        dvalues += product(tl.trans(a), dout, DTYPE)
-        dkey += product(tl.trans(da), query, DTYPE)
-        if SCALAR:
-            index = batch * H + head * GROUPS + group
-            terms += w * tl.load(gained + index * T + rows, mask=rows < T, other=0.0)[:, None]
-        else:
-            dquery = product(da, key, DTYPE)
-            if PACKED:  # a document that began here has no state
-                dout = tl.where(continues(starts, start)[:, None], dout, 0.0)
-            terms += query.to(tl.float32) * (dquery + w * product(dout, tl.trans(state), DTYPE))
-
-    _, whole = state_factors(total)
-    paired = key.to(tl.float32) * dkey
-    terms -= tl.sum(paired, 1, keep_dims=True) if SCALAR else paired
-    if PACKED:  # what the chunk's last token still sees
-        last_first = load_last_first(first + batch * T, start, T, PACKED)
-        whole = tl.where(continues(last_first, start), whole, 0.0)
-        ends = (rows >= last_first)[:, None]
-        key, values = tl.where(ends, key, 0.0), tl.where(ends, values, 0.0)
-    dstate = load_state(dstates, pair * chunks + chunk, columns, D)
-    dvalues += product(key, dstate, DTYPE)
+        a = tl.where(seen, w * product(key, tl.trans(query), DTYPE), 0.0)
+        da = tl.where(seen, w * product(values, tl.trans(dout), DTYPE), 0.0)
+        dvalues += product(a, dout, DTYPE)
+        dkey += product(da, query, DTYPE)
     store_tile(dv + theirs, rows, columns, dvalues, T, KV * D, D)
-    state = load_state(states, pair * chunks + chunk, columns, D)  # again: kept all along, it would be in registers
-    held = tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1) * whole
-    dended = product(values, tl.trans(dstate), DTYPE)
-    dkey += dended
-    written = key.to(tl.float32) * dended
-    paired += written
-    if SCALAR:
-        written, held = tl.sum(written, 1, keep_dims=True), tl.sum(held, 0)
-        dlog_g = running_sum(terms - written, SCALAR, True) + tl.sum(written, 0)[None, :] + held
-    else:
-        dlog_g = running_sum(terms - written, SCALAR, True) + (tl.sum(written, 0) + held)[None, :]
+
+    paired = key.to(tl.float32) * dkey
+    dlog_g = load_gate(terms, batch, head, rows, columns, T, KV, D, SCALAR)
+    dlog_g -= tl.sum(paired, 1, keep_dims=True) if SCALAR else paired
+    dlog_g = running_sum(dlog_g, DTYPE, SCALAR, True) + last
     raw = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
     fixed = tl.load(decay + head)
     _, log_g = key_and_gate(raw, rows < T, columns, fixed, rate, lower, D, GATE, FEATURE)
-    _, for_key = decays(
-        log_g, total, k + theirs, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, SCALAR
+    for_key = decay_of_keys(
+        log_g, total, k + theirs, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, DTYPE, SCALAR
     )
     dlog_g = tl.where(log_g > GONE, dlog_g, 0.0)  # else the sum's rounding, times the slope of a steep gate
     draw = key_and_gate_backward(raw, dkey * for_key, paired, dlog_g, columns, rate, lower, D, GATE, FEATURE)
@@ -257,17 +212,16 @@ def window_gradients_kernel(
     key = load_tile(turned_key + theirs, rows, columns, T, KV * D, D)
     values = load_tile(v + theirs, rows, columns, T, KV * D, D)
     dkey, dvalues = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
-    times = chunk * CHUNK + tl.arange(0, 2 * CHUNK)
-    starts, age = load_first(first + batch * T, times, T, PACKED), times[:, None] - rows[None, :]
-    seen = (age >= 0) & (age < W) & (rows[None, :] >= starts[:, None])  # [query, key]
-    for group in range(GROUPS):
-        query_head = head * GROUPS + group
+    for n in range(2 * GROUPS):
+        query_head, times = head * GROUPS + n // 2, rows + n % 2 * CHUNK
         ours, sums = (batch * T * H + query_head) * D, (batch * H + query_head) * T + times
         query = load_tile(turned_query + ours, times, columns, T, H * D, D)
         dout = load_tile(doutput + ours, times, columns, T, H * D, D)
         norm = tl.load(lse + sums, mask=times < T, other=0.0)[:, None]
         read = tl.load(delta + sums, mask=times < T, other=0.0)[:, None]
         share = 1.0 - tl.load(mixing + query_head)
+        starts, age = load_first(first + batch * T, times, T, PACKED), times[:, None] - rows[None, :]
+        seen = (age >= 0) & (age < W) & (rows[None, :] >= starts[:, None])  # [query, key]
         p = product(query, tl.trans(key), DTYPE) * scale
         p = share * exp(tl.where(seen, p, -float("inf")) - norm)
         dp = product(dout, tl.trans(values), DTYPE)

@@ -6,11 +6,13 @@ import triton.language as tl
 from linearize.ops.liger_triton import (
     CHUNK,
     continues,
-    decays,
+    decay_of_keys,
+    decay_of_queries,
     exp,
     feature,
     key_and_gate,
     load_first,
+    load_gate,
     load_last_first,
     load_one_first,
     load_rope,
@@ -25,6 +27,7 @@ from linearize.ops.liger_triton import (
     sink_mask,
     sink_rows,
     state_factors,
+    store_gate,
     store_tile,
     window_mask,
 )
@@ -32,44 +35,32 @@ from linearize.ops.liger_triton import (
 
 @triton.jit(do_not_specialize=["T", "rope_stride"])
 def prepare_kernel(
-    q, k, cos, sin, decay, near_query, turned_query, near_key, turned_key, totals, T, rope_stride, rate, lower,
-    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, GATE: tl.constexpr,
-    FEATURE: tl.constexpr, SCALAR: tl.constexpr, DTYPE: tl.constexpr,
+    k, cos, sin, decay, near_key, turned_key, totals, for_queries, T, rope_stride, rate, lower,
+    KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr,
+    SCALAR: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Operands of the matrix products, of one chunk and all query heads of one key/value head: `near_query` and
-    `near_key` of the recurrence, `turned_query` and `turned_key`, after RoPE, of the window; and the log decay over
-    each chunk, `totals` `[B * KV, chunks, D]`."""
+    """Of one chunk's keys, `near_key` of the recurrence and `turned_key`, after RoPE, of the window; the log decay over
+    each chunk, `totals` `[B * KV, chunks, D]`; and what makes near queries of queries, `for_queries` `[B, T, KV, K]`:
+    to make it again for every query head would take more instructions than all else that `output_kernel` does."""
     chunk, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    batch, head, H = pair // KV, pair % KV, KV * GROUPS
+    batch, head = pair // KV, pair % KV
     rows, columns = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
     at, partners = (batch * T * KV + head) * D, partner_of(columns, R)
-    cos += batch * rope_stride * R
-    sin += batch * rope_stride * R
     raw = load_tile(k + at, rows, columns, T, KV * D, D)
-    queries = (batch * T * H + head * GROUPS) * D
-    next_query = load_tile(q + queries, rows, columns, T, H * D, D)  # well before its use, which then does not wait
     if R > 0:
-        c, s = load_rope(cos, sin, rows, columns, T, R)
+        c, s = load_rope(cos + batch * rope_stride * R, sin + batch * rope_stride * R, rows, columns, T, R)
         turned = rotated(raw, load_tile(k + at, rows, partners, T, KV * D, D), c, s)
         store_tile(turned_key + at, rows, columns, turned, T, KV * D, D)
     x, fixed = raw.to(tl.float32), tl.load(decay + head)
     key, log_g = key_and_gate(x, rows < T, columns, fixed, rate, lower, D, GATE, FEATURE)
     total = tl.where(columns < D, tl.sum(log_g, 0), 0.0)
     tl.store(totals + (pair * tl.num_programs(0) + chunk) * D + columns, total, mask=columns < D)
-    for_query, for_key = decays(
-        log_g, total, k + at, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, SCALAR
+    for_query = decay_of_queries(log_g, total, DTYPE, SCALAR)
+    store_gate(for_queries, batch, head, rows, columns, for_query, T, KV, D, SCALAR)
+    for_key = decay_of_keys(
+        log_g, total, k + at, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, DTYPE, SCALAR
     )
     store_tile(near_key + at, rows, columns, key * for_key, T, KV * D, D)
-    for group in range(GROUPS):
-        at, y = queries + group * D, next_query
-        if GROUPS > 1:
-            next_query = load_tile(q + queries + tl.minimum(group + 1, GROUPS - 1) * D, rows, columns, T, H * D, D)
-        if R > 0:
-            c, s = load_rope(cos, sin, rows, columns, T, R)
-            turned = rotated(y, load_tile(q + at, rows, partners, T, H * D, D), c, s)
-            store_tile(turned_query + at, rows, columns, turned, T, H * D, D)
-        query = feature(y.to(tl.float32), columns, D, FEATURE) * for_query
-        store_tile(near_query + at, rows, columns, query, T, H * D, D)
 
 
 @triton.jit(do_not_specialize=["T", "SEGMENT"])
@@ -134,45 +125,49 @@ def carry_kernel(
     tl.store(last + pair * D * D + offsets, state, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "rope_stride"])
 def output_kernel(
-    near_query, turned_query, near_key, turned_key, v, mixing, first, totals, states, output, lse, T, scale,
-    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, W: tl.constexpr,
-    SINKS: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
+    q, near_key, turned_key, totals, for_queries, v, cos, sin, mixing, first, states, output,
+    near_query, turned_query, lse, T, rope_stride, scale,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr,
+    W: tl.constexpr, SINKS: tl.constexpr, FEATURE: tl.constexpr, SCALAR: tl.constexpr, PACKED: tl.constexpr,
+    KEEP: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """output = w · recurrence + (1 - w) · window, for one chunk and HEADS query heads of one key/value head, whose
-    rows are one below the other, and the log-sum-exp of each query's window `[B, H, T]`."""
+    rows are one below the other. With KEEP also what the backward pass reads: `near_query` of the recurrence,
+    `turned_query`, after RoPE, of the window, and the log-sum-exp of each query's window `[B, H, T]`."""
     chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
     batch, pair, heads, rows, places = query_rows(chunk, tl.program_id(1), KV, GROUPS, HEADS)
-    theirs = (batch * T * KV + pair % KV) * D
-    near_query += batch * T * H * D
-    turned_query += batch * T * H * D
-    output += batch * T * H * D
+    ours, theirs = batch * T * H * D, (batch * T * KV + pair % KV) * D
     start = chunk * CHUNK
     keys, before, columns = start + tl.arange(0, CHUNK), start - CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
     starts = load_first(first + batch * T, rows, T, PACKED)
     w = tl.load(mixing + heads)[:, None]
 
-    query = load_tile(turned_query, places, columns, T * H, D, D)
-    key = load_tile(turned_key + theirs, keys, columns, T, KV * D, D)
-    key_before = load_tile(turned_key + theirs, before, columns, T, KV * D, D)
-    own = product(query, tl.trans(key), DTYPE) * scale
-    past = product(query, tl.trans(key_before), DTYPE) * scale
-    if SINKS > 0:
-        chunk_first = load_one_first(first + batch * T, start, PACKED)
-        sinks = sink_rows(chunk_first, SINKS)
-        far = product(query, tl.trans(load_tile(turned_key + theirs, sinks, columns, T, KV * D, D)), DTYPE) * scale
-        sink_values = load_tile(v + theirs, sinks, columns, T, KV * D, D)
-    # loads well before their use, which then does not wait
-    values_before = load_tile(v + theirs, before, columns, T, KV * D, D)
-    query = load_tile(near_query, places, columns, T * H, D, D)
-    key = load_tile(near_key + theirs, keys, columns, T, KV * D, D)
+    x = load_tile(q + ours, places, columns, T * H, D, D).to(tl.float32)
+    for_query = load_gate(for_queries, batch, pair % KV, rows, columns, T, KV, D, SCALAR)
+    read = (feature(x, columns, D, FEATURE) * for_query).to(DTYPE)
+    if KEEP:
+        store_tile(near_query + ours, places, columns, read, T * H, D, D)
     total = load_total(totals, pair, chunks, chunk, columns, D)
+    key = load_tile(near_key + theirs, keys, columns, T, KV * D, D)
+    within = tl.where(read_mask(rows, keys, starts, total), w * product(read, tl.trans(key), DTYPE), 0.0)
 
+    query = load_tile(q + ours, places, columns, T * H, D, D)
+    if R > 0:
+        c, s = load_rope(cos + batch * rope_stride * R, sin + batch * rope_stride * R, rows, columns, T, R)
+        query = rotated(query, load_tile(q + ours, places, partner_of(columns, R), T * H, D, D), c, s).to(DTYPE)
+        if KEEP:
+            store_tile(turned_query + ours, places, columns, query, T * H, D, D)
+    own = product(query, tl.trans(load_tile(turned_key + theirs, keys, columns, T, KV * D, D)), DTYPE) * scale
+    past = product(query, tl.trans(load_tile(turned_key + theirs, before, columns, T, KV * D, D)), DTYPE) * scale
     own = tl.where(window_mask(rows, keys, starts, W), own, -float("inf"))
     past = tl.where(window_mask(rows, before, starts, W), past, -float("inf"))
     largest = tl.maximum(tl.max(own, 1), tl.max(past, 1))
     if SINKS > 0:
+        chunk_first = load_one_first(first + batch * T, start, PACKED)
+        sinks = sink_rows(chunk_first, SINKS)
+        far = product(query, tl.trans(load_tile(turned_key + theirs, sinks, columns, T, KV * D, D)), DTYPE) * scale
         far = tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf"))
         largest = tl.maximum(largest, tl.max(far, 1))
         far = exp(far - largest[:, None])
@@ -181,16 +176,17 @@ def output_kernel(
     if SINKS > 0:
         weight += tl.sum(far, 1)
     share = (1.0 - w) / weight[:, None]
-    tl.store(lse + (batch * H + heads) * T + rows, largest + tl.log(weight), mask=rows < T)
+    if KEEP:
+        tl.store(lse + (batch * H + heads) * T + rows, largest + tl.log(weight), mask=rows < T)
 
-    values = load_tile(v + theirs, keys, columns, T, KV * D, D)
-    state = load_state(states, pair * chunks + chunk, columns, D)
-    within = tl.where(read_mask(rows, keys, starts, total), product(query, tl.trans(key), DTYPE), 0.0)
-    out = product(share * past, values_before, DTYPE)
-    if SINKS > 0:
-        out += product(share * far, sink_values, DTYPE)
-    out += product(w * within + share * own, values, DTYPE)
+    own, past = (within + share * own).to(DTYPE), (share * past).to(DTYPE)
+
+    # last, so that nothing but shared memory holds `read`, nor the sum, until now
     if PACKED:  # a document that began here has no state
-        query = tl.where(continues(starts, start)[:, None], query, 0.0)
-    out += w * product(query, state, DTYPE)
-    store_tile(output, places, columns, out, T * H, D, D)
+        read = tl.where(continues(starts, start)[:, None], read, 0.0)
+    out = w * product(read, load_state(states, pair * chunks + chunk, columns, D), DTYPE)
+    if SINKS > 0:
+        out += product(share * far, load_tile(v + theirs, sinks, columns, T, KV * D, D), DTYPE)
+    out += product(past, load_tile(v + theirs, before, columns, T, KV * D, D), DTYPE)
+    out += product(own, load_tile(v + theirs, keys, columns, T, KV * D, D), DTYPE)
+    store_tile(output + ours, places, columns, out, T * H, D, D)

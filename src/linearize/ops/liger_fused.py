@@ -28,24 +28,24 @@ class Launch(NamedTuple):
     num_stages: int
     block: int = 64  # value channels of one program, in the passes over the states
     registers: int = 0  # of a thread at most; 0 for what the compiler likes
-    heads: int = 1  # query heads of one program of `output` and `query_gradients`, if their number divides a group's
+    heads: int = 1  # query heads of one program of `output`, if their number divides a group's
 
 
 # by padded head size; by reasoning about registers and shared memory, not tuned on a device yet but for the stages of
-# the delta rule's passes over the states at 64. With 168 registers `output` at 64 has three programs on a
-# multiprocessor, and spills 8 bytes
+# the delta rule's passes over the states at 64. With 168 registers `output` has three programs of four warps on a
+# multiprocessor, and with 128 `prepare` and `query_gradients` at 128 have two of eight; all of them spill
 LAUNCHES: dict[str, dict[int, Launch]] = {
     "window": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
-    "prepare": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1), 128: Launch(16, 1)},
+    "prepare": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1), 128: Launch(8, 1, registers=128)},
     "states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
-    "output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1, registers=168), 128: Launch(4, 1)},
+    "output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1, registers=168), 128: Launch(4, 1, registers=168)},
     "state_gradients": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
-    "query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
+    "query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1, registers=128)},
     "key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
-    "window_gradients": {16: Launch(4, 2), 32: Launch(4, 2), 64: Launch(8, 2), 128: Launch(8, 2)},
+    "window_gradients": {16: Launch(4, 2), 32: Launch(4, 2), 64: Launch(4, 2), 128: Launch(4, 1)},
     "add_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "add_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
-    "window_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "window_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
     "window_key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "delta_solve": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
     "delta_states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3, 32), 128: Launch(4, 2)},
@@ -96,6 +96,11 @@ class Call(NamedTuple):
         return self.q.shape[1] if self.cos.dim() == 3 and self.cos.shape[0] > 1 else 0
 
     @property
+    def scalar(self) -> bool:
+        """Whether a head has one decay."""
+        return self.gate in ONE_DECAY_A_HEAD
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the operands of matrix products, as values have it; fp16 has not the range for decayed keys."""
         return torch.float32 if self.v.dtype == torch.float32 else torch.bfloat16
@@ -108,17 +113,16 @@ class Call(NamedTuple):
 
     def gating(self) -> dict[str, Any]:
         """How kernels are told what becomes of a key."""
-        return {"GATE": self.gate, "FEATURE": self.feature_map, "SCALAR": self.gate in ONE_DECAY_A_HEAD}
+        return {"GATE": self.gate, "FEATURE": self.feature_map, "SCALAR": self.scalar}
 
 
 class Operands(NamedTuple):
-    """What `prepare_kernel` makes of queries and keys."""
+    """What `prepare_kernel` makes of keys."""
 
-    near_query: Tensor
-    turned_query: Tensor
     near_key: Tensor
     turned_key: Tensor
     totals: Tensor
+    for_queries: Tensor
 
 
 def padded(D: int) -> int:
@@ -180,39 +184,47 @@ def pass_over_states(call: Call, name: str, kernel: Any, inputs: tuple, initial:
     return states, final
 
 
+def without_groups(told: dict[str, Any]) -> dict[str, Any]:
+    """For kernels that see no queries."""
+    return {name: value for name, value in told.items() if name != "GROUPS"}
+
+
 def prepare(call: Call) -> Operands:
     """Operands of the matrix products; without RoPE, the window's are the projections themselves."""
-    D, turns, heads = call.q.shape[3], call.rotary > 0, call.heads()
-    near_query, near_key = (torch.empty_like(x, dtype=call.dtype) for x in (call.q, call.k))
-    turned_query, turned_key = (torch.empty_like(x, dtype=call.dtype) if turns else x for x in (call.q, call.k))
+    T, D = call.q.shape[1], call.q.shape[3]
+    near_key = torch.empty_like(call.k, dtype=call.dtype)
+    turned_key = torch.empty_like(near_key) if call.rotary > 0 else call.k
     totals = call.q.new_empty(call.pairs, call.chunks, D, dtype=torch.float32)
-    made = Operands(near_query, turned_query, near_key, turned_key, totals)
+    K = 1 if call.scalar else D
+    made = Operands(near_key, turned_key, totals, totals.new_empty(*call.k.shape[:3], K))
     kernels.prepare_kernel[(call.chunks, call.pairs)](
-        call.q, call.k, call.cos, call.sin, call.decay, *made, call.q.shape[1], call.rope_stride, call.rate,
-        call.lower, R=call.rotary, **heads, **call.gating(), **launch("prepare", call),
+        call.k, call.cos, call.sin, call.decay, *made, T, call.rope_stride, call.rate, call.lower, R=call.rotary,
+        **without_groups(call.heads()), **call.gating(), **launch("prepare", call),
     )  # fmt: skip
     return made
 
 
-def forward(call: Call, initial: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Output, final state, and what `kept` names."""
+def forward(call: Call, initial: Tensor, keep: bool = True) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Output, final state, and what `kept` names, which is not all written unless `keep`."""
     B, T, H, _ = call.q.shape
     made, told = prepare(call), call.heads()
-    told_states = {name: value for name, value in told.items() if name != "GROUPS"}
     inputs = (made.near_key, call.v, call.first, made.totals)
-    states, final = pass_over_states(call, "states", kernels.states_kernel, inputs, initial, told_states)
+    states, final = pass_over_states(call, "states", kernels.states_kernel, inputs, initial, without_groups(told))
     output, lse = torch.empty_like(call.q), call.q.new_empty(B, H, T, dtype=torch.float32)
+    near_query = torch.empty_like(call.q, dtype=call.dtype) if keep else output  # an argument that nothing reads
+    turned_query = torch.empty_like(near_query) if keep and call.rotary > 0 else output
     heads = heads_of("output", call)
     kernels.output_kernel[(call.chunks, B * H // heads)](
-        *made[:4], call.v, call.mixing, call.first, made.totals, states, output, lse, T, call.scale,
-        HEADS=heads, W=call.window, SINKS=call.sinks, PACKED=call.packed, **told, **launch("output", call),
+        call.q, *made, call.v, call.cos, call.sin, call.mixing, call.first, states, output, near_query, turned_query,
+        lse, T, call.rope_stride, call.scale, HEADS=heads, R=call.rotary, W=call.window, SINKS=call.sinks,
+        FEATURE=call.feature_map, SCALAR=call.scalar, PACKED=call.packed, KEEP=keep, **told, **launch("output", call),
     )  # fmt: skip
     steep.add_output_kernel[(triton.cdiv(call.chunks, steep.STEP.value), call.pairs)](
         call.q, call.k, call.v, call.mixing, call.first, call.decay, made.totals, output, T, call.rate, call.lower,
         PACKED=call.packed, **told, **call.gating(), **launch("add_output", call),
     )  # fmt: skip
-    turned = [made.turned_query, made.turned_key] if call.rotary > 0 else []
-    return output, final, [made.near_query, made.near_key, made.totals, states, lse, *turned]
+    turned = [turned_query, made.turned_key] if call.rotary > 0 else []
+    return output, final, [near_query, made.near_key, made.totals, states, lse, *turned]
 
 
 def kept(call: Call) -> list[Tensor]:
@@ -238,7 +250,7 @@ def window(call: Call, output: Tensor, lse: Tensor | None = None) -> None:
 
 def run(call: Call, initial: Tensor) -> tuple[Tensor, Tensor]:
     """Output and final state, where there is no backward pass; what one would need is freed."""
-    return forward(call, initial)[:2]
+    return forward(call, initial, keep=False)[:2]
 
 
 def backward(call: Call, made_before: Sequence[Tensor], doutput: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
@@ -246,33 +258,34 @@ def backward(call: Call, made_before: Sequence[Tensor], doutput: Tensor, dfinal:
     B, T, H, D = call.q.shape
     near_query, near_key, totals, states, lse, *turned = made_before
     turned_query, turned_key = turned or (call.q, call.k)
-    made = Operands(near_query, turned_query, near_key, turned_key, totals)
     dq, dk, dv = torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v)
-    delta, gained, dmixing = torch.empty_like(lse), torch.empty_like(lse), lse.new_empty(B, H, call.chunks)
-    heads = heads_of("query_gradients", call)
-    sinks = [lse.new_empty(B, H // heads, call.chunks, call.sinks, D) for _ in range(2)]
-    told = call.heads() | {"PACKED": call.packed}
+    delta, dmixing = torch.empty_like(lse), lse.new_empty(B, H, call.chunks)
+    terms = lse.new_empty(*call.k.shape[:3], 1 if call.scalar else D)
+    sinks = [lse.new_empty(B, H, call.chunks, call.sinks, D) for _ in range(2)]
+    told, grid = call.heads() | {"PACKED": call.packed}, (call.chunks, call.pairs)
     turning, gate, gating = (call.cos, call.sin), (call.rate, call.lower), call.gating()
-    inputs = (made.near_query, doutput, call.mixing, call.first, made.totals)
+    inputs = (near_query, doutput, call.mixing, call.first, totals)
     kernel = gradients.state_gradients_kernel
     dstates, dinitial = pass_over_states(call, "state_gradients", kernel, inputs, dfinal, call.heads())
-    gradients.query_gradients_kernel[(call.chunks, B * H // heads)](
-        call.q, call.k, *made[:4], call.v, *turning, call.mixing, call.first, call.decay, made.totals, states, lse,
-        doutput, dq, delta, gained, dmixing, *sinks, T, call.rope_stride, *gate, call.scale,
-        HEADS=heads, R=call.rotary, W=call.window, SINKS=call.sinks, **told, **gating,
-        **launch("query_gradients", call),
+    windows.window_query_gradients_kernel[(call.chunks, B * H)](
+        turned_query, turned_key, call.v, *turning, call.mixing, call.first, lse, doutput, dq, delta, dmixing, *sinks,
+        T, call.rope_stride, call.scale, R=call.rotary, W=call.window, SINKS=call.sinks, TURNED=True, **told,
+        **launch("window_query_gradients", call),
     )  # fmt: skip
-    grid = (call.chunks, call.pairs)
+    gradients.query_gradients_kernel[grid](
+        call.q, call.k, near_query, near_key, call.v, call.mixing, call.first, call.decay, totals, states, doutput, dq,
+        dmixing, terms, T, *gate, **told, **gating, **launch("query_gradients", call),
+    )  # fmt: skip
     gradients.key_gradients_kernel[grid](
-        call.k, made.near_query, made.near_key, call.v, call.mixing, call.first, call.decay, made.totals, states,
-        dstates, gained, doutput, dk, dv, T, *gate, **told, **gating, **launch("key_gradients", call),
+        call.k, near_query, near_key, call.v, call.mixing, call.first, call.decay, totals, states, dstates, terms,
+        doutput, dk, dv, T, *gate, **told, **gating, **launch("key_gradients", call),
     )  # fmt: skip
     gradients.window_gradients_kernel[grid](
-        made.turned_query, made.turned_key, call.v, *turning, call.mixing, call.first, lse, delta, doutput, dk, dv,
-        T, call.rope_stride, call.scale, R=call.rotary, W=call.window, **told, **launch("window_gradients", call),
+        turned_query, turned_key, call.v, *turning, call.mixing, call.first, lse, delta, doutput, dk, dv, T,
+        call.rope_stride, call.scale, R=call.rotary, W=call.window, **told, **launch("window_gradients", call),
     )  # fmt: skip
     steep.add_gradients_kernel[(triton.cdiv(call.chunks, steep.STEP.value), call.pairs)](
-        call.q, call.k, call.v, call.mixing, call.first, call.decay, made.totals, doutput, dq, dk, dv, dmixing, T,
+        call.q, call.k, call.v, call.mixing, call.first, call.decay, totals, doutput, dq, dk, dv, dmixing, T,
         *gate, **told, **gating, **launch("add_gradients", call),
     )  # fmt: skip
     if call.sinks > 0:

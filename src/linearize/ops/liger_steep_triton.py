@@ -46,7 +46,7 @@ def decay_to_boundary(log_g, size, DTYPE: tl.constexpr):
     i, t = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     right = (i & size) != 0
     between = (i // size == t // size) & ((right & (t <= i)) | ((right == 0) & (t > i)))
-    return exp(split_product(between, log_g, DTYPE)), right
+    return exp(split_product(tl.where(between, 1.0, 0.0), log_g, DTYPE)), right
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def add_gradients_kernel(
                 draw = feature_backward(raw, w * dquery, w * query * dquery, columns, D, FEATURE)
                 draw += load_tile(dq + ours, rows, columns, T, H * D, D).to(tl.float32)
                 store_tile(dq + ours, rows, columns, draw, T, H * D, D)
-            dlog_g = tl.where(log_g > GONE, running_sum(terms, SCALAR, True), 0.0)
+            dlog_g = tl.where(log_g > GONE, running_sum(terms, DTYPE, SCALAR, True), 0.0)
             draw = key_and_gate_backward(x, dkey, key * dkey, dlog_g, columns, rate, lower, D, GATE, FEATURE)
             draw += load_tile(dk + theirs, rows, columns, T, KV * D, D).to(tl.float32)
             dvalues += load_tile(dv + theirs, rows, columns, T, KV * D, D).to(tl.float32)

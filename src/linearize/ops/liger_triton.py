@@ -39,16 +39,6 @@ def query_rows(chunk, index, KV: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.c
 
 
 @triton.jit
-def repeated(x, HEADS: tl.constexpr):
-    """x `[C, K]` for each of the heads that `query_rows` puts one below the other."""
-    if HEADS > 1:
-        C: tl.constexpr = x.shape[0]
-        K: tl.constexpr = x.shape[1]
-        x = tl.reshape(tl.broadcast_to(x[None, :, :], [HEADS, C, K]), [HEADS * C, K])
-    return x
-
-
-@triton.jit
 def load_tile(base, rows, columns, T, STRIDE: tl.constexpr, D: tl.constexpr):
     """`[rows, columns]`, 0 outside the sequence and the head."""
     inside = ((rows >= 0) & (rows < T))[:, None] & (columns < D)[None, :]
@@ -60,6 +50,25 @@ def store_tile(base, rows, columns, values, T, STRIDE: tl.constexpr, D: tl.const
     """Rows past the sequence are left out."""
     inside = (rows < T)[:, None] & (columns < D)[None, :]
     tl.store(base + rows[:, None] * STRIDE + columns[None, :], values.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_gate(base, batch, head, rows, columns, T, KV: tl.constexpr, D: tl.constexpr, SCALAR: tl.constexpr):
+    """A chunk of what is as large as log decays, `[B, T, KV, K]`, as `[C, K]`."""
+    if SCALAR:
+        x = tl.load(base + (batch * T + rows[:, None]) * KV + head, mask=(rows < T)[:, None], other=0.0)
+    else:
+        x = load_tile(base + (batch * T * KV + head) * D, rows, columns, T, KV * D, D)
+    return x
+
+
+@triton.jit
+def store_gate(base, batch, head, rows, columns, x, T, KV: tl.constexpr, D: tl.constexpr, SCALAR: tl.constexpr):
+    """As `load_gate` reads it."""
+    if SCALAR:
+        tl.store(base + (batch * T + rows[:, None]) * KV + head, x, mask=(rows < T)[:, None])
+    else:
+        store_tile(base + (batch * T * KV + head) * D, rows, columns, x, T, KV * D, D)
 
 
 @triton.jit
@@ -313,34 +322,45 @@ def key_and_gate_backward(
 
 
 @triton.jit
-def running_sum(x, SCALAR: tl.constexpr, REVERSE: tl.constexpr = False):
-    """The sum of x `[C, K]` up to and with each token, or from it on. (Triton cannot scan a tile of width 1.)"""
+def running_sum(x, DTYPE: tl.constexpr, SCALAR: tl.constexpr, REVERSE: tl.constexpr = False):
+    """The sum of x `[C, K]` up to and with each token, or from it on: of a tile as a product, since a scan that goes
+    across warps has each of them add up what all others have. (Triton cannot scan a tile of width 1.)"""
     if SCALAR:
         sums = tl.cumsum(tl.sum(x, 1), 0, reverse=REVERSE)[:, None]
     else:
-        sums = tl.cumsum(x, 0, reverse=REVERSE)
+        i, t = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+        sums = split_product(tl.where(t >= i if REVERSE else t <= i, 1.0, 0.0), x, DTYPE)
     return sums
 
 
 @triton.jit
-def decays(
-    log_g, total, k, rows, columns, T, fixed, rate, lower,
-    STRIDE: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr, SCALAR: tl.constexpr,
+def middle_of(total, SCALAR: tl.constexpr):
+    """What a chunk's decays are relative to, `[1, K]`; 0 in a steep one. `total` `[DP]` as `load_total`."""
+    middle = tl.where(tl.min(total) > LIMIT, 0.5 * total, 0.0)[None, :]
+    return tl.min(middle, 1, keep_dims=True) if SCALAR else middle
+
+
+@triton.jit
+def decay_of_queries(log_g, total, DTYPE: tl.constexpr, SCALAR: tl.constexpr):
+    """What makes near queries of queries `[C, K]`."""
+    return exp(running_sum(log_g, DTYPE, SCALAR) - middle_of(total, SCALAR))
+
+
+@triton.jit
+def decay_of_keys(
+    log_g, total, k, rows, columns, T, fixed, rate, lower, STRIDE: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr,
+    FEATURE: tl.constexpr, DTYPE: tl.constexpr, SCALAR: tl.constexpr,
 ):  # fmt: skip
-    """What makes near queries of queries and near keys of keys, `[C, K]` each; `total` `[DP]` as `load_total`."""
-    to_query = running_sum(log_g, SCALAR)
+    """What makes near keys of keys `[C, K]`."""
     if tl.min(total) > LIMIT:
-        middle = 0.5 * (tl.min(total) if SCALAR else total[None, :])
-        for_query = exp(to_query - middle)
-        for_key = exp(middle - to_query)
+        for_key = exp(middle_of(total, SCALAR) - running_sum(log_g, DTYPE, SCALAR))
     else:  # large sums are not subtracted: one -1e4 would swallow its neighbours
         later = rows + 1
         x = load_tile(k, later, columns, T, STRIDE, D).to(tl.float32)
         inside = (later < T) & (later % CHUNK != 0)
         _, log_after = key_and_gate(x, inside, columns, fixed, rate, lower, D, GATE, FEATURE)
-        for_query = exp(to_query)
-        for_key = exp(running_sum(log_after, SCALAR, True))
-    return for_query, for_key
+        for_key = exp(running_sum(log_after, DTYPE, SCALAR, True))
+    return for_key
 
 
 @triton.jit

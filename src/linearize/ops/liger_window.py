@@ -21,7 +21,7 @@ def window_gradients(call: Call, lse: Tensor, doutput: Tensor) -> tuple[Tensor, 
     given = call.q, call.k, call.v, call.cos, call.sin, call.mixing, call.first, lse
     windows.window_query_gradients_kernel[(call.chunks, B * H)](
         *given, doutput, dq, delta, dmixing, *sinks, T, call.rope_stride, call.scale,
-        R=call.rotary, W=call.window, SINKS=call.sinks, **told, **launch("window_query_gradients", call),
+        R=call.rotary, W=call.window, SINKS=call.sinks, TURNED=False, **told, **launch("window_query_gradients", call),
     )  # fmt: skip
     windows.window_key_gradients_kernel[(call.chunks, call.pairs)](
         *given, delta, doutput, dk, dv, T, call.rope_stride, call.scale,

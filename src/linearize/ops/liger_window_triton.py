@@ -88,11 +88,11 @@ def window_kernel(
 def window_query_gradients_kernel(
     q, k, v, cos, sin, mixing, first, lse, doutput, dq, delta, dmixing, dsink_key, dsink_values, T, rope_stride, scale,
     KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    SINKS: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
+    SINKS: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a chunk's queries of one head; besides, for each query doutput · window, `delta` `[B, H, T]`,
     and what the chunk adds to the gradients of the mixing weights, `dmixing` `[B, H, chunks]`, and of the sinks, after
-    RoPE, `[B, H, chunks, SINKS, D]`."""
+    RoPE, `[B, H, chunks, SINKS, D]`. If TURNED, q and k are given after RoPE."""
     chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
     index = tl.program_id(1).to(tl.int64)  # of a query head among all sequences
     batch, query_head = index // H, index % H
@@ -106,11 +106,11 @@ def window_query_gradients_kernel(
     w = tl.load(mixing + query_head)
     share = (1.0 - w) * scale
     norm = tl.load(lse + index * T + rows, mask=rows < T, other=0.0)[:, None]
-    query = load_turned(q + ours, rows, columns, cos, sin, T, H * D, D, R)
+    query = load_turned(q + ours, rows, columns, cos, sin, T, H * D, D, 0 if TURNED else R)
     dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
 
-    key = load_turned(k + theirs, rows, columns, cos, sin, T, KV * D, D, R)
-    key_before = load_turned(k + theirs, before, columns, cos, sin, T, KV * D, D, R)
+    key = load_turned(k + theirs, rows, columns, cos, sin, T, KV * D, D, 0 if TURNED else R)
+    key_before = load_turned(k + theirs, before, columns, cos, sin, T, KV * D, D, 0 if TURNED else R)
     own, past = product(query, tl.trans(key), DTYPE) * scale, product(query, tl.trans(key_before), DTYPE) * scale
     own = exp(tl.where(window_mask(rows, rows, starts, W), own, -float("inf")) - norm)
     past = exp(tl.where(window_mask(rows, before, starts, W), past, -float("inf")) - norm)
@@ -120,7 +120,7 @@ def window_query_gradients_kernel(
     if SINKS > 0:
         chunk_first = load_one_first(first, start, PACKED)
         sinks = sink_rows(chunk_first, SINKS)
-        sink_key = load_turned(k + theirs, sinks, columns, cos, sin, T, KV * D, D, R)
+        sink_key = load_turned(k + theirs, sinks, columns, cos, sin, T, KV * D, D, 0 if TURNED else R)
         far = product(query, tl.trans(sink_key), DTYPE) * scale
         far = exp(tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf")) - norm)
         dfar = product(dout, tl.trans(load_tile(v + theirs, sinks, columns, T, KV * D, D)), DTYPE)
