@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from benchmarks import documents_claims as claims
 from benchmarks import documents_recovery as recovery
 from benchmarks import documents_speed as speed
 from benchmarks.results import RESULTS, versions
@@ -54,7 +55,7 @@ def main() -> None:
     images = ROOT / "docs" / "images"
     images.mkdir(exist_ok=True)
     pictures = {"loss_by_position": figures(read_report(RESULTS / "demo.json"))["loss_by_position"]}
-    pictures |= {name: to_svg(figure, name) for name, figure in recovery.pictures().items()}
+    pictures |= {name: to_svg(figure, name) for name, figure in (recovery.pictures() | claims.pictures()).items()}
     for name, svg in pictures.items():
         (images / f"{name}.svg").write_text(svg, encoding="utf-8")
 
@@ -275,23 +276,24 @@ def _kind(option: dict[str, Any]) -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "tree": tree,
-    "demo": recovery.demo_table,
-    "claim": recovery.claim,
-    "earlier": recovery.earlier,
-    "three-layers": recovery.three_layers,
+    "demo": claims.demo_table,
+    "claim": claims.claim,
+    "earlier": claims.earlier,
+    "three-layers": claims.three_layers,
     "trained-otherwise": recovery.trained_otherwise,
     "behind": recovery.behind,
     "behind-20M": recovery.behind_claim,
+    "behind-both": recovery.behind_both,
     "recipes-trained": recovery.recipes,
-    "short-tasks": partial(recovery.short_tasks, "tasks_h100"),
-    "short-tasks-500": partial(recovery.short_tasks, "tasks_500_cpu"),
-    "recalled": recovery.recalled,
+    "short-tasks": partial(claims.short_tasks, "tasks_h100"),
+    "short-tasks-500": partial(claims.short_tasks, "tasks_500_cpu"),
+    "recalled": claims.recalled,
     "tokens": recovery.tokens,
     "state-size": recovery.state_size,
     "changes": recovery.changes,
     "screening": recovery.screening,
     "recurrences": recovery.recurrences,
-    "recovered": recovery.recovered,
+    "recovered": claims.recovered,
     "training": speed.training,
     "selection": recovery.selection,
     "training-text": recovery.training_text,

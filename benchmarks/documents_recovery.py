@@ -1,4 +1,4 @@
-"""Parts of the documents about what comes back and what the recurrence adds, made from raw results."""
+"""Parts of the documents about what comes back and what the recurrence adds, made from rows of raw results."""
 
 import json
 from typing import Any
@@ -6,190 +6,49 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.results import RESULTS, made_on, measured, report_made_on, versions
+from benchmarks.results import RESULTS, interval, made_on, measured, rows_of, versions
 from linearize import drawing
 from linearize.drawing import LABELS
-from linearize.evaluate.late_gap import closed, late_gap, pooled
-from linearize.figures import by_distance
-from linearize.measures import Interval, LateGap, RecallScore, Suite
-from linearize.report import table, verdict
-from linearize.results import Report
-from linearize.results import read as read_report
+from linearize.evaluate.late_gap import closed
+from linearize.measures import Interval
 
-SEEDS = (0, 1)
 MILLIONS = (2, 5, 10, 20)
 SHARES = {"window-5M": 0.0, "quarter": 0.25, "half": 0.5, "default-5M": 1.0}  # of the layers that have a state
-ORDER = ("teacher", "window_only", "window_equal_memory", "converted", "recurrence_off", "window_off")
-BASELINES = ("window_only", "window_equal_memory")
-
-
-def demo_table() -> str:
-    """The demo's table and verdict."""
-    report = read_report(RESULTS / "demo.json")
-    return f"{table(report)}\n\n{verdict(report)}\n\n{report_made_on(report)}"
-
-
-def claim() -> str:
-    """Late losses of the default recipe and its baselines by length, over both seeds, and the shares closed."""
-    return "\n".join([*_by_length(_claimed(), LABELS), "", f"{made_on(_claims()[0])}."])
-
-
-def _claims() -> list[dict[str, Any]]:
-    found = [measured(f"claim-seed-{seed}") for seed in SEEDS]
-    assert all(found)
-    return found  # type: ignore[return-value]
-
-
-def _claimed() -> list[LateGap]:
-    """By length, over the seeds."""
-    return _over_seeds([Suite.model_validate(data["suite"]) for data in _claims()])
-
-
-def _over_seeds(suites: list[Suite]) -> list[LateGap]:
-    return [pooled(found) for found in zip(*(suite.late for suite in suites), strict=True)]
-
-
-def _claimed_recall() -> dict[str, list[RecallScore]]:
-    """By model, the mean of the seeds."""
-    suites = [Suite.model_validate(data["suite"]).recall for data in _claims()]
-    return {
-        model: [_mean(cells) for cells in zip(*(suite[model] for suite in suites), strict=True)]
-        for model in suites[0]
-        if model in ORDER[:4]
-    }
-
-
-def _mean(cells: tuple[RecallScore, ...]) -> RecallScore:
-    accuracy, exact = (float(np.mean([getattr(x, key) for x in cells])) for key in ("accuracy", "exact"))
-    return cells[0].model_copy(update={"trials": sum(x.trials for x in cells), "accuracy": accuracy, "exact": exact})
-
-
-def earlier() -> str:
-    """The shares closed, and needles found, by what the default recipe was before."""
-    old, second = [_suite(_report(f"default-seed-{seed}")) for seed in SEEDS], _report("larger-steps-seed-1")
-    cells = [suite.recall["converted"] for suite in old]
-    found = {
-        "states in fp32, text of any length, no repeats": (_over_seeds(old), [*map(_mean, zip(*cells, strict=True))]),
-        "16,384 tokens a step, a tenth of repeats": (_larger_steps(), _suite(second).recall["converted"]),
-        "the default": (_claimed(), _claimed_recall()["converted"]),
-    }
-    lines = ["| recipe | T | closed of window only | of equal memory | late loss | needles at 128, 512, 1,024 |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for label, (gaps, scores) in found.items():
-        needles = {score.distance: f"{score.accuracy:.0%}" for score in scores if score.task == "needle"}
-        name, recalled = label, ", ".join(needles[distance] for distance in (128, 512, 1024))
-        for gap in gaps:
-            shares = " | ".join(_interval(gap.closed[base]) for base in BASELINES)
-            loss = f"{np.mean(gap.losses['converted']):.4f}"
-            lines.append(f"| {name} | {gap.length:,} | {shares} | {loss} | {recalled} |")
-            name = recalled = ""
-    scored = made_on(_rows("larger-steps-seed-0")[1])
-    return "\n".join([*lines, "", f"{report_made_on(second)} Seed 0 of the second was scored on {scored}."])
-
-
-def _larger_steps() -> list[LateGap]:
-    """By length; seed 0 are rows of `benchmarks.recovery`, seed 1 is a run."""
-    rows, data = _rows("larger-steps-seed-0")
-    found = []
-    for gap in _suite(_report("larger-steps-seed-1")).late:
-        length = str(gap.length)
-        losses = {"teacher": [data["teacher"]["late"][length]]} | {n: [row["late"][length]] for n, row in rows.items()}
-        losses["recurrence_off"] = [rows["converted"]["recurrence_off"]["late"][length]]
-        found.append(pooled([late_gap(gap.length, data["teacher"]["articles"][length], losses), gap]))
-    return found
-
-
-def recovered() -> str:
-    """The first column of `claim`."""
-    gap = _claimed()[0]
-    lines = [
-        "| model | late loss | closed of the gap of window only | of equal memory |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    for name in ORDER[:4]:
-        shares = [_interval(gap.closed[base]) if name == "converted" else "–" for base in BASELINES]
-        lines.append(f"| {LABELS[name]} | {np.mean(gap.losses[name]):.3f} | {' | '.join(shares)} |")
-    return "\n".join([*lines, "", f"{made_on(_claims()[0])}."])
-
-
-def three_layers() -> str:
-    """With three layers left as softmax attention: beside the same three alone, and beside no full layer."""
-    report = _report("three-layers")
-    ours, plain = _suite(report).late, _suite(_report("default-seed-0")).late
-    names = {name: label if name == "teacher" else f"{label}, three full layers" for name, label in LABELS.items()}
-    cells = []
-    for gap, other in zip(ours, plain, strict=True):
-        found = closed(other.losses["window_only"], gap.losses["converted"], gap.losses["teacher"], gap.articles)
-        assert found is not None
-        assert gap.articles == other.articles
-        cells.append(_interval(found))
-    lines = [*_by_length(ours, names), f"| closed of the gap of window only, no full layer | {' | '.join(cells)} |"]
-    return "\n".join([*lines, "", report_made_on(report)])
-
-
-def _by_length(gaps: list[LateGap], names: dict[str, str]) -> list[str]:
-    lines = ["| | " + " | ".join(f"T = {gap.length:,}" for gap in gaps) + " |", "| --- |" + " ---: |" * len(gaps)]
-    texts = [f"{len(gap.articles)} ({len(set(gap.articles))})" for gap in gaps]
-    lines.append("| sequences (of articles) | " + " | ".join(texts) + " |")
-    for name in ORDER if "window_off" in gaps[0].losses else ORDER[:-1]:
-        lines.append(f"| {names[name]} | " + " | ".join(f"{np.mean(gap.losses[name]):.4f}" for gap in gaps) + " |")
-    for base in BASELINES:
-        cells = " | ".join(_interval(gap.closed[base]) for gap in gaps)
-        lines.append(f"| closed of the gap of {names[base]} | {cells} |")
-    return lines
-
-
-def recalled() -> str:
-    """Answers found by distance, without a full layer and with three."""
-    full = _suite(_report("three-layers")).recall
-    shown = {LABELS["teacher"]: full["teacher"]}
-    for kind, recall in (("no full layer", _claimed_recall()), ("three full layers", full)):
-        shown |= {f"{LABELS[model]}, {kind}": recall[model] for model in ORDER[1:4]}
-    found = {label: {(score.task, score.distance): score for score in scores} for label, scores in shown.items()}
-    distances = sorted({distance for scores in found.values() for _, distance in scores})
-    lines = ["| task | model | " + " | ".join(f"{distance:,}" for distance in distances) + " |"]
-    lines.append("| --- | --- |" + " ---: |" * len(distances))
-    for task in ("needle", "multi_key", "lookup"):
-        for label, cells in found.items():
-            shares = " | ".join(f"{cells[task, distance].accuracy:.0%}" for distance in distances)
-            lines.append(f"| {task} | {label} | {shares} |")
-    trials = sorted({score.trials for cells in found.values() for score in cells.values()})
-    return "\n".join([*lines, "", f"{' or '.join(map(str, trials))} trials each; chance is 10 %."])
 
 
 def tokens() -> str:
     """What more training tokens bring, and what a window of equal memory has by then."""
-    rows, data = _rows("scaling")
+    rows, data = rows_of("scaling")
     lines = ["| tokens | window only | window of 128 | default | closed of window only | closed of window of 128 |"]
     lines.append("| ---: | ---: | ---: | ---: | ---: | ---: |")
     for millions in MILLIONS:
         ours = rows[f"default-{millions}M"]
         window, longer = (rows.get(f"{name}-{millions}M") for name in ("window", "window-128"))
         losses = " | ".join(f"{row['late_loss']:.4f}" if row else "–" for row in (window, longer, ours))
-        shares = " | ".join(_interval(_closed(row, ours, data)) if row else "–" for row in (window, longer))
+        shares = " | ".join(interval(_closed(row, ours, data)) if row else "–" for row in (window, longer))
         lines.append(f"| {millions} M | {losses} | {shares} |")
     return "\n".join([*lines, "", f"Teacher {data['teacher']['late_loss']:.4f}. {made_on(data)}."])
 
 
 def state_size() -> str:
     """What states in some of the layers bring."""
-    rows, data = _rows("scaling")
+    rows, data = rows_of("scaling")
     lines = ["| layers with a state | late loss | closed of window only | bytes of cache at 1,024 tokens |"]
     lines.append("| ---: | ---: | ---: | ---: |")
     for name, share in SHARES.items():
         row = rows[name]
-        found = "–" if share == 0 else _interval(_closed(rows["window-5M"], row, data))
+        found = "–" if share == 0 else interval(_closed(rows["window-5M"], row, data))
         lines.append(f"| {share:.0%} | {row['late_loss']:.4f} | {found} | {row['cache_bytes']:,} |")
     return "\n".join([*lines, "", f"{made_on(data)}."])
 
 
 def recipes() -> str:
     """The shipped recipes, 2 million tokens each."""
-    rows, data = _rows("recipes")
+    rows, data = rows_of("recipes")
     lines = ["| recipe | late loss | closed of window only | needles at 128, 512 | new parameters | cache, MB |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, row in sorted(rows.items(), key=lambda item: item[1]["late_loss"]):
-        share = "–" if name == "window-only" else _interval(_closed(rows["window-only"], row, data))
+        share = "–" if name == "window-only" else interval(_closed(rows["window-only"], row, data))
         new, cache = f"{row['new_parameters']:,}", f"{row['cache_bytes'] / 1e6:.1f}"
         lines.append(f"| {name} | {row['late_loss']:.4f} | {share} | {_needles(row)} | {new} | {cache} |")
     return "\n".join([*lines, "", f"Teacher {data['teacher']['late_loss']:.4f}. {made_on(data)}."])
@@ -197,7 +56,7 @@ def recipes() -> str:
 
 def changes() -> str:
     """Each row that differs from the default at 5 million tokens in one thing."""
-    rows, data = _rows("scaling")
+    rows, data = rows_of("scaling")
     base = rows["default-5M"]
     lines = ["| row | change | late loss | worse than `default-5M` by, nats | new parameters |"]
     lines.append("| --- | --- | ---: | ---: | ---: |")
@@ -214,7 +73,7 @@ def changes() -> str:
 
 def trained_otherwise() -> str:
     """What other text, more steps and more weights bring, in late loss and in needles found."""
-    rows, data = _rows("changes")
+    rows, data = rows_of("changes")
     lines = ["| row | change | late loss | worse than its base by, nats | needles at 128, 512 | new parameters |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
     for name, row in rows.items():
@@ -233,8 +92,8 @@ def trained_otherwise() -> str:
 
 def behind() -> str:
     """A recurrence behind the window, and what was tried beside it, in late loss and in needles found."""
-    rows, data = _rows("behind")
-    tried, _ = _rows("tried")
+    rows, data = rows_of("behind")
+    tried, _ = rows_of("tried")
     base = rows["beside"]
     lines = ["| row | change | late loss | worse than `beside` by, nats | early loss | needles at 128, 512 |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
@@ -247,7 +106,7 @@ def behind() -> str:
     best = data["teacher"]
     lines.append(f"| teacher | | {best['late_loss']:.4f} | | {best['early_loss']:.4f} | {_needles(best)} |")
     shares = "; ".join(
-        f"`{name}` {_interval(_closed(rows['window'], rows[name], data))}" for name in ("beside", "behind")
+        f"`{name}` {interval(_closed(rows['window'], rows[name], data))}" for name in ("beside", "behind")
     )
     note = f"Closed of the gap of `window`: {shares}. The error is one standard error over sequences."
     return "\n".join([*lines, "", f"{note} {made_on(data)}."])
@@ -255,7 +114,7 @@ def behind() -> str:
 
 def behind_claim() -> str:
     """Late losses behind the window after 20 million tokens, by length, beside the window's, and the share closed."""
-    rows, data = _rows("behind_20M")
+    rows, data = rows_of("behind_20M")
     lengths, best = list(rows["converted"]["late"]), data["teacher"]
     models = {"teacher": best, "window_only": rows["window_only"], "converted": rows["converted"]}
     lines = ["| | " + " | ".join(f"T = {int(length):,}" for length in lengths) + " |"]
@@ -263,9 +122,22 @@ def behind_claim() -> str:
     for name, row in models.items():
         losses = " | ".join(f"{np.mean(row['late'][length]):.4f}" for length in lengths)
         lines.append(f"| {LABELS[name]} | {losses} |")
-    shares = [_interval(_closed(models["window_only"], models["converted"], data, length)) for length in lengths]
+    shares = [interval(_closed(models["window_only"], models["converted"], data, length)) for length in lengths]
     lines.append(f"| closed of the gap of window only | {' | '.join(shares)} |")
     return "\n".join([*lines, "", f"{made_on(data)}."])
+
+
+def behind_both() -> str:
+    """Changes to a recurrence behind the window that reads the window's keys, in late loss and in needles found."""
+    rows, data = rows_of("behind_both")
+    lines = ["| row | change | late loss | worse than `both` by, nats | early loss | needles at 128, 512 |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["late_loss"]):
+        own = row.get("what") or ", ".join(f"`{x}`" for x in row["set"] if x not in rows["both"]["set"]) or "–"
+        mean, error = _difference(row["late"]["1024"], rows["both"]["late"]["1024"])
+        losses = f"{row['late_loss']:.4f} | {mean:+.4f} ± {error:.4f} | {row['early_loss']:.4f}"
+        lines.append(f"| {name} | {own} | {losses} | {_needles(row) if 'recall' in row else '–'} |")
+    return "\n".join([*lines, "", f"The error is one standard error over sequences. {made_on(data)}."])
 
 
 def _needles(row: dict[str, Any]) -> str:
@@ -279,41 +151,13 @@ def _base_of(name: str) -> str:
     return "default" if not name.startswith("long") else "long-20M" if name.endswith("-20M") else "long"
 
 
-def short_tasks(name: str) -> str:
-    """Multiple choice of the models beside their teacher."""
-    data = measured(name)
-    assert data is not None
-    best, models = data["tasks"]["teacher"], [name for name in ORDER[1:4] if name in data["tasks"]]
-    lines = ["| task | metric | items | teacher | " + " | ".join(LABELS[name] for name in models) + " |"]
-    lines.append("| --- | --- | ---: | ---: |" + " ---: |" * len(models))
-    for place, row in enumerate(best):
-        cells = [data["tasks"][name][place] for name in models]
-        shown = " | ".join(f"{100 * cell['score']:.1f}, {_points(cell['difference'])}" for cell in cells)
-        lines.append(f"| {row['task']} | {row['metric']} | {row['items']:,} | {100 * row['score']:.1f} | {shown} |")
-    shown = " | ".join(_points(data["short_tasks"][name]) for name in models)
-    lines.append(f"| five short tasks | | | | {shown} |")
-    note = "In points, with the difference from the teacher's and its 95 % interval, over items."
-    return "\n".join([*lines, "", f"{note} {made_on(data)}."])
-
-
-def _points(found: dict[str, float]) -> str:
-    return f"{100 * found['value']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
-
-
 def pictures() -> dict[str, Figure]:
-    """How the share closed grows, and recall by distance."""
-    found = {"scaling": _scaling()}
-    window = _report("three-layers").models.converted.window
-    recalls = {"recall": _claimed_recall(), "recall_three_layers": _suite(_report("three-layers")).recall}
-    for picture, scores in recalls.items():
-        figure = by_distance(scores, window)
-        assert figure is not None
-        found[picture] = figure
-    return found
+    """How the share closed grows."""
+    return {"scaling": _scaling()}
 
 
 def _scaling() -> Figure:
-    rows, data = _rows("scaling")
+    rows, data = rows_of("scaling")
     figure, ends = drawing.canvas(drawing.WIDE, 3.0), []
     ax = drawing.panel(figure, (0.06, 0.16, 0.36, 0.72), "Late gap closed, by training", "tokens", "")
     ax.set_xscale("log")
@@ -427,21 +271,6 @@ def training_text() -> str:
     return "\n".join([*lines, "", f"Documents left out as held out: {refused}. Packages left out: {missing}."])
 
 
-def _rows(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    data = measured(name)
-    assert data is not None
-    return data["rows"], data
-
-
-def _report(name: str) -> Report:
-    return read_report(RESULTS / f"{name}.json")
-
-
-def _suite(report: Report) -> Suite:
-    assert report.suite is not None
-    return report.suite
-
-
 def _closed(base: dict[str, Any], ours: dict[str, Any], data: dict[str, Any], length: str = "1024") -> Interval:
     baseline, mine, best = ([row["late"][length]] for row in (base, ours, data["teacher"]))
     found = closed(baseline, mine, best, ours["articles"][length])
@@ -453,7 +282,3 @@ def _difference(ours: list[float], base: list[float]) -> tuple[float, float]:
     """The mean of ours - base, and its standard error over sequences."""
     found = np.array(ours) - np.array(base)
     return float(found.mean()), float(found.std(ddof=1) / len(found) ** 0.5)
-
-
-def _interval(found: Interval) -> str:
-    return f"{found.value:.0%} ({found.low:.0%} to {found.high:.0%})"

@@ -9,7 +9,9 @@ from typing import Any
 
 from linearize.evaluate import hardware
 from linearize.files import write_text
+from linearize.measures import Interval, Suite
 from linearize.results import Report
+from linearize.results import read as read_report
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
@@ -52,3 +54,26 @@ def report_made_on(report: Report) -> str:
 def versions(of: dict[str, str]) -> str:
     """Those that a reader asks for."""
     return ", ".join(f"{name} {of[name]}" for name in ("torch", "transformers", "triton") if name in of)
+
+
+def rows_of(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rows of raw results that are there, and all of these results."""
+    data = measured(name)
+    assert data is not None
+    return data["rows"], data
+
+
+def report_of(name: str) -> Report:
+    """A run's report."""
+    return read_report(RESULTS / f"{name}.json")
+
+
+def suite_of(report: Report) -> Suite:
+    """Its full suite, which is there."""
+    assert report.suite is not None
+    return report.suite
+
+
+def interval(found: Interval) -> str:
+    """A share with its interval."""
+    return f"{found.value:.0%} ({found.low:.0%} to {found.high:.0%})"

@@ -41,7 +41,7 @@ def test_overrides_come_last_and_keep_the_rest():
         "default", ["distill.learning_rate=1e-4", "mixer.window=32", "lora=null"], {"mixer.window": 8, "layers": "5"}
     )
     assert recipe.distill is not None
-    assert (recipe.distill.learning_rate, recipe.distill.tokens) == (1e-4, 1_500_000)
+    assert (recipe.distill.learning_rate, recipe.distill.tokens) == (1e-4, 2_000_000)
     assert (recipe.mixer.root["window"], recipe.mixer.root["sinks"], recipe.layers, recipe.lora) == (32, 4, "5", None)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import prose
 from benchmarks import training_text as module
 from benchmarks.training_text import (
     Package,
@@ -208,3 +209,21 @@ def test_the_list_of_packages():
         assert one.client in ("pip", "npm", "apt")
         assert one.read in module.READERS
         assert len(one.sha256) == 64
+
+
+def test_prose_is_of_some_sources_and_long(tmp_path, monkeypatch):
+    """Short documents are joined with those of their own source; what is left too short is left out."""
+    long = "word " * 500
+    rows = [{"source": "sotu", "text": long}, {"source": "chats", "text": long}]
+    rows += [{"source": "wiki leads", "text": f"lead {number} " * 100} for number in range(15)]
+    given, out = tmp_path / "text.jsonl.xz", tmp_path / "prose.jsonl.xz"
+    given.write_bytes(lzma.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    monkeypatch.setattr("sys.argv", ["prose", str(given), "--out", str(out)])
+    prose.main()
+    with lzma.open(out, "rt", encoding="utf-8") as lines:
+        made = [json.loads(line)["text"] for line in lines]
+    assert long in made
+    joined = [text for text in made if text != long]
+    assert len(joined) == 1
+    assert [f"lead {number} " in joined[0] for number in range(15)] == [True] * 10 + [False] * 5
+    assert len(joined[0]) >= prose.LONG

@@ -1,0 +1,210 @@
+"""Parts of the documents about claims: the default recipe and what it was before, with three full layers, on tasks."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.results import interval, made_on, measured, report_made_on, report_of, rows_of, suite_of
+from linearize.drawing import LABELS
+from linearize.evaluate.late_gap import closed, late_gap, pooled
+from linearize.figures import by_distance
+from linearize.measures import LateGap, RecallScore, Suite
+from linearize.report import table, verdict
+
+SEEDS = (0, 1)
+ORDER = ("teacher", "window_only", "window_equal_memory", "converted", "recurrence_off", "window_off")
+BASELINES = ("window_only", "window_equal_memory")
+ROWS = {"window_only": "window", "window_equal_memory": "equal-memory", "converted": "converted"}  # of claim.yaml
+
+
+def demo_table() -> str:
+    """The demo's table and verdict."""
+    report = report_of("demo")
+    return f"{table(report)}\n\n{verdict(report)}\n\n{report_made_on(report)}"
+
+
+def claim() -> str:
+    """Late losses of the default recipe and its baselines by length, over the seeds, and the shares closed."""
+    return "\n".join([*_by_length(_claimed(), LABELS), "", f"{made_on(rows_of('claim')[1])}."])
+
+
+def _seeds(*models: str) -> list[int]:
+    """Those with which all of these were trained."""
+    rows, _ = rows_of("claim")
+    return [seed for seed in SEEDS if all(f"{ROWS[model]}-{seed}" in rows for model in models)]
+
+
+def _claimed() -> list[LateGap]:
+    """By length, over the seeds; a share over those that both models have."""
+    rows, data = rows_of("claim")
+    found = []
+    for length, articles in data["teacher"]["articles"].items():
+        best = [data["teacher"]["late"][length]]
+
+        def losses(model: str, seeds: list[int], length: str = length) -> list[list[float]]:
+            return [rows[f"{ROWS[model]}-{seed}"]["late"][length] for seed in seeds]
+
+        every = {"teacher": best} | {model: losses(model, _seeds(model)) for model in ROWS}
+        ours = [rows[f"converted-{seed}"] for seed in _seeds("converted")]
+        every["recurrence_off"] = [row["recurrence_off"]["late"][length] for row in ours]
+        gap = LateGap(length=int(length), articles=articles, losses=every)
+        for base in BASELINES:
+            seeds = _seeds(base, "converted")
+            share = closed(losses(base, seeds), losses("converted", seeds), best, articles)
+            assert share is not None
+            gap.closed[base] = share
+        found.append(gap)
+    return found
+
+
+def _claimed_recall() -> dict[str, list[RecallScore]]:
+    """By model, the mean of the seeds."""
+    rows, data = rows_of("claim")
+    found = {"teacher": [RecallScore.model_validate(cell) for cell in data["teacher"]["recall"]]}
+    for model, row in ROWS.items():
+        every = [[RecallScore.model_validate(c) for c in rows[f"{row}-{seed}"]["recall"]] for seed in _seeds(model)]
+        found[model] = [_mean(cells) for cells in zip(*every, strict=True)]
+    return found
+
+
+def _before() -> list[Suite]:
+    """Of each seed, what was measured of the default recipe beside the window."""
+    found = [measured(f"claim-seed-{seed}") for seed in SEEDS]
+    return [Suite.model_validate(data["suite"]) for data in found if data is not None]
+
+
+def _over_seeds(suites: list[Suite]) -> list[LateGap]:
+    return [pooled(found) for found in zip(*(suite.late for suite in suites), strict=True)]
+
+
+def _mean(cells: tuple[RecallScore, ...]) -> RecallScore:
+    accuracy, exact = (float(np.mean([getattr(x, key) for x in cells])) for key in ("accuracy", "exact"))
+    return cells[0].model_copy(update={"trials": sum(x.trials for x in cells), "accuracy": accuracy, "exact": exact})
+
+
+def earlier() -> str:
+    """The shares closed, and needles found, by what the default recipe was before."""
+    old, second = [suite_of(report_of(f"default-seed-{seed}")) for seed in SEEDS], report_of("larger-steps-seed-1")
+    found = {
+        "states in fp32, text of any length, no repeats": (_over_seeds(old), _needles_of(old)),
+        "16,384 tokens a step, a tenth of repeats": (_larger_steps(), suite_of(second).recall["converted"]),
+        "8,192 tokens a step, 15 % repeats": (_over_seeds(_before()), _needles_of(_before())),
+        "the default": (_claimed(), _claimed_recall()["converted"]),
+    }
+    lines = ["| recipe | T | closed of window only | of equal memory | late loss | needles at 128, 512, 1,024 |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for label, (gaps, scores) in found.items():
+        needles = {score.distance: f"{score.accuracy:.0%}" for score in scores if score.task == "needle"}
+        name, recalled = label, ", ".join(needles[distance] for distance in (128, 512, 1024))
+        for gap in gaps:
+            shares = " | ".join(interval(gap.closed[base]) for base in BASELINES)
+            loss = f"{np.mean(gap.losses['converted']):.4f}"
+            lines.append(f"| {name} | {gap.length:,} | {shares} | {loss} | {recalled} |")
+            name = recalled = ""
+    scored = made_on(rows_of("larger-steps-seed-0")[1])
+    return "\n".join([*lines, "", f"{report_made_on(second)} Seed 0 of the second was scored on {scored}."])
+
+
+def _needles_of(suites: list[Suite]) -> list[RecallScore]:
+    return [_mean(cells) for cells in zip(*(suite.recall["converted"] for suite in suites), strict=True)]
+
+
+def _larger_steps() -> list[LateGap]:
+    """By length; seed 0 are rows of `benchmarks.recovery`, seed 1 is a run."""
+    rows, data = rows_of("larger-steps-seed-0")
+    found = []
+    for gap in suite_of(report_of("larger-steps-seed-1")).late:
+        length = str(gap.length)
+        losses = {"teacher": [data["teacher"]["late"][length]]} | {n: [row["late"][length]] for n, row in rows.items()}
+        losses["recurrence_off"] = [rows["converted"]["recurrence_off"]["late"][length]]
+        found.append(pooled([late_gap(gap.length, data["teacher"]["articles"][length], losses), gap]))
+    return found
+
+
+def recovered() -> str:
+    """The first column of `claim`."""
+    gap = _claimed()[0]
+    lines = [
+        "| model | late loss | closed of the gap of window only | of equal memory |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name in ORDER[:4]:
+        shares = [interval(gap.closed[base]) if name == "converted" else "–" for base in BASELINES]
+        lines.append(f"| {LABELS[name]} | {np.mean(gap.losses[name]):.3f} | {' | '.join(shares)} |")
+    return "\n".join([*lines, "", f"{made_on(rows_of('claim')[1])}."])
+
+
+def three_layers() -> str:
+    """With three layers left as softmax attention: beside the same three alone, and beside no full layer."""
+    report = report_of("three-layers")
+    ours, plain = suite_of(report).late, suite_of(report_of("default-seed-0")).late
+    names = {name: label if name == "teacher" else f"{label}, three full layers" for name, label in LABELS.items()}
+    cells = []
+    for gap, other in zip(ours, plain, strict=True):
+        found = closed(other.losses["window_only"], gap.losses["converted"], gap.losses["teacher"], gap.articles)
+        assert found is not None
+        assert gap.articles == other.articles
+        cells.append(interval(found))
+    lines = [*_by_length(ours, names), f"| closed of the gap of window only, no full layer | {' | '.join(cells)} |"]
+    return "\n".join([*lines, "", report_made_on(report)])
+
+
+def _by_length(gaps: list[LateGap], names: dict[str, str]) -> list[str]:
+    lines = ["| | " + " | ".join(f"T = {gap.length:,}" for gap in gaps) + " |", "| --- |" + " ---: |" * len(gaps)]
+    texts = [f"{len(gap.articles)} ({len(set(gap.articles))})" for gap in gaps]
+    lines.append("| sequences (of articles) | " + " | ".join(texts) + " |")
+    for name in ORDER if "window_off" in gaps[0].losses else ORDER[:-1]:
+        lines.append(f"| {names[name]} | " + " | ".join(f"{np.mean(gap.losses[name]):.4f}" for gap in gaps) + " |")
+    for base in BASELINES:
+        cells = " | ".join(interval(gap.closed[base]) for gap in gaps)
+        lines.append(f"| closed of the gap of {names[base]} | {cells} |")
+    return lines
+
+
+def recalled() -> str:
+    """Answers found by distance, without a full layer and with three."""
+    full = suite_of(report_of("three-layers")).recall
+    shown = {LABELS["teacher"]: full["teacher"]}
+    for kind, recall in (("no full layer", _claimed_recall()), ("three full layers", full)):
+        shown |= {f"{LABELS[model]}, {kind}": recall[model] for model in ORDER[1:4]}
+    found = {label: {(score.task, score.distance): score for score in scores} for label, scores in shown.items()}
+    distances = sorted({distance for scores in found.values() for _, distance in scores})
+    lines = ["| task | model | " + " | ".join(f"{distance:,}" for distance in distances) + " |"]
+    lines.append("| --- | --- |" + " ---: |" * len(distances))
+    for task in ("needle", "multi_key", "lookup"):
+        for label, cells in found.items():
+            shares = " | ".join(f"{cells[task, distance].accuracy:.0%}" for distance in distances)
+            lines.append(f"| {task} | {label} | {shares} |")
+    trials = sorted({score.trials for cells in found.values() for score in cells.values()})
+    return "\n".join([*lines, "", f"{' or '.join(map(str, trials))} trials each; chance is 10 %."])
+
+
+def short_tasks(name: str) -> str:
+    """Multiple choice of the models beside their teacher."""
+    data = measured(name)
+    assert data is not None
+    best, models = data["tasks"]["teacher"], [name for name in ORDER[1:4] if name in data["tasks"]]
+    lines = ["| task | metric | items | teacher | " + " | ".join(LABELS[name] for name in models) + " |"]
+    lines.append("| --- | --- | ---: | ---: |" + " ---: |" * len(models))
+    for place, row in enumerate(best):
+        cells = [data["tasks"][name][place] for name in models]
+        shown = " | ".join(f"{100 * cell['score']:.1f}, {_points(cell['difference'])}" for cell in cells)
+        lines.append(f"| {row['task']} | {row['metric']} | {row['items']:,} | {100 * row['score']:.1f} | {shown} |")
+    shown = " | ".join(_points(data["short_tasks"][name]) for name in models)
+    lines.append(f"| five short tasks | | | | {shown} |")
+    note = "In points, with the difference from the teacher's and its 95 % interval, over items."
+    return "\n".join([*lines, "", f"{note} {made_on(data)}."])
+
+
+def _points(found: dict[str, float]) -> str:
+    return f"{100 * found['value']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
+
+
+def pictures() -> dict[str, Figure]:
+    """Recall by distance."""
+    window, found = report_of("three-layers").models.converted.window, {}
+    recalls = {"recall": _claimed_recall(), "recall_three_layers": suite_of(report_of("three-layers")).recall}
+    for picture, scores in recalls.items():
+        figure = by_distance(scores, window)
+        assert figure is not None
+        found[picture] = figure
+    return found
