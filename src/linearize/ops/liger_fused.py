@@ -35,7 +35,7 @@ class Launch(NamedTuple):
 # the delta rule's passes over the states at 64. With 168 registers `output` at 64 has three programs on a
 # multiprocessor, and spills 8 bytes
 LAUNCHES: dict[str, dict[int, Launch]] = {
-    "window": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
+    "window": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1, registers=168), 128: Launch(4, 1)},
     "prepare": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1), 128: Launch(16, 1)},
     "states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
     "output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1, registers=168), 128: Launch(4, 1)},
@@ -45,8 +45,7 @@ LAUNCHES: dict[str, dict[int, Launch]] = {
     "window_gradients": {16: Launch(4, 2), 32: Launch(4, 2), 64: Launch(8, 2), 128: Launch(8, 2)},
     "add_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "add_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
-    "window_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
-    "window_key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "window_backward": {16: Launch(8, 1), 32: Launch(8, 1), 64: Launch(8, 1), 128: Launch(8, 1)},
     "delta_solve": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
     "delta_states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3, 32), 128: Launch(4, 2)},
     "delta_carry": {16: Launch(4, 2, 16), 32: Launch(4, 2, 16), 64: Launch(4, 3, 16), 128: Launch(8, 3, 16)},
@@ -229,9 +228,10 @@ def kept(call: Call) -> list[Tensor]:
 def window(call: Call, output: Tensor, lse: Tensor | None = None) -> None:
     """Write (1 - w) · window to the output, and its log-sum-exp to `lse` `[B, H, T]`."""
     B, T, H, _ = call.q.shape
-    windows.window_kernel[(call.chunks, B * H)](
+    heads = H // call.k.shape[2] if call.chunks * call.pairs >= MULTIPROCESSORS else 1
+    windows.window_kernel[(call.chunks, B * H // heads)](
         call.q, call.k, call.v, call.cos, call.sin, call.mixing, call.first, output, output if lse is None else lse, T,
-        call.rope_stride, call.scale, R=call.rotary, W=call.window, SINKS=call.sinks, PACKED=call.packed,
+        call.rope_stride, call.scale, TURNS=heads, R=call.rotary, W=call.window, SINKS=call.sinks, PACKED=call.packed,
         KEEP=lse is not None, **call.heads(), **launch("window", call),
     )  # fmt: skip
 
