@@ -294,6 +294,22 @@ def test_window_alone(fixed):
 
 
 @needs_interpreter
+@pytest.mark.parametrize("T", [2, 63, 64, 65, 400])  # of one token there is no gradient but of its values
+def test_window_alone_in_parts(T, monkeypatch):
+    """Programs of one or two chunks, each with the queries behind its last keys, and one query head or all."""
+    for multiprocessors in (1, 4, 1000):
+        monkeypatch.setattr("linearize.ops.liger_window.MULTIPROCESSORS", multiprocessors)
+        monkeypatch.setattr("linearize.ops.liger_fused.MULTIPROCESSORS", multiprocessors)
+        assert_is_the_window(inputs(T, groups=3), settings("none", sinks=2, window=30), rope(T))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("rotary", [64, 80])
+def test_window_alone_of_large_heads(rotary):
+    assert_is_the_window(inputs(130, D=80, groups=2), settings("none"), rope(130, rotary))
+
+
+@needs_interpreter
 def test_window_alone_with_documents():
     assert_is_the_window(inputs(130, B=2), settings("none"), None, documents(130, [20, 23, 100], [64]))
 

@@ -35,7 +35,7 @@ class Launch(NamedTuple):
 # the delta rule's passes over the states at 64. With 168 registers `output` has three programs of four warps on a
 # multiprocessor, and with 128 `prepare` and `query_gradients` at 128 have two of eight; all of them spill
 LAUNCHES: dict[str, dict[int, Launch]] = {
-    "window": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
+    "window": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1, registers=168), 128: Launch(4, 1)},
     "prepare": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1), 128: Launch(8, 1, registers=128)},
     "states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
     "output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1, registers=168), 128: Launch(4, 1, registers=168)},
@@ -46,7 +46,7 @@ LAUNCHES: dict[str, dict[int, Launch]] = {
     "add_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "add_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "window_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
-    "window_key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "window_backward": {16: Launch(8, 1), 32: Launch(8, 1), 64: Launch(8, 1), 128: Launch(8, 1)},
     "delta_solve": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
     "delta_states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3, 32), 128: Launch(4, 2)},
     "delta_carry": {16: Launch(4, 2, 16), 32: Launch(4, 2, 16), 64: Launch(4, 3, 16), 128: Launch(8, 3, 16)},
@@ -241,9 +241,10 @@ def kept(call: Call) -> list[Tensor]:
 def window(call: Call, output: Tensor, lse: Tensor | None = None) -> None:
     """Write (1 - w) · window to the output, and its log-sum-exp to `lse` `[B, H, T]`."""
     B, T, H, _ = call.q.shape
-    windows.window_kernel[(call.chunks, B * H)](
+    heads = H // call.k.shape[2] if call.chunks * call.pairs >= MULTIPROCESSORS else 1
+    windows.window_kernel[(call.chunks, B * H // heads)](
         call.q, call.k, call.v, call.cos, call.sin, call.mixing, call.first, output, output if lse is None else lse, T,
-        call.rope_stride, call.scale, R=call.rotary, W=call.window, SINKS=call.sinks, PACKED=call.packed,
+        call.rope_stride, call.scale, TURNS=heads, R=call.rotary, W=call.window, SINKS=call.sinks, PACKED=call.packed,
         KEEP=lse is not None, **call.heads(), **launch("window", call),
     )  # fmt: skip
 
@@ -267,9 +268,9 @@ def backward(call: Call, made_before: Sequence[Tensor], doutput: Tensor, dfinal:
     inputs = (near_query, doutput, call.mixing, call.first, totals)
     kernel = gradients.state_gradients_kernel
     dstates, dinitial = pass_over_states(call, "state_gradients", kernel, inputs, dfinal, call.heads())
-    windows.window_query_gradients_kernel[(call.chunks, B * H)](
+    gradients.window_query_gradients_kernel[(call.chunks, B * H)](
         turned_query, turned_key, call.v, *turning, call.mixing, call.first, lse, doutput, dq, delta, dmixing, *sinks,
-        T, call.rope_stride, call.scale, R=call.rotary, W=call.window, SINKS=call.sinks, TURNED=True, **told,
+        T, call.rope_stride, call.scale, R=call.rotary, W=call.window, SINKS=call.sinks, **told,
         **launch("window_query_gradients", call),
     )  # fmt: skip
     gradients.query_gradients_kernel[grid](
