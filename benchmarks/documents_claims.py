@@ -88,7 +88,7 @@ def earlier() -> str:
         "states in fp32, text of any length, no repeats": (_over_seeds(old), _needles_of(old)),
         "16,384 tokens a step, a tenth of repeats": (_larger_steps(), suite_of(second).recall["converted"]),
         "8,192 tokens a step, 15 % repeats": (_over_seeds(_before()), _needles_of(_before())),
-        "the default": (_claimed(), _claimed_recall()["converted"]),
+        "behind the window, prose, a ramp of 512": (_claimed(), _claimed_recall()["converted"]),
     }
     lines = ["| recipe | T | closed of window only | of equal memory | late loss | needles at 128, 512, 1,024 |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
@@ -101,7 +101,7 @@ def earlier() -> str:
             lines.append(f"| {name} | {gap.length:,} | {shares} | {loss} | {recalled} |")
             name = recalled = ""
     scored = made_on(rows_of("larger-steps-seed-0")[1])
-    return "\n".join([*lines, "", f"{report_made_on(second)} Seed 0 of the second was scored on {scored}."])
+    return "\n".join([*lines, "", f"{report_made_on(second)} Seed 0 of the second was scored on {scored}. The last: {made_on(rows_of('claim')[1])}."])
 
 
 def _needles_of(suites: list[Suite]) -> list[RecallScore]:
@@ -189,8 +189,9 @@ def short_tasks(name: str) -> str:
         cells = [data["tasks"][name][place] for name in models]
         shown = " | ".join(f"{100 * cell['score']:.1f}, {_points(cell['difference'])}" for cell in cells)
         lines.append(f"| {row['task']} | {row['metric']} | {row['items']:,} | {100 * row['score']:.1f} | {shown} |")
-    shown = " | ".join(_points(data["short_tasks"][name]) for name in models)
-    lines.append(f"| five short tasks | | | | {shown} |")
+    if data["short_tasks"]:
+        shown = " | ".join(_points(data["short_tasks"][name]) for name in models)
+        lines.append(f"| five short tasks | | | | {shown} |")
     note = "In points, with the difference from the teacher's and its 95 % interval, over items."
     return "\n".join([*lines, "", f"{note} {made_on(data)}."])
 

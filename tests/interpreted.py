@@ -26,7 +26,7 @@ def _with_loop_bounds(tensor: Any, scope: Any) -> None:
 interpreter._patch_lang_tensor = _with_loop_bounds
 
 
-_cast, _dot = interpreter.InterpreterBuilder.cast_impl, interpreter.InterpreterBuilder.create_dot
+_cast = interpreter.InterpreterBuilder.cast_impl
 
 
 def _rounded(self: Any, x: Any, dtype: Any) -> Any:
@@ -37,10 +37,12 @@ def _rounded(self: Any, x: Any, dtype: Any) -> Any:
     return interpreter.TensorHandle(bits, dtype.scalar)
 
 
-def _by_value(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-    """Products of bf16, of which the interpreter multiplies the bits, as if they were whole numbers."""
+def _by_value(self: Any, a: Any, b: Any, sums: Any, *_: Any) -> Any:
+    """Products, summed in float64 and rounded once: in what order a machine's BLAS adds shows in fp32, and of bf16 the
+    interpreter multiplies the bits, as if they were whole numbers."""
     a, b = (_cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-    return _dot(self, a, b, *rest)
+    product = np.matmul(a.data, b.data, dtype=np.float64).astype(sums.data.dtype)
+    return interpreter.TensorHandle(product + sums.data, sums.dtype.scalar)
 
 
 interpreter.InterpreterBuilder.cast_impl, interpreter.InterpreterBuilder.create_dot = _rounded, _by_value

@@ -122,9 +122,9 @@ def test_any_decay(gate, spread):
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("spread", "temperature"), [(20.0, 1.0), (400.0, 16.0), (1e4, 1.0)])
+@pytest.mark.parametrize(("spread", "temperature"), [(20.0, 1.0), (400.0, 16.0), (1e3, 1.0)])
 def test_any_decay_of_hgrn2(spread, temperature):
-    """In the first layer, where keys round to 1."""
+    """In the first layer, where keys round to 1. Of still larger keys hardly one has a gradient, and it is next to 0."""
     fixed = settings("hgrn2", temperature=temperature, scale=1 / spread, lower=0.0)
     assert_is_the_equation(inputs(65, groups=1, spread=spread), fixed, rope(65))
 
@@ -294,11 +294,10 @@ def test_window_alone(fixed):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("T", [2, 63, 64, 65, 400])  # of one token there is no gradient but of its values
-def test_window_alone_in_parts(T, monkeypatch):
-    """Programs of one or two chunks, each with the queries behind its last keys, and one query head or all."""
-    for multiprocessors in (1, 4, 1000):
-        monkeypatch.setattr("linearize.ops.liger_window.MULTIPROCESSORS", multiprocessors)
+@pytest.mark.parametrize("T", [2, 64, 130])  # of one token there is no gradient but of its values
+def test_window_alone_by_heads(T, monkeypatch):
+    """Programs of one query head, or of all."""
+    for multiprocessors in (1, 1000):
         monkeypatch.setattr("linearize.ops.liger_fused.MULTIPROCESSORS", multiprocessors)
         assert_is_the_window(inputs(T, groups=3), settings("none", sinks=2, window=30), rope(T))
 

@@ -1,8 +1,8 @@
 """Backward kernels of Liger Attention; shapes and names as in `liger_triton`.
 
 The gradients of the states, from the last chunk to the first; then for every chunk at once the gradients of its
-queries, first from the window, then from the recurrence; and those of its keys and values, first from the recurrence,
-then from the window. Kernels that do both need more tiles at once.
+queries, from the recurrence, beside those from the window, which `liger_window_triton` leaves; and those of its keys
+and values, first from the recurrence, then from the window. Kernels that do both need more tiles at once.
 
 The gate's gradient is a sum over the chunk of query · dquery - key · dkey, in which most terms cancel: it is taken of
 the operands exactly as rounded for the matrix products, in fp32, so that they do. The first term is summed where the
@@ -25,7 +25,6 @@ from linearize.ops.liger_triton import (
     load_first,
     load_gate,
     load_last_first,
-    load_one_first,
     load_state,
     load_tile,
     load_total,
@@ -33,13 +32,9 @@ from linearize.ops.liger_triton import (
     read_mask,
     rotate_back,
     running_sum,
-    sink_mask,
-    sink_rows,
     state_factors,
-    store_by_sink,
     store_gate,
     store_tile,
-    window_mask,
 )
 
 
@@ -88,61 +83,6 @@ def state_gradients_kernel(
     tl.store(final + (pair * segments + segment) * D * D + offsets, dstate, mask=inside)
     if not STORE:
         tl.store(products + (pair * segments + segment) * D + channels, passed, mask=channels < D)
-
-
-@triton.jit(do_not_specialize=["T", "rope_stride"])
-def window_query_gradients_kernel(
-    q, k, v, cos, sin, mixing, first, lse, doutput, dq, delta, dmixing, dsink_key, dsink_values, T, rope_stride, scale,
-    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    SINKS: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """The gradient of a chunk's queries of one head; besides, for each query doutput · window, `delta` `[B, H, T]`,
-    and what the chunk adds to the gradients of the mixing weights, `dmixing` `[B, H, chunks]`, and of the sinks, after
-    RoPE, `[B, H, chunks, SINKS, D]`. q and k are given after RoPE."""
-    chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
-    index = tl.program_id(1).to(tl.int64)  # of a query head among all sequences
-    batch, query_head = index // H, index % H
-    ours, theirs = (batch * T * H + query_head) * D, (batch * T * KV + query_head // GROUPS) * D
-    start = chunk * CHUNK
-    rows, before, columns = start + tl.arange(0, CHUNK), start - CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
-    first += batch * T
-    cos += batch * rope_stride * R
-    sin += batch * rope_stride * R
-    starts = load_first(first, rows, T, PACKED)
-    w = tl.load(mixing + query_head)
-    share = (1.0 - w) * scale
-    norm = tl.load(lse + index * T + rows, mask=rows < T, other=0.0)[:, None]
-    query = load_tile(q + ours, rows, columns, T, H * D, D)
-    dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
-
-    key = load_tile(k + theirs, rows, columns, T, KV * D, D)
-    key_before = load_tile(k + theirs, before, columns, T, KV * D, D)
-    own, past = product(query, tl.trans(key), DTYPE) * scale, product(query, tl.trans(key_before), DTYPE) * scale
-    own = exp(tl.where(window_mask(rows, rows, starts, W), own, -float("inf")) - norm)
-    past = exp(tl.where(window_mask(rows, before, starts, W), past, -float("inf")) - norm)
-    down = product(dout, tl.trans(load_tile(v + theirs, rows, columns, T, KV * D, D)), DTYPE)
-    dpast = product(dout, tl.trans(load_tile(v + theirs, before, columns, T, KV * D, D)), DTYPE)
-    read = tl.sum(own * down, 1) + tl.sum(past * dpast, 1)
-    if SINKS > 0:
-        chunk_first = load_one_first(first, start, PACKED)
-        sinks = sink_rows(chunk_first, SINKS)
-        sink_key = load_tile(k + theirs, sinks, columns, T, KV * D, D)
-        far = product(query, tl.trans(sink_key), DTYPE) * scale
-        far = exp(tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf")) - norm)
-        dfar = product(dout, tl.trans(load_tile(v + theirs, sinks, columns, T, KV * D, D)), DTYPE)
-        read += tl.sum(far * dfar, 1)
-    tl.store(delta + index * T + rows, read, mask=rows < T)
-    tl.store(dmixing + index * chunks + chunk, -tl.sum(tl.where(rows < T, read, 0.0), 0))
-    dquery = product(share * own * (down - read[:, None]), key, DTYPE)
-    dquery += product(share * past * (dpast - read[:, None]), key_before, DTYPE)
-    if SINKS > 0:
-        dfar = share * far * (dfar - read[:, None])
-        dquery += product(dfar, sink_key, DTYPE)
-        at = (index * chunks + chunk) * SINKS * D
-        store_by_sink(dsink_key + at, dfar, query, columns, SINKS, D, DTYPE)
-        store_by_sink(dsink_values + at, (1.0 - w) * far, dout, columns, SINKS, D, DTYPE)
-    dquery = rotate_back(dquery, rows, columns, cos, sin, T, R)
-    store_tile(dq + ours, rows, columns, dquery, T, H * D, D)
 
 
 @triton.jit(do_not_specialize=["T"])

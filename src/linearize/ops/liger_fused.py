@@ -31,22 +31,22 @@ class Launch(NamedTuple):
     heads: int = 1  # query heads of one program of `output`, if their number divides a group's
 
 
-# by padded head size; by reasoning about registers and shared memory, not tuned on a device yet but for the stages of
-# the delta rule's passes over the states at 64. With 168 registers `output` has three programs of four warps on a
-# multiprocessor, and with 128 `prepare` and `query_gradients` at 128 have two of eight; all of them spill
+# by padded head size; by reasoning about registers and shared memory, not tuned on a device yet but for `output` and
+# `query_gradients` at 128 and the stages of the delta rule's passes over the states at 64. With 168 registers `output`
+# and `window` at 64 have three programs of four warps on a multiprocessor, and with 128 `prepare` at 128 two of eight
 LAUNCHES: dict[str, dict[int, Launch]] = {
     "window": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1, registers=168), 128: Launch(4, 1)},
     "prepare": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1), 128: Launch(8, 1, registers=128)},
     "states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
-    "output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1, registers=168), 128: Launch(4, 1, registers=168)},
+    "output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1, registers=168), 128: Launch(4, 1)},
     "state_gradients": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
-    "query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1, registers=128)},
+    "query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
     "key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "window_gradients": {16: Launch(4, 2), 32: Launch(4, 2), 64: Launch(4, 2), 128: Launch(4, 1)},
     "add_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "add_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "window_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
-    "window_backward": {16: Launch(8, 1), 32: Launch(8, 1), 64: Launch(8, 1), 128: Launch(8, 1)},
+    "window_key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "delta_solve": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
     "delta_states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3, 32), 128: Launch(4, 2)},
     "delta_carry": {16: Launch(4, 2, 16), 32: Launch(4, 2, 16), 64: Launch(4, 3, 16), 128: Launch(8, 3, 16)},
@@ -268,9 +268,9 @@ def backward(call: Call, made_before: Sequence[Tensor], doutput: Tensor, dfinal:
     inputs = (near_query, doutput, call.mixing, call.first, totals)
     kernel = gradients.state_gradients_kernel
     dstates, dinitial = pass_over_states(call, "state_gradients", kernel, inputs, dfinal, call.heads())
-    gradients.window_query_gradients_kernel[(call.chunks, B * H)](
+    windows.window_query_gradients_kernel[(call.chunks, B * H)](
         turned_query, turned_key, call.v, *turning, call.mixing, call.first, lse, doutput, dq, delta, dmixing, *sinks,
-        T, call.rope_stride, call.scale, R=call.rotary, W=call.window, SINKS=call.sinks, **told,
+        T, call.rope_stride, call.scale, R=call.rotary, W=call.window, SINKS=call.sinks, TURNED=True, **told,
         **launch("window_query_gradients", call),
     )  # fmt: skip
     gradients.query_gradients_kernel[grid](

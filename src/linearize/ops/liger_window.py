@@ -3,45 +3,31 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from linearize.ops import liger_window_triton as windows
 from linearize.ops.liger import Rope, Settings
-from linearize.ops.liger_fused import MULTIPROCESSORS, Call, add_sink_gradients, call_of, launch, padded, window
-
-MOST = 64  # chunks of one program of the backward pass
-APART = 128  # head size from which registers do not hold gradients of queries, and of keys and values, at once
-BOTH = {"QUERIES": True, "KEYS": True}
+from linearize.ops.liger_fused import Call, add_sink_gradients, call_of, launch, window
 
 
 def window_gradients(call: Call, lse: Tensor, doutput: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Through `window`: of q, of k and v but for the sinks, of the mixing weights by chunk `[B, H, chunks]`, and what
     `add_sink_gradients` takes."""
-    B, _, H, D = call.q.shape
+    B, T, H, D = call.q.shape
     dq, dk, dv = torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v)
-    dmixing, apart = lse.new_empty(B, H, call.chunks), padded(D) >= APART
-    delta = torch.empty_like(lse) if apart else lse  # else an argument that nothing reads
-    sinks = [lse.new_empty(B, call.k.shape[2], call.chunks, call.sinks, D) for _ in range(2)]
-    size = chunks_of(call)
-    for parts in ({"QUERIES": True, "KEYS": False}, {"QUERIES": False, "KEYS": True}) if apart else (BOTH,):
-        windows.window_backward_kernel[(triton.cdiv(call.chunks, size), call.pairs)](
-            call.q, call.k, call.v, call.cos, call.sin, call.mixing, call.first, lse, doutput, dq, dk, dv, delta,
-            dmixing, *sinks, call.q.shape[1], call.rope_stride, size, call.scale, R=call.rotary, W=call.window,
-            SINKS=call.sinks, PACKED=call.packed, **parts, **call.heads(), **launch("window_backward", call),
-        )  # fmt: skip
+    delta, dmixing = torch.empty_like(lse), lse.new_empty(B, H, call.chunks)
+    sinks = [lse.new_empty(B, H, call.chunks, call.sinks, D) for _ in range(2)]
+    told = call.heads() | {"PACKED": call.packed}
+    given = call.q, call.k, call.v, call.cos, call.sin, call.mixing, call.first, lse
+    windows.window_query_gradients_kernel[(call.chunks, B * H)](
+        *given, doutput, dq, delta, dmixing, *sinks, T, call.rope_stride, call.scale,
+        R=call.rotary, W=call.window, SINKS=call.sinks, TURNED=False, **told, **launch("window_query_gradients", call),
+    )  # fmt: skip
+    windows.window_key_gradients_kernel[(call.chunks, call.pairs)](
+        *given, delta, doutput, dk, dv, T, call.rope_stride, call.scale,
+        R=call.rotary, W=call.window, **told, **launch("window_key_gradients", call),
+    )  # fmt: skip
     return dq, dk, dv, dmixing, sinks
-
-
-def chunks_of(call: Call) -> int:
-    """Chunks of one program of the backward pass, which reads the queries of one more: as many as make the fewest
-    turns, with a program on each multiprocessor at a time."""
-
-    def turns(size: int) -> int:
-        programs = triton.cdiv(call.chunks, size) * call.pairs
-        return triton.cdiv(programs, MULTIPROCESSORS) * (size + 1)
-
-    return min(range(1, min(call.chunks, MOST) + 1), key=turns)
 
 
 Angles = Tensor | None

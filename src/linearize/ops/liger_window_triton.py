@@ -11,7 +11,6 @@ import triton.language as tl
 from linearize.ops.liger_triton import (
     CHUNK,
     LOG2_E,
-    SINK_ROWS,
     exp,
     load_first,
     load_one_first,
@@ -23,7 +22,9 @@ from linearize.ops.liger_triton import (
     rotated,
     sink_mask,
     sink_rows,
+    store_by_sink,
     store_tile,
+    window_mask,
 )
 
 
@@ -75,21 +76,6 @@ def load_turned(base, rows, columns, cos, sin, T, STRIDE: tl.constexpr, D: tl.co
     """`load_tile`, after RoPE."""
     x, partner = load_parts(base, rows, columns, T, STRIDE, D, R)
     return turned(x, partner, rows, columns, cos, sin, T, R)
-
-
-@triton.jit
-def store_turned_back(base, rows, places, columns, dx, cos, sin, T, STRIDE: tl.constexpr, D: tl.constexpr,
-    R: tl.constexpr,
-):  # fmt: skip
-    """The gradient before RoPE, from that after it, of tokens `rows`; it goes to the rows `places`."""
-    if dx.shape[1] == R:
-        c, s = load_rope_half(cos, sin, rows, T, R)
-        half = tl.arange(0, R // 2)
-        left, right = tl.split(tl.permute(tl.reshape(dx, [rows.shape[0], 2, R // 2]), [0, 2, 1]))
-        store_tile(base, places, half, left * c + right * s, T, STRIDE, D)
-        store_tile(base + R // 2, places, half, right * c - left * s, T, STRIDE, D)
-    else:
-        store_tile(base, places, columns, rotate_back(dx, rows, columns, cos, sin, T, R), T, STRIDE, D)
 
 
 @triton.jit
@@ -155,109 +141,93 @@ def window_kernel(
         store_tile(output + ours + n * D, rows, columns, out, T, H * D, D)
 
 
-@triton.jit
-def load_queries(q, doutput, head, chunk, columns, T, H: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
-    """A head's queries of a chunk, as `load_parts`, and the gradient of its output there."""
-    rows = chunk * CHUNK + tl.arange(0, CHUNK)
-    x, partner = load_parts(q + head * D, rows, columns, T, H * D, D, R)
-    return x, partner, load_tile(doutput + head * D, rows, columns, T, H * D, D)
-
-
-@triton.jit(do_not_specialize=["T", "rope_stride", "SIZE"])
-def window_backward_kernel(
-    q, k, v, cos, sin, mixing, first, lse, doutput, dq, dk, dv, delta, dmixing, dsink_key, dsink_values, T, rope_stride,
-    SIZE, scale,
+@triton.jit(do_not_specialize=["T", "rope_stride"])
+def window_query_gradients_kernel(
+    q, k, v, cos, sin, mixing, first, lse, doutput, dq, delta, dmixing, dsink_key, dsink_values, T, rope_stride, scale,
     KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    SINKS: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    SINKS: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of SIZE chunks of one key/value head. With QUERIES those of its queries, and what each chunk
-    adds to those of the mixing weights, `dmixing` `[B, H, chunks]`, and of the sinks, after RoPE,
-    `[B, KV, chunks, SINKS, D]`; with KEYS those of its keys and values, without what comes from sinks. Where these are
-    apart, the former write for the latter doutput · window of each query, `delta` `[B, H, T]`.
-
-    Chunk after chunk, of queries and of the keys before and beside them, in tiles of `[key, query]`; for the last keys,
-    the queries of the chunk that follows are read once more.
-    """
-    H: tl.constexpr = KV * GROUPS
-    chunks, pair = tl.cdiv(T, CHUNK), tl.program_id(1).to(tl.int64)
-    batch, head = pair // KV, pair % KV
-    begin, end = tl.program_id(0) * SIZE, tl.minimum((tl.program_id(0) + 1) * SIZE, chunks)
-    columns, slots = tl.arange(0, DP), tl.arange(0, 2 * CHUNK)
-    theirs, ours = (batch * T * KV + head) * D, (batch * T * H + head * GROUPS) * D
+    """The gradient of a chunk's queries of one head; besides, for each query doutput · window, `delta` `[B, H, T]`,
+    and what the chunk adds to the gradients of the mixing weights, `dmixing` `[B, H, chunks]`, and of the sinks, after
+    RoPE, `[B, H, chunks, SINKS, D]`. If TURNED, q and k are given after RoPE."""
+    chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
+    index = tl.program_id(1).to(tl.int64)  # of a query head among all sequences
+    batch, query_head = index // H, index % H
+    ours, theirs = (batch * T * H + query_head) * D, (batch * T * KV + query_head // GROUPS) * D
+    start = chunk * CHUNK
+    rows, before, columns = start + tl.arange(0, CHUNK), start - CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
     first += batch * T
     cos += batch * rope_stride * R
     sin += batch * rope_stride * R
-    if KEYS:
-        dkey, dvalues = tl.zeros([2 * CHUNK, DP], tl.float32), tl.zeros([2 * CHUNK, DP], tl.float32)
-    x, partner, dout = load_queries(q + ours, doutput + ours, 0, begin, columns, T, H, D, R)
-    for chunk in range(begin, end + 1 if KEYS else end):
-        rows = chunk * CHUNK + tl.arange(0, CHUNK)
-        # even chunks' keys in one half and odd ones' in the other, so that sums stay where they are
-        keys = (chunk - (chunk + slots // CHUNK) % 2) * CHUNK + slots % CHUNK
-        key = load_turned(k + theirs, keys, columns, cos, sin, T, KV * D, D, R)
-        values = load_tile(v + theirs, keys, columns, T, KV * D, D)
-        starts = load_first(first, rows, T, PACKED)
-        lowest = tl.maximum(starts, rows - W + 1)
-        if QUERIES and SINKS > 0:
-            chunk_first, sinks, sink_key, sink_values = load_sinks(
-                k + theirs, v + theirs, first, cos, sin, chunk * CHUNK, columns, T, KV * D, D, R, SINKS, PACKED
-            )
-            dfar_key, dfar_values = tl.zeros([SINK_ROWS, DP], tl.float32), tl.zeros([SINK_ROWS, DP], tl.float32)
-        for group in range(tl.where(chunk < chunks, GROUPS, 0)):
-            index = batch * H + head * GROUPS + group
-            query, given = turned(x, partner, rows, columns, cos, sin, T, R), dout
-            following = (group + 1) % GROUPS
-            x, partner, dout = load_queries(
-                q + ours, doutput + ours, following, tl.where(following > 0, chunk, chunk + 1), columns, T, H, D, R
-            )
-            norm = tl.load(lse + index * T + rows, mask=rows < T, other=0.0)
-            share = 1.0 - tl.load(mixing + head * GROUPS + group)
-            if QUERIES and SINKS > 0:
-                far = product(query, tl.trans(sink_key), DTYPE) * scale - norm[:, None]
-                far = exp(tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf")))
-                dfar = product(given, tl.trans(sink_values), DTYPE)
-                far_read = tl.sum(far * dfar, 1)
-            p = product(key, tl.trans(query), DTYPE) * scale - norm[None, :]
-            seen = (keys[:, None] <= rows[None, :]) & (keys[:, None] >= lowest[None, :])
-            p = exp(tl.where(seen, p, -float("inf")))
-            dp = product(values, tl.trans(given), DTYPE)
-            if QUERIES:
-                read = tl.sum(p * dp, 0)  # doutput · window
-                if SINKS > 0:
-                    read += far_read
-                if tl.float32 == DTYPE:  # scores of `[query, key]`, of which `lse` is, differ in their last digits
-                    read /= tl.sum(p, 0) + (tl.sum(far, 1) if SINKS > 0 else 0.0)
-                tl.store(dmixing + index * chunks + chunk, -tl.sum(read, 0), mask=chunk < end)
-                if not KEYS:
-                    tl.store(delta + index * T + rows, read, mask=rows < T)
-            else:
-                read = tl.load(delta + index * T + rows, mask=rows < T, other=0.0)
-            p *= share
-            dp = p * (dp - read[None, :])
-            if KEYS:
-                dvalues += product(p, given, DTYPE)
-                dkey += product(dp, query, DTYPE)
-            if QUERIES:
-                # scaled before sinks' part is added: a product that goes on from another has its rows twice, by half of
-                # the warps each
-                dquery = scale * product(tl.trans(dp), key, DTYPE)
-                if SINKS > 0:
-                    far *= share
-                    dfar = far * (dfar - read[:, None])
-                    dquery += scale * product(dfar, sink_key, DTYPE)
-                    # sinks as rows: as 16 columns of a transposed product, Triton 3.6 reads past its shared memory
-                    dfar_key += product(tl.trans(dfar), query, DTYPE)
-                    dfar_values += product(tl.trans(far), given, DTYPE)
-                places = tl.where(chunk < end, rows, T)
-                store_turned_back(dq + ours + group * D, rows, places, columns, dquery, cos, sin, T, H * D, D, R)
-        if QUERIES and SINKS > 0:
-            at, slot = (pair * chunks + chunk) * SINKS * D, tl.arange(0, SINK_ROWS)
-            count = tl.where(chunk < end, SINKS, 0)
-            store_tile(dsink_key + at, slot, columns, scale * dfar_key, count, D, D)
-            store_tile(dsink_values + at, slot, columns, dfar_values, count, D, D)
-        if KEYS:
-            done = keys < chunk * CHUNK
-            places = tl.where(done & (keys >= begin * CHUNK), keys, T)
-            store_turned_back(dk + theirs, keys, places, columns, scale * dkey, cos, sin, T, KV * D, D, R)
-            store_tile(dv + theirs, places, columns, dvalues, T, KV * D, D)
-            dkey, dvalues = tl.where(done[:, None], 0.0, dkey), tl.where(done[:, None], 0.0, dvalues)
+    starts = load_first(first, rows, T, PACKED)
+    w = tl.load(mixing + query_head)
+    share = (1.0 - w) * scale
+    norm = tl.load(lse + index * T + rows, mask=rows < T, other=0.0)[:, None]
+    query = load_turned(q + ours, rows, columns, cos, sin, T, H * D, D, 0 if TURNED else R)
+    dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
+
+    key = load_turned(k + theirs, rows, columns, cos, sin, T, KV * D, D, 0 if TURNED else R)
+    key_before = load_turned(k + theirs, before, columns, cos, sin, T, KV * D, D, 0 if TURNED else R)
+    own, past = product(query, tl.trans(key), DTYPE) * scale, product(query, tl.trans(key_before), DTYPE) * scale
+    own = exp(tl.where(window_mask(rows, rows, starts, W), own, -float("inf")) - norm)
+    past = exp(tl.where(window_mask(rows, before, starts, W), past, -float("inf")) - norm)
+    down = product(dout, tl.trans(load_tile(v + theirs, rows, columns, T, KV * D, D)), DTYPE)
+    dpast = product(dout, tl.trans(load_tile(v + theirs, before, columns, T, KV * D, D)), DTYPE)
+    read = tl.sum(own * down, 1) + tl.sum(past * dpast, 1)
+    if SINKS > 0:
+        chunk_first = load_one_first(first, start, PACKED)
+        sinks = sink_rows(chunk_first, SINKS)
+        sink_key = load_turned(k + theirs, sinks, columns, cos, sin, T, KV * D, D, 0 if TURNED else R)
+        far = product(query, tl.trans(sink_key), DTYPE) * scale
+        far = exp(tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf")) - norm)
+        dfar = product(dout, tl.trans(load_tile(v + theirs, sinks, columns, T, KV * D, D)), DTYPE)
+        read += tl.sum(far * dfar, 1)
+    tl.store(delta + index * T + rows, read, mask=rows < T)
+    tl.store(dmixing + index * chunks + chunk, -tl.sum(tl.where(rows < T, read, 0.0), 0))
+    dquery = product(share * own * (down - read[:, None]), key, DTYPE)
+    dquery += product(share * past * (dpast - read[:, None]), key_before, DTYPE)
+    if SINKS > 0:
+        dfar = share * far * (dfar - read[:, None])
+        dquery += product(dfar, sink_key, DTYPE)
+        at = (index * chunks + chunk) * SINKS * D
+        store_by_sink(dsink_key + at, dfar, query, columns, SINKS, D, DTYPE)
+        store_by_sink(dsink_values + at, (1.0 - w) * far, dout, columns, SINKS, D, DTYPE)
+    dquery = rotate_back(dquery, rows, columns, cos, sin, T, R)
+    store_tile(dq + ours, rows, columns, dquery, T, H * D, D)
+
+
+@triton.jit(do_not_specialize=["T", "rope_stride"])
+def window_key_gradients_kernel(
+    q, k, v, cos, sin, mixing, first, lse, delta, doutput, dk, dv, T, rope_stride, scale,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    PACKED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a chunk's keys and values, from the window of its queries and the next chunk's; not of sinks."""
+    chunk, H = tl.program_id(0), KV * GROUPS
+    pair = tl.program_id(1).to(tl.int64)
+    batch, head = pair // KV, pair % KV
+    theirs = (batch * T * KV + head) * D
+    rows, columns = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
+    cos += batch * rope_stride * R
+    sin += batch * rope_stride * R
+    key = load_turned(k + theirs, rows, columns, cos, sin, T, KV * D, D, R)
+    values = load_tile(v + theirs, rows, columns, T, KV * D, D)
+    dkey, dvalues = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
+    for n in range(2 * GROUPS):
+        query_head, times = head * GROUPS + n // 2, rows + n % 2 * CHUNK
+        ours, sums = (batch * T * H + query_head) * D, (batch * H + query_head) * T + times
+        query = load_turned(q + ours, times, columns, cos, sin, T, H * D, D, R)
+        dout = load_tile(doutput + ours, times, columns, T, H * D, D)
+        norm = tl.load(lse + sums, mask=times < T, other=0.0)
+        read = tl.load(delta + sums, mask=times < T, other=0.0)
+        share = 1.0 - tl.load(mixing + query_head)
+        starts, age = load_first(first + batch * T, times, T, PACKED), times[None, :] - rows[:, None]
+        seen = (age >= 0) & (age < W) & (rows[:, None] >= starts[None, :])  # [key, query]
+        p = product(key, tl.trans(query), DTYPE) * scale
+        p = share * exp(tl.where(seen, p, -float("inf")) - norm[None, :])
+        dp = product(values, tl.trans(dout), DTYPE)
+        dvalues += product(p, dout, DTYPE)
+        dkey += product(p * (dp - read[None, :]), query, DTYPE)
+    dkey = rotate_back(scale * dkey, rows, columns, cos, sin, T, R)
+    store_tile(dk + theirs, rows, columns, dkey, T, KV * D, D)
+    store_tile(dv + theirs, rows, columns, dvalues, T, KV * D, D)
