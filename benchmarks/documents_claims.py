@@ -100,8 +100,9 @@ def earlier() -> str:
             loss = f"{np.mean(gap.losses['converted']):.4f}"
             lines.append(f"| {name} | {gap.length:,} | {shares} | {loss} | {recalled} |")
             name = recalled = ""
-    scored = made_on(rows_of("larger-steps-seed-0")[1])
-    return "\n".join([*lines, "", f"{report_made_on(second)} Seed 0 of the second was scored on {scored}. The last: {made_on(rows_of('claim')[1])}."])
+    scored, last = made_on(rows_of("larger-steps-seed-0")[1]), made_on(rows_of("claim")[1])
+    made = f"{report_made_on(second)} Seed 0 of the second was scored on {scored}. The last: {last}."
+    return "\n".join([*lines, "", made])
 
 
 def _needles_of(suites: list[Suite]) -> list[RecallScore]:

@@ -124,7 +124,7 @@ def test_any_decay(gate, spread):
 @needs_interpreter
 @pytest.mark.parametrize(("spread", "temperature"), [(20.0, 1.0), (400.0, 16.0), (1e3, 1.0)])
 def test_any_decay_of_hgrn2(spread, temperature):
-    """In the first layer, where keys round to 1. Of still larger keys hardly one has a gradient, and it is next to 0."""
+    """In the first layer, where keys round to 1. Of still larger keys hardly one has a gradient."""
     fixed = settings("hgrn2", temperature=temperature, scale=1 / spread, lower=0.0)
     assert_is_the_equation(inputs(65, groups=1, spread=spread), fixed, rope(65))
 
