@@ -33,6 +33,7 @@ from linearize.ops import (
     liger_delta_backward_triton,
     liger_delta_forward_triton,
     liger_forward_triton,
+    liger_group_triton,
     liger_steep_triton,
     liger_window_triton,
 )
@@ -41,6 +42,7 @@ from linearize.ops.liger_fused import LAUNCHES, Launch, padded
 
 MODULES = (
     liger_forward_triton,
+    liger_group_triton,
     liger_backward_triton,
     liger_delta_forward_triton,
     liger_delta_backward_triton,
@@ -75,7 +77,8 @@ def candidates(kernel: str, D: int) -> list[Launch]:
         found = [Launch(warps, stages, block) for warps, stages, block in passes if block <= D]
     elif kernel == "output":
         found = [Launch(4, 1), Launch(4, 1, registers=168), Launch(8, 1, registers=128), Launch(8, 1)]
-        found += [Launch(8, 1, heads=2), Launch(8, 1, registers=128, heads=2)]
+    elif kernel == "group_output":
+        found = [Launch(4, 1), Launch(4, 1, registers=168), Launch(8, 1, heads=2), Launch(8, 1, registers=128, heads=2)]
     elif kernel == "prepare":
         found = [Launch(4, 1), Launch(8, 1), Launch(8, 1, registers=128), Launch(16, 1)]
     else:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import assert_close
+from tiny import assert_close, relative
 from torch import Tensor
 
 from linearize.config import MixerConfig
@@ -95,7 +95,7 @@ def assert_is_the_equation(
         if name == "mixing":
             assert (x.grad.cpu() - other.grad).norm() <= tolerance * summed.norm()
         else:
-            assert_close(x.grad.cpu(), other.grad, tolerance)
+            assert relative(x.grad.cpu(), other.grad) <= tolerance, f"gradient of {name}"
 
 
 @needs_interpreter
@@ -238,16 +238,42 @@ def test_segments_of_the_delta_rule(monkeypatch, gate, fixed, size, packed):
     assert_is_the_equation(given, settings(gate, **fixed), rope(300), first)
 
 
-@needs_interpreter
-@pytest.mark.parametrize(("gate", "groups"), [("gla", 4), ("mamba2", 2)])
-@pytest.mark.parametrize("fixed", [{}, {"feature_map": "none", "sinks": 0}], ids=str)
-def test_several_heads_in_a_program(monkeypatch, gate, groups, fixed):
+def in_groups(monkeypatch, heads: int = 1) -> list[str]:
+    """Has a program of `group_output` take `heads` at once, however few programs there are; what it then launched."""
     from linearize.ops import liger_fused
 
-    launches = liger_fused.LAUNCHES["output"]
-    monkeypatch.setitem(launches, 16, launches[16]._replace(heads=2))
+    launched, launch = [], liger_fused.launch
+    monkeypatch.setattr(liger_fused, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(liger_fused, "launch", lambda kernel, call: (launched.append(kernel), launch(kernel, call))[1])
+    for size, found in liger_fused.LAUNCHES["group_output"].items():
+        monkeypatch.setitem(liger_fused.LAUNCHES["group_output"], size, found._replace(heads=heads))
+    return launched
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("gate", "groups", "heads"), [("gla", 4, 2), ("mamba2", 2, 1), ("rwkv6", 3, 2)])
+@pytest.mark.parametrize("fixed", [{}, {"feature_map": "none", "sinks": 0}], ids=str)
+def test_groups_of_heads(monkeypatch, gate, groups, heads, fixed):
+    launched = in_groups(monkeypatch, heads)
     given, first = inputs(130, B=2, KV=2, groups=groups), documents(130, [20, 23, 100], [64])
     assert_is_the_equation(given, settings(gate, **fixed), rope(130, B=2), first)
+    assert "group_output" in launched
+    assert "output" not in launched
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("D", "R"), [(24, 24), (16, 8), (16, 0)])
+def test_groups_of_heads_by_rotated_channels(monkeypatch, D, R):
+    in_groups(monkeypatch, 2)
+    assert_is_the_equation(inputs(70, groups=2, D=D), settings(D=D), rope(70, R) if R else None)
+
+
+@needs_interpreter
+def test_heads_without_a_group(monkeypatch):
+    launched = in_groups(monkeypatch)
+    assert_is_the_equation(inputs(70, KV=2, groups=1), settings(), rope(70))
+    assert "output" in launched
+    assert "group_output" not in launched
 
 
 @needs_interpreter
@@ -450,6 +476,16 @@ def test_gpu_window_alone(D):
     given, fixed = inputs(300, B=2, D=D, **SHAPES["gqa"]), settings("none", D=D)
     assert_is_the_window(given, fixed, rope(300, D), None, torch.bfloat16, 5e-3)
     assert_is_the_window(given, fixed, rope(300, D), first, torch.bfloat16, 5e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("gate", ["gla", "mamba2"])
+@pytest.mark.parametrize(("groups", "heads"), [(4, 2), (3, 1)])
+def test_gpu_groups_of_heads(monkeypatch, D, gate, groups, heads):
+    in_groups(monkeypatch, heads if D > 64 else 1)
+    given, first = inputs(300, B=2, groups=groups, D=D), documents(300, [20, 23, 100], [64])
+    assert_is_the_equation(given, settings(gate, D=D), rope(300, D), first, dtype=torch.bfloat16, tolerance=5e-3)
 
 
 @needs_gpu

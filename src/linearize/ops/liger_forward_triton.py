@@ -129,15 +129,15 @@ def carry_kernel(
 def output_kernel(
     q, near_key, turned_key, totals, for_queries, v, cos, sin, mixing, first, states, output,
     near_query, turned_query, lse, T, rope_stride, scale,
-    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr,
-    W: tl.constexpr, SINKS: tl.constexpr, FEATURE: tl.constexpr, SCALAR: tl.constexpr, PACKED: tl.constexpr,
-    KEEP: tl.constexpr, DTYPE: tl.constexpr,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    SINKS: tl.constexpr, FEATURE: tl.constexpr, SCALAR: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """output = w · recurrence + (1 - w) · window, for one chunk and HEADS query heads of one key/value head, whose
-    rows are one below the other. With KEEP also what the backward pass reads: `near_query` of the recurrence,
-    `turned_query`, after RoPE, of the window, and the log-sum-exp of each query's window `[B, H, T]`."""
+    """output = w · recurrence + (1 - w) · window, for one chunk of one query head. With KEEP also what the backward
+    pass reads: `near_query` of the recurrence, `turned_query`, after RoPE, of the window, and the log-sum-exp of each
+    query's window `[B, H, T]`."""
     chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
-    batch, pair, heads, rows, places = query_rows(chunk, tl.program_id(1), KV, GROUPS, HEADS)
+    batch, pair, heads, rows, places = query_rows(chunk, tl.program_id(1), KV, GROUPS, 1)
     ours, theirs = batch * T * H * D, (batch * T * KV + pair % KV) * D
     start = chunk * CHUNK
     keys, before, columns = start + tl.arange(0, CHUNK), start - CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler.compiler import max_shared_mem
 
 from linearize.ops import liger_backward_triton as gradients
 from linearize.ops import liger_forward_triton as kernels
+from linearize.ops import liger_group_triton as grouped
 from linearize.ops import liger_steep_triton as steep
 from linearize.ops import liger_window_triton as windows
 from linearize.ops.liger import Rope, Settings, no_state
@@ -28,24 +30,25 @@ class Launch(NamedTuple):
     num_stages: int
     block: int = 64  # value channels of one program, in the passes over the states
     registers: int = 0  # of a thread at most; 0 for what the compiler likes
-    heads: int = 1  # query heads of one program of `output`, if their number divides a group's
+    heads: int = 1  # query heads at once, in `group_output`, if their number divides a group's
 
 
-# by padded head size; by reasoning about registers and shared memory, not tuned on a device yet but for `output` and
-# `query_gradients` at 128 and the stages of the delta rule's passes over the states at 64. With 168 registers `output`
-# and `window` at 64 have three programs of four warps on a multiprocessor, and with 128 `prepare` at 128 two of eight
+# by padded head size; by reasoning about registers and shared memory, and tuned on a device at 128, but for passes over
+# the states, `group_output` and what steep chunks add, and in the stages of the delta rule's passes at 64. With 168
+# registers `output`, `group_output` and `window` at 64 have three programs of four warps on a multiprocessor
 LAUNCHES: dict[str, dict[int, Launch]] = {
     "window": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1, registers=168), 128: Launch(4, 1)},
-    "prepare": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1), 128: Launch(8, 1, registers=128)},
+    "prepare": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1), 128: Launch(4, 1)},
     "states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
     "output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1, registers=168), 128: Launch(4, 1)},
+    "group_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1, registers=168), 128: Launch(8, 1, heads=2)},
     "state_gradients": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
     "query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
-    "key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
-    "window_gradients": {16: Launch(4, 2), 32: Launch(4, 2), 64: Launch(4, 2), 128: Launch(4, 1)},
+    "key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 2)},
+    "window_gradients": {16: Launch(4, 2), 32: Launch(4, 2), 64: Launch(4, 2), 128: Launch(4, 2)},
     "add_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "add_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
-    "window_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
+    "window_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 2)},
     "window_key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "delta_solve": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
     "delta_states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3, 32), 128: Launch(4, 2)},
@@ -140,10 +143,18 @@ def launch(kernel: str, call: Call) -> dict[str, int]:
     return {"num_warps": settings.num_warps, "num_stages": settings.num_stages, **limit}
 
 
-def heads_of(kernel: str, call: Call) -> int:
-    """Query heads of one program, all of one key/value head."""
-    D, groups = call.q.shape[3], call.q.shape[2] // call.k.shape[2]
-    return math.gcd(LAUNCHES[kernel][padded(D)].heads, groups)
+def fills(call: Call) -> bool:
+    """Whether there is a program for every multiprocessor where each has a chunk and a group of heads."""
+    return call.chunks * call.pairs >= MULTIPROCESSORS
+
+
+def heads_at_once(call: Call) -> int:
+    """Of `group_output`; 0 where there is no group, too few of them, or too little shared memory for what it holds."""
+    groups, DP = call.q.shape[2] // call.k.shape[2], padded(call.q.shape[3])
+    heads = math.gcd(LAUNCHES["group_output"][DP].heads, groups)
+    held = 2 * DP * (6 * CHUNK + DP + 2 * CHUNK * heads)  # as Triton 3.6 lays it out for bf16
+    fits = not call.q.is_cuda or held <= max_shared_mem(call.q.device.index)
+    return heads if groups > 1 and fills(call) and fits else 0
 
 
 def segments_of(call: Call, blocks: int) -> tuple[int, int]:
@@ -213,12 +224,19 @@ def forward(call: Call, initial: Tensor, keep: bool = True) -> tuple[Tensor, Ten
     output, lse = torch.empty_like(call.q), call.q.new_empty(B, H, T, dtype=torch.float32)
     near_query = torch.empty_like(call.q, dtype=call.dtype) if keep else output  # an argument that nothing reads
     turned_query = torch.empty_like(near_query) if keep and call.rotary > 0 else output
-    heads = heads_of("output", call)
-    kernels.output_kernel[(call.chunks, B * H // heads)](
+    given = (
         call.q, *made, call.v, call.cos, call.sin, call.mixing, call.first, states, output, near_query, turned_query,
-        lse, T, call.rope_stride, call.scale, HEADS=heads, R=call.rotary, W=call.window, SINKS=call.sinks,
-        FEATURE=call.feature_map, SCALAR=call.scalar, PACKED=call.packed, KEEP=keep, **told, **launch("output", call),
+        lse, T, call.rope_stride, call.scale,
     )  # fmt: skip
+    told_output = told | {
+        "R": call.rotary, "W": call.window, "SINKS": call.sinks, "FEATURE": call.feature_map, "SCALAR": call.scalar,
+        "PACKED": call.packed, "KEEP": keep,
+    }  # fmt: skip
+    if heads := heads_at_once(call):
+        kernel = grouped.group_output_kernel[(call.chunks, call.pairs)]
+        kernel(*given, HEADS=heads, **told_output, **launch("group_output", call))
+    else:
+        kernels.output_kernel[(call.chunks, B * H)](*given, **told_output, **launch("output", call))
     steep.add_output_kernel[(triton.cdiv(call.chunks, steep.STEP.value), call.pairs)](
         call.q, call.k, call.v, call.mixing, call.first, call.decay, made.totals, output, T, call.rate, call.lower,
         PACKED=call.packed, **told, **call.gating(), **launch("add_output", call),
@@ -241,7 +259,7 @@ def kept(call: Call) -> list[Tensor]:
 def window(call: Call, output: Tensor, lse: Tensor | None = None) -> None:
     """Write (1 - w) · window to the output, and its log-sum-exp to `lse` `[B, H, T]`."""
     B, T, H, _ = call.q.shape
-    heads = H // call.k.shape[2] if call.chunks * call.pairs >= MULTIPROCESSORS else 1
+    heads = H // call.k.shape[2] if fills(call) else 1
     windows.window_kernel[(call.chunks, B * H // heads)](
         call.q, call.k, call.v, call.cos, call.sin, call.mixing, call.first, output, output if lse is None else lse, T,
         call.rope_stride, call.scale, TURNS=heads, R=call.rotary, W=call.window, SINKS=call.sinks, PACKED=call.packed,

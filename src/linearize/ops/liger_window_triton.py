@@ -46,6 +46,15 @@ def load_parts(base, rows, columns, T, STRIDE: tl.constexpr, D: tl.constexpr, R:
 
 
 @triton.jit
+def whole(x, partner, rows, columns, R: tl.constexpr):
+    """A tile as it is, of `load_parts`."""
+    DP: tl.constexpr = columns.shape[0]
+    if R == DP:
+        x = tl.reshape(tl.permute(tl.join(x, partner), [0, 2, 1]), [rows.shape[0], DP])
+    return x
+
+
+@triton.jit
 def load_rope_half(cos, sin, rows, T, R: tl.constexpr):
     """Cosine and sine of the first half of the R channels; the other half has the same."""
     channels = tl.arange(0, R // 2)
@@ -63,8 +72,7 @@ def turned(x, partner, rows, columns, cos, sin, T, R: tl.constexpr):
     if R == DP:
         c, s = load_rope_half(cos, sin, rows, T, R)
         x, partner = x.to(tl.float32), partner.to(tl.float32)
-        x = tl.join((x * c - partner * s).to(dtype), (partner * c + x * s).to(dtype))
-        x = tl.reshape(tl.permute(x, [0, 2, 1]), [rows.shape[0], DP])
+        x = whole((x * c - partner * s).to(dtype), (partner * c + x * s).to(dtype), rows, columns, R)
     elif R > 0:
         c, s = load_rope(cos, sin, rows, columns, T, R)
         x = rotated(x, partner, c, s).to(dtype)
