@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
 
-from benchmarks.kernels import copy_speed, times
 from benchmarks.results import provenance, write
+from benchmarks.timing import copy_speed, graphed, times
 from linearize import convert, revert
 from linearize.config import MixerSettings
 from linearize.decoding import Decoder
@@ -140,22 +140,6 @@ def state_bytes(config: Any, settings: dict[str, Any]) -> int:
     layers = [mixer.layer(index, config.num_hidden_layers) for index in range(config.num_hidden_layers)]
     heads = config.num_attention_heads, config.num_key_value_heads
     return sum(recurrent_bytes(layer, *heads, config.head_dim) for layer in layers)
-
-
-def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call as a CUDA graph; on a CPU as it is."""
-    if not GPU:
-        return call
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def timed(call: Callable[[], Any], budget: float = 0.6) -> list[float]:

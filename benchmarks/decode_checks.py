@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from benchmarks.decode import BATCHES, CONVERTED, DEVICE, GPU, graphed, random_model, said, timed
-from benchmarks.kernels import copy_speed
+from benchmarks.decode import BATCHES, CONVERTED, DEVICE, GPU, random_model, said, timed
 from benchmarks.results import provenance, write
+from benchmarks.timing import copy_speed, graphed
 from linearize import convert
 from linearize.cache import cache_bytes
 from linearize.convert import mixers

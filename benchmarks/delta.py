@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels import times
 from benchmarks.results import provenance, write
+from benchmarks.timing import graphed, times
 from benchmarks.tune import compilers, failures
 from linearize.ops.gated_delta import chunked, gated_delta, reference
 
@@ -110,15 +110,7 @@ def graph_of(case: Case, operator: Any, backward: bool) -> Callable[[], None]:
         if backward:
             torch.autograd.grad(output, leaves, doutput)
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):  # kernels are compiled and libraries choose their algorithms
-        call()
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    return graphed(call)
 
 
 def pytorch(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,9 +29,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.decode import DEVICE, GPU, SHAPES, graphed, said, timed
-from benchmarks.kernels import copy_speed, times
+from benchmarks.decode import DEVICE, GPU, SHAPES, said, timed
 from benchmarks.results import provenance, write
+from benchmarks.timing import copy_speed, graphed, times
 from benchmarks.tune import Recorder, Task, by_dtype, compiled, start_compiler
 from linearize.ops import dispatch, products, products_triton
 from linearize.ops.products import Norm

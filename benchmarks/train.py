@@ -44,6 +44,7 @@ SIDES: dict[str, tuple[dict[str, Any] | None, bool]] = {  # the student's settin
     "gla, chunked": ({"structure": "gla"}, False),
     "default": (dict(recipe.read("default").mixer.root), True),
 }
+GOALS = ("default", "window only", "original attention")  # what the goals are about
 COMPILED = {  # what of a step `torch.compile` sees, to find out what that brings
     "layers": compiled_layers,
     "parts": lambda *models, whole=True: compiled_layers(*models, whole=False),
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--compiled", choices=COMPILED, default="layers")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(GOALS))
     arguments = parser.parse_args()
     results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {**provenance(), "rows": []}
     teacher = random_model(arguments.layers, arguments.length)
@@ -143,6 +144,7 @@ def measure(name: str, teacher: PreTrainedModel, arguments: argparse.Namespace, 
     share of the profiled steps in which the GPU did nothing; and the kernels that take longest, with their seconds and
     launches in a step."""
     settings, fused = SIDES[name]
+    torch._dynamo.reset()  # else a side may run what was compiled for another
     student = trainer.shared_copy(teacher)
     if settings is not None:
         student = convert(student, **{"mixing_weight": 0.1} | settings)
