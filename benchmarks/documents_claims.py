@@ -24,18 +24,18 @@ def demo_table() -> str:
 
 def claim() -> str:
     """Late losses of the default recipe and its baselines by length, over the seeds, and the shares closed."""
-    return "\n".join([*_by_length(_claimed(), LABELS), "", f"{made_on(rows_of('claim')[1])}."])
+    return "\n".join([*_by_length(_claimed("claim"), LABELS), "", f"{made_on(rows_of('claim')[1])}."])
 
 
-def _seeds(*models: str) -> list[int]:
+def _seeds(name: str, *models: str) -> list[int]:
     """Those with which all of these were trained."""
-    rows, _ = rows_of("claim")
+    rows, _ = rows_of(name)
     return [seed for seed in SEEDS if all(f"{ROWS[model]}-{seed}" in rows for model in models)]
 
 
-def _claimed() -> list[LateGap]:
+def _claimed(name: str) -> list[LateGap]:
     """By length, over the seeds; a share over those that both models have."""
-    rows, data = rows_of("claim")
+    rows, data = rows_of(name)
     found = []
     for length, articles in data["teacher"]["articles"].items():
         best = [data["teacher"]["late"][length]]
@@ -43,12 +43,12 @@ def _claimed() -> list[LateGap]:
         def losses(model: str, seeds: list[int], length: str = length) -> list[list[float]]:
             return [rows[f"{ROWS[model]}-{seed}"]["late"][length] for seed in seeds]
 
-        every = {"teacher": best} | {model: losses(model, _seeds(model)) for model in ROWS}
-        ours = [rows[f"converted-{seed}"] for seed in _seeds("converted")]
+        every = {"teacher": best} | {model: losses(model, _seeds(name, model)) for model in ROWS}
+        ours = [rows[f"converted-{seed}"] for seed in _seeds(name, "converted")]
         every["recurrence_off"] = [row["recurrence_off"]["late"][length] for row in ours]
         gap = LateGap(length=int(length), articles=articles, losses=every)
         for base in BASELINES:
-            seeds = _seeds(base, "converted")
+            seeds = _seeds(name, base, "converted")
             share = closed(losses(base, seeds), losses("converted", seeds), best, articles)
             assert share is not None
             gap.closed[base] = share
@@ -56,12 +56,14 @@ def _claimed() -> list[LateGap]:
     return found
 
 
-def _claimed_recall() -> dict[str, list[RecallScore]]:
+def _claimed_recall(name: str) -> dict[str, list[RecallScore]]:
     """By model, the mean of the seeds."""
-    rows, data = rows_of("claim")
+    rows, data = rows_of(name)
     found = {"teacher": [RecallScore.model_validate(cell) for cell in data["teacher"]["recall"]]}
     for model, row in ROWS.items():
-        every = [[RecallScore.model_validate(c) for c in rows[f"{row}-{seed}"]["recall"]] for seed in _seeds(model)]
+        every = [
+            [RecallScore.model_validate(c) for c in rows[f"{row}-{seed}"]["recall"]] for seed in _seeds(name, model)
+        ]
         found[model] = [_mean(cells) for cells in zip(*every, strict=True)]
     return found
 
@@ -88,7 +90,8 @@ def earlier() -> str:
         "states in fp32, text of any length, no repeats": (_over_seeds(old), _needles_of(old)),
         "16,384 tokens a step, a tenth of repeats": (_larger_steps(), suite_of(second).recall["converted"]),
         "8,192 tokens a step, 15 % repeats": (_over_seeds(_before()), _needles_of(_before())),
-        "behind the window, prose, a ramp of 512": (_claimed(), _claimed_recall()["converted"]),
+        "behind the window with RoPE, 15 % repeats": (_claimed("claim"), _claimed_recall("claim")["converted"]),
+        "the same, prose, a ramp of 512": (_claimed("prose"), _claimed_recall("prose")["converted"]),
     }
     lines = ["| recipe | T | closed of window only | of equal memory | late loss | needles at 128, 512, 1,024 |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
@@ -100,8 +103,8 @@ def earlier() -> str:
             loss = f"{np.mean(gap.losses['converted']):.4f}"
             lines.append(f"| {name} | {gap.length:,} | {shares} | {loss} | {recalled} |")
             name = recalled = ""
-    scored, last = made_on(rows_of("larger-steps-seed-0")[1]), made_on(rows_of("claim")[1])
-    made = f"{report_made_on(second)} Seed 0 of the second was scored on {scored}. The last: {last}."
+    scored, last = (made_on(rows_of(name)[1]) for name in ("larger-steps-seed-0", "claim"))
+    made = f"{report_made_on(second)} Seed 0 of the second was scored on {scored}. The last two: {last}, 3357843."
     return "\n".join([*lines, "", made])
 
 
@@ -123,7 +126,7 @@ def _larger_steps() -> list[LateGap]:
 
 def recovered() -> str:
     """The first column of `claim`."""
-    gap = _claimed()[0]
+    gap = _claimed("claim")[0]
     lines = [
         "| model | late loss | closed of the gap of window only | of equal memory |",
         "| --- | ---: | ---: | ---: |",
@@ -165,7 +168,7 @@ def recalled() -> str:
     """Answers found by distance, without a full layer and with three."""
     full = suite_of(report_of("three-layers")).recall
     shown = {LABELS["teacher"]: full["teacher"]}
-    for kind, recall in (("no full layer", _claimed_recall()), ("three full layers", full)):
+    for kind, recall in (("no full layer", _claimed_recall("claim")), ("three full layers", full)):
         shown |= {f"{LABELS[model]}, {kind}": recall[model] for model in ORDER[1:4]}
     found = {label: {(score.task, score.distance): score for score in scores} for label, scores in shown.items()}
     distances = sorted({distance for scores in found.values() for _, distance in scores})
@@ -204,7 +207,7 @@ def _points(found: dict[str, float]) -> str:
 def pictures() -> dict[str, Figure]:
     """Recall by distance."""
     window, found = report_of("three-layers").models.converted.window, {}
-    recalls = {"recall": _claimed_recall(), "recall_three_layers": suite_of(report_of("three-layers")).recall}
+    recalls = {"recall": _claimed_recall("claim"), "recall_three_layers": suite_of(report_of("three-layers")).recall}
     for picture, scores in recalls.items():
         figure = by_distance(scores, window)
         assert figure is not None

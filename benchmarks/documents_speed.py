@@ -36,7 +36,7 @@ def operators() -> str:
 
 def kernels() -> str:
     """Milliseconds of fused Liger Attention on a GPU, beside causal softmax attention's and the floor."""
-    data = json.loads((RESULTS / "kernels_h100.json").read_text(encoding="utf-8"))
+    data = json.loads((RESULTS / "kernels_h200.json").read_text(encoding="utf-8"))
     found: dict[tuple[int, ...], dict[tuple[str, bool], dict[str, Any]]] = {}
     for row in data["rows"]:
         shape = tuple(row[name] for name in ("B", "T", "H", "KV", "D"))
@@ -128,9 +128,9 @@ def delta_times() -> str:
     return "\n".join([*lines, "", f"Milliseconds, median; {made_on(data)}."])
 
 
-def training() -> str:
+def training(name: str) -> str:
     """Distillation: tokens per second, beside the window alone and the original attention, and the goals."""
-    if (data := measured("train_h100")) is None:
+    if (data := measured(name)) is None:
         return "Not measured yet."
     lines = ["| student | batch × T | step, ms | teacher's forward | tokens/s | GPU idle | peak, GiB |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
