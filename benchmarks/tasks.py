@@ -57,7 +57,8 @@ def main() -> None:
         }
         write(arguments.out, results)
         write(kept, found)
-        print(f"{task}, {time.perf_counter() - start:.0f} s", *map(describe, scores["converted"]), sep="\n", flush=True)
+        lines = [describe(score) for score in scores["converted"] if score.task == task]
+        print(f"{task}, {time.perf_counter() - start:.0f} s", *lines, sep="\n", flush=True)
 
 
 def describe(score: TaskScore) -> str:

@@ -17,7 +17,7 @@ import triton.language as tl
 CHUNK = tl.constexpr(64)
 LEVELS = tl.constexpr(6)  # 2^6 tokens in a chunk
 SINK_ROWS = tl.constexpr(16)  # the smallest side of a matrix product
-GONE = tl.constexpr(-100.0)  # a log decay that leaves nothing in fp32, and has no gradient
+GONE = tl.constexpr(-100.0)  # a log decay that leaves nothing of what rounding does not hide, and has no gradient
 NEVER = tl.constexpr(2**31 - 1)  # later than every token
 LOG2_E = tl.constexpr(1.4426950408889634)
 LIMIT = tl.constexpr(-60.0)  # of a chunk's summed log decay, for one product to serve the whole chunk
