@@ -112,7 +112,8 @@ def made(operator: Callable[..., Tensor], shape: Shape, backward: bool) -> Calla
 
 
 def measure(operator: Callable[..., Tensor], shape: Shape, backward: bool) -> dict[str, Any]:
-    """Seconds of the first call and of later ones; peak memory beyond the inputs, in bytes."""
+    """Seconds of the first call, and of a graph's replays; the call's peak memory beyond the inputs, in bytes; or why
+    there are none."""
     call = made(operator, shape, backward)
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
@@ -124,7 +125,10 @@ def measure(operator: Callable[..., Tensor], shape: Shape, backward: bool) -> di
         held = torch.cuda.max_memory_allocated() - held
         return {"first_call": first_call, "bytes": held, "seconds": times(graphed(call))}
     except torch.OutOfMemoryError:
-        return {"first_call": None, "seconds": [], "bytes": None}
+        why = "out of memory"
+    except Exception as error:  # the other rows are worth knowing
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+    return {"first_call": None, "seconds": [], "bytes": None, "error": why}
 
 
 def moved(shape: Shape, backward: bool) -> int:
@@ -138,7 +142,7 @@ def describe(row: dict[str, Any]) -> str:
     what = f"{row['B']}x{row['T']} H={row['H']} KV={row['KV']} D={row['D']} {row['operator']:16}"
     what += " forward + backward" if row["backward"] else " forward           "
     if not row["seconds"]:
-        return f"{what} out of memory"
+        return f"{what} {row['error']}"
     median = 1000 * statistics.median(row["seconds"])
     rest = (
         f"floor {1000 * row['floor']:6.2f} ms, first call {row['first_call']:5.1f} s, {row['bytes'] / 2**30:5.2f} GiB"

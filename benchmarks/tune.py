@@ -7,8 +7,9 @@
 For every kernel and head size, first where most time goes: each candidate is compiled (side by side, in processes that
 share Triton's cache), run within a whole forward and backward pass whose results must be those of the settings in the
 table, and timed alone; the median of many runs by device events. bf16, window 64, 4 sinks, random inputs; other shapes
-than 4 x 8,192 tokens, and other gates than `gla`, if told so. What does not compile or does not fit is kept with its
-reason. Prints the table to paste.
+than 4 x 8,192 tokens, and other gates than `gla`, if told so: `output` runs where there is no group of heads to share
+keys, with `--heads 32 32`, and `group_output` where there is one. What does not compile or does not fit is kept with
+its reason. Prints the table to paste.
 """
 
 import argparse

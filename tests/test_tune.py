@@ -45,6 +45,21 @@ def test_timing_leaves_what_the_first_candidate_computed(monkeypatch, gate, kern
         assert row == {"difference": 0.0, "seconds": 1.0}
 
 
+def test_heads_of_a_group_at_once(monkeypatch):
+    monkeypatch.setattr("linearize.ops.liger_fused.MULTIPROCESSORS", 1)
+    monkeypatch.setattr(tune, "seconds_of", lambda tasks: [float(tasks[0].told["HEADS"])])
+    problem, expected = tune.Problem((1, 70, 4, 1, 16), "gla", "cpu", torch.float32), None
+    for heads, at_once in ((1, 1), (2, 2), (3, 1)):
+        row, expected = tune.tried(problem, "group_output", 16, Launch(2, 1, heads=heads), expected)
+        assert row["difference"] < 1e-5
+        assert row["seconds"] == at_once
+    with tune.recording(runs=False) as tasks:
+        problem.run()
+    assert {task.kernel.split(":")[1] for task in tasks} >= {"group_output_kernel", "query_gradients_kernel"}
+    (task,) = tune.tasks_of("group_output", tasks)[:1]
+    assert tune.with_settings(task, Launch(2, 1, heads=2)).told["HEADS"] == 2
+
+
 def test_launches_belong_to_the_kernel_before(monkeypatch):
     from linearize.ops import liger_fused
 

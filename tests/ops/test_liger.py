@@ -4,6 +4,7 @@ Without a GPU the kernels run in Triton's interpreter, in fp32.
 """
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -251,7 +252,7 @@ def in_groups(monkeypatch, heads: int = 1) -> list[str]:
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("gate", "groups", "heads"), [("gla", 4, 2), ("mamba2", 2, 1), ("rwkv6", 3, 2)])
+@pytest.mark.parametrize(("gate", "groups", "heads"), [("gla", 4, 2), ("mamba2", 4, 1), ("rwkv6", 3, 2)])
 @pytest.mark.parametrize("fixed", [{}, {"feature_map": "none", "sinks": 0}], ids=str)
 def test_groups_of_heads(monkeypatch, gate, groups, heads, fixed):
     launched = in_groups(monkeypatch, heads)
@@ -262,7 +263,7 @@ def test_groups_of_heads(monkeypatch, gate, groups, heads, fixed):
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("D", "R"), [(24, 24), (16, 8), (16, 0)])
+@pytest.mark.parametrize(("D", "R"), [(16, 16), (24, 24), (16, 8), (16, 0)])
 def test_groups_of_heads_by_rotated_channels(monkeypatch, D, R):
     in_groups(monkeypatch, 2)
     assert_is_the_equation(inputs(70, groups=2, D=D), settings(D=D), rope(70, R) if R else None)
@@ -274,6 +275,27 @@ def test_heads_without_a_group(monkeypatch):
     assert_is_the_equation(inputs(70, KV=2, groups=1), settings(), rope(70))
     assert "output" in launched
     assert "group_output" not in launched
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("heads", "dtype", "chunks", "memory", "expected"),
+    [
+        ((32, 8), torch.bfloat16, 128, 232448, 2),  # H100
+        ((24, 8), torch.bfloat16, 128, 232448, 1),
+        ((8, 8), torch.bfloat16, 128, 232448, 0),  # no group
+        ((32, 8), torch.bfloat16, 16, 232448, 0),  # too few programs
+        ((32, 8), torch.bfloat16, 128, 166912, 0),  # A100
+        ((32, 8), torch.float32, 128, 232448, 0),
+    ],
+)
+def test_where_a_program_has_a_group(monkeypatch, heads, dtype, chunks, memory, expected):
+    from linearize.ops import liger_fused
+
+    monkeypatch.setattr(liger_fused, "max_shared_mem", lambda device: memory)
+    q, k = (SimpleNamespace(shape=(1, 64, n, 128), is_cuda=True, device=torch.device("cuda", 0)) for n in heads)
+    call = SimpleNamespace(q=q, k=k, dtype=dtype, chunks=chunks, pairs=heads[1])
+    assert liger_fused.heads_at_once(call) == expected
 
 
 @needs_interpreter

@@ -184,8 +184,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def sinks_of(k: Tensor, v: Tensor, sinks: int, document: Tensor | None) -> Sinks:
     """The first tokens of every document, of k after RoPE and v."""
     B, T = k.shape[:2]
+    count = 1 if document is None else int(document.max()) + 1  # without documents nothing waits for a GPU
     document = torch.zeros(B, T, dtype=torch.long, device=k.device) if document is None else document
-    number = torch.arange(int(document.max()) + 1, device=k.device).expand(B, -1).contiguous()
+    number = torch.arange(count, device=k.device).expand(B, -1).contiguous()
     begin, end = torch.searchsorted(document, number), torch.searchsorted(document, number, right=True)
     index = begin[..., None] + torch.arange(sinks, device=k.device)
     time = torch.where(index < end[..., None], index, NEVER).flatten(1)

@@ -5,10 +5,10 @@ import triton.language as tl
 
 from linearize.ops.liger_triton import (
     CHUNK,
+    LOG2_E,
     continues,
     decay_of_keys,
     decay_of_queries,
-    exp,
     feature,
     key_and_gate,
     load_first,
@@ -159,25 +159,26 @@ def output_kernel(
         query = rotated(query, load_tile(q + ours, places, partner_of(columns, R), T * H, D, D), c, s).to(DTYPE)
         if KEEP:
             store_tile(turned_query + ours, places, columns, query, T * H, D, D)
-    own = product(query, tl.trans(load_tile(turned_key + theirs, keys, columns, T, KV * D, D)), DTYPE) * scale
-    past = product(query, tl.trans(load_tile(turned_key + theirs, before, columns, T, KV * D, D)), DTYPE) * scale
+    own = product(query, tl.trans(load_tile(turned_key + theirs, keys, columns, T, KV * D, D)), DTYPE)
+    past = product(query, tl.trans(load_tile(turned_key + theirs, before, columns, T, KV * D, D)), DTYPE)
     own = tl.where(window_mask(rows, keys, starts, W), own, -float("inf"))
     past = tl.where(window_mask(rows, before, starts, W), past, -float("inf"))
     largest = tl.maximum(tl.max(own, 1), tl.max(past, 1))
     if SINKS > 0:
         chunk_first = load_one_first(first + batch * T, start, PACKED)
         sinks = sink_rows(chunk_first, SINKS)
-        far = product(query, tl.trans(load_tile(turned_key + theirs, sinks, columns, T, KV * D, D)), DTYPE) * scale
+        far = product(query, tl.trans(load_tile(turned_key + theirs, sinks, columns, T, KV * D, D)), DTYPE)
         far = tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf"))
         largest = tl.maximum(largest, tl.max(far, 1))
-        far = exp(far - largest[:, None])
-    own, past = exp(own - largest[:, None]), exp(past - largest[:, None])
+        far = tl.exp2((far - largest[:, None]) * (scale * LOG2_E))
+    own = tl.exp2((own - largest[:, None]) * (scale * LOG2_E))
+    past = tl.exp2((past - largest[:, None]) * (scale * LOG2_E))
     weight = tl.sum(own, 1) + tl.sum(past, 1)
     if SINKS > 0:
         weight += tl.sum(far, 1)
     share = (1.0 - w) / weight[:, None]
     if KEEP:
-        tl.store(lse + (batch * H + heads) * T + rows, largest + tl.log(weight), mask=rows < T)
+        tl.store(lse + (batch * H + heads) * T + rows, largest * scale + tl.log(weight), mask=rows < T)
 
     own, past = (within + share * own).to(DTYPE), (share * past).to(DTYPE)
 

@@ -149,12 +149,16 @@ def fills(call: Call) -> bool:
 
 
 def heads_at_once(call: Call) -> int:
-    """Of `group_output`; 0 where there is no group, too few of them, or too little shared memory for what it holds."""
+    """Of `group_output`; 0 where there is no group, too few of them, or too little shared memory for what it holds, as
+    there is in fp32."""
     groups, DP = call.q.shape[2] // call.k.shape[2], padded(call.q.shape[3])
+    if groups == 1 or not fills(call):
+        return 0
     heads = math.gcd(LAUNCHES["group_output"][DP].heads, groups)
     held = 2 * DP * (6 * CHUNK + DP + 2 * CHUNK * heads)  # as Triton 3.6 lays it out for bf16
-    fits = not call.q.is_cuda or held <= max_shared_mem(call.q.device.index)
-    return heads if groups > 1 and fills(call) and fits else 0
+    if call.q.is_cuda and (call.dtype == torch.float32 or held > max_shared_mem(call.q.device.index)):
+        return 0
+    return heads
 
 
 def segments_of(call: Call, blocks: int) -> tuple[int, int]:
