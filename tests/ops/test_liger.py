@@ -256,7 +256,7 @@ def in_groups(monkeypatch, heads: int = 1) -> list[str]:
 @pytest.mark.parametrize("fixed", [{}, {"feature_map": "none", "sinks": 0}], ids=str)
 def test_groups_of_heads(monkeypatch, gate, groups, heads, fixed):
     launched = in_groups(monkeypatch, heads)
-    given, first = inputs(130, B=2, KV=2, groups=groups), documents(130, [20, 23, 100], [64])
+    given, first = inputs(130, B=2, groups=groups), documents(130, [20, 23, 100], [64])
     assert_is_the_equation(given, settings(gate, **fixed), rope(130, B=2), first)
     assert "group_output" in launched
     assert "output" not in launched
