@@ -28,3 +28,18 @@ def test_hedgehog_starts_as_the_identity_and_has_a_map_for_each_head():
     for head in range(3):
         mapped = X[:, :, head] @ hedgehog.weight[head] + hedgehog.bias[head]
         assert_close(hedgehog(X)[:, :, head], torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], dim=-1))
+
+
+def test_products_are_of_neighbours_and_do_not_hang_on_the_length():
+    products, linear = feature_map("products", 3, 8), feature_map("linear", 3, 8)
+    for learned in (products, linear):
+        learned.reset_parameters()
+    products.up.data.normal_()
+    linear.load_state_dict(products.state_dict())
+    y = linear(X)
+    y = y / y.square().mean(-1, keepdim=True).sqrt()
+    pairs = [y[..., i] * y[..., i - 1] for i in range(8)]
+    assert_close(products(X), torch.cat([y, torch.stack(pairs, dim=-1)], dim=-1), 1e-4)
+    assert products(X).shape[-1] == feature_size("products", 8) == 16
+    products.up.data.zero_()
+    assert_close(products(10 * X), products(X), 1e-4)

@@ -30,8 +30,9 @@ class MixerConfig(BaseModel):
         "softmax", description="weights of the window; softplus_reweighted is LSSAR's"
     )
     score_power: int = Field(3, ge=1, description="the power of softplus_reweighted; the paper has 3 and 15")
-    feature_map: Literal["softmax", "hedgehog", "linear", "l2", "relu", "elu", "none"] = Field(
-        "softmax", description="of q and k in the recurrence, over the head size; hedgehog and linear are learned"
+    feature_map: Literal["softmax", "hedgehog", "linear", "products", "l2", "relu", "elu", "none"] = Field(
+        "softmax",
+        description="of q and k in the recurrence, over the head size; hedgehog, linear and products are learned",
     )
     readout: Literal["none", "rms", "denominator", "gated"] = Field(
         "none",

@@ -10,6 +10,7 @@ from transformers import initialization
 
 FeatureMap = Callable[[Tensor], Tensor]
 RANK = 16  # of the linear map
+EPSILON = 1e-6  # of a mean square
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def identity(x: Tensor) -> Tensor:
 
 
 FEATURE_MAPS: dict[str, FeatureMap] = {"softmax": softmax, "l2": l2, "relu": relu, "elu": elu, "none": identity}
-SIGNED = ("l2", "none", "linear")  # maps whose values may be negative
+SIGNED = ("l2", "none", "linear", "products")  # maps whose values may be negative
 
 
 class Hedgehog(nn.Module):
@@ -82,7 +83,18 @@ class Linear(nn.Module):
         return x.float() + torch.einsum("bthr,hre->bthe", low, self.up.float())
 
 
-LEARNED = {"hedgehog": Hedgehog, "linear": Linear}
+class Products(Linear):
+    """`[y, y · y']` with y what `Linear` makes, divided by its root mean square, and y' its channels moved on by one:
+    twice the keys, as DPFP has them (arXiv 2102.11174) but with their signs."""
+
+    def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H K"]:
+        """K = 2D, in fp32."""
+        y = F.rms_norm(super().forward(x), x.shape[-1:], eps=EPSILON)
+        return torch.cat([y, y * y.roll(1, -1)], dim=-1)
+
+
+LEARNED = {"hedgehog": Hedgehog, "linear": Linear, "products": Products}
+WIDER = ("hedgehog", "products")  # maps that make 2D channels of D
 
 
 def feature_map(name: str, heads: int, head_dim: int) -> FeatureMap:
@@ -92,4 +104,4 @@ def feature_map(name: str, heads: int, head_dim: int) -> FeatureMap:
 
 def feature_size(name: str, head_dim: int) -> int:
     """K, from D."""
-    return 2 * head_dim if name == "hedgehog" else head_dim
+    return 2 * head_dim if name in WIDER else head_dim

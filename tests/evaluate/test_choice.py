@@ -127,6 +127,53 @@ def test_batches_of_1_and_64_score_the_same(data, model, found, monkeypatch):
     assert answers(model, tokenizer, data=data, rows=1) == found
 
 
+def test_every_text_becomes_tokens_once_and_all_at_once(model, monkeypatch):
+    pytest.importorskip("lm_eval")
+    from linearize.evaluate.harness import InMemory
+
+    lm = InMemory(model, tiny.tokenizer())
+    pairs = [(f"{SENTENCES[0]} ", end) for end in ("A", "B", "C")] + [
+        ("", SENTENCES[1]),
+        (SENTENCES[1], f" {SENTENCES[2]}"),
+    ]
+    requests = [type("Request", (), {"args": pair}) for pair in pairs]
+    one_by_one = [lm.loglikelihood([request], disable_tqdm=True)[0] for request in requests]
+    tokenizer, given = lm.tokenizer, []
+    monkeypatch.setattr(lm, "tokenizer", Recorded(tokenizer, given))
+    scores = [score for score, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+    assert scores == pytest.approx([score for score, _ in one_by_one], abs=1e-3)
+    contexts = {SENTENCES[0], SENTENCES[1]}
+    assert sorted(given[0]) == sorted(contexts | {context + end for context, end in pairs if context})
+    assert given[1:] == [SENTENCES[1]]  # that of the empty context
+
+
+class Recorded:
+    """A tokenizer that keeps what it was given."""
+
+    def __init__(self, tokenizer, given):
+        self.tokenizer, self.given = tokenizer, given
+
+    def __call__(self, texts, **options):
+        self.given.append(texts)
+        return self.tokenizer(texts, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
+def test_the_harness_compiles_a_template_once():
+    pytest.importorskip("lm_eval")
+    from lm_eval.utils import apply_template, env
+
+    from linearize.evaluate.choice import compiled_templates
+
+    before = env.from_string
+    with compiled_templates():
+        assert env.from_string("{{a}}!") is env.from_string("{{a}}!")
+        assert [apply_template("{{a}}!", {"a": a}) for a in (1, 2)] == ["1!", "2!"]
+    assert env.from_string == before
+
+
 def test_a_limit(data, model):
     found = answers(model, tiny.tokenizer(), ["piqa", "mmlu"], limit=2, data=data)
     assert [len(row.scores) for row in found] == [2, 2, 4]  # of mmlu, for each subject

@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +71,8 @@ def answers(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm = InMemory(model, tokenizer, rows, label, progress=sys.stderr)
     try:
-        with hub, warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # it draws 57 bars for mmlu
+        quiet = contextlib.redirect_stderr(io.StringIO())  # it draws 57 bars for mmlu
+        with hub, compiled_templates(), warnings.catch_warnings(), quiet:
             warnings.simplefilter("ignore")
             loaded = _manager().load(specs)
             for task in loaded["tasks"].values():
@@ -86,6 +87,19 @@ def answers(
             f"valid: {', '.join(LOCAL)}, or another of lm-evaluation-harness where a hub answers"
         ) from error
     return _collected(tasks, found["samples"])
+
+
+@contextlib.contextmanager
+def compiled_templates() -> Iterator[None]:
+    """Inside, the harness compiles each of its templates once, not for each item: of mmlu that takes minutes."""
+    from lm_eval.utils import env
+
+    kept = env.from_string
+    env.from_string = cache(kept)
+    try:
+        yield
+    finally:
+        env.from_string = kept
 
 
 def check(tasks: Sequence[str], data: Path | None = None) -> None:

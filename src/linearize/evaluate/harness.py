@@ -33,6 +33,7 @@ class InMemory(TemplateLM):
         self.model, self.tokenizer, self.rows, self.label = model, tokenizer, rows, label
         self.progress = progress  # where the bar goes, or nowhere
         self.head, self.max_length = Head(model), model.config.max_position_embeddings
+        self.known: dict[str, list[int]] = {}  # tokens of texts that are asked for soon
 
     @property
     def eot_token_id(self) -> int:
@@ -42,8 +43,23 @@ class InMemory(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Tokens of `string`; with the special tokens that the tokenizer adds itself, unless told otherwise."""
+        if add_special_tokens is None and string in self.known:
+            return self.known[string]
         given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.tokenizer(string, verbose=False, **given)["input_ids"]
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log probability, whether it is what greedy decoding gives) of each continuation of a context.
+
+        All texts become tokens at once, each once, on all cores: one by one those of mmlu take minutes.
+        """
+        pairs = [request.args for request in requests]
+        texts = list({text for context, end in pairs if context for text in (context.rstrip(), context + end) if text})
+        self.known = dict(zip(texts, self.tokenizer(texts, verbose=False)["input_ids"] if texts else [], strict=True))
+        try:
+            return super().loglikelihood(requests, disable_tqdm)
+        finally:
+            self.known = {}
 
     @torch.no_grad()
     def _loglikelihood_tokens(
