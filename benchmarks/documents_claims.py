@@ -90,8 +90,10 @@ def earlier() -> str:
         "states in fp32, text of any length, no repeats": (_over_seeds(old), _needles_of(old)),
         "16,384 tokens a step, a tenth of repeats": (_larger_steps(), suite_of(second).recall["converted"]),
         "8,192 tokens a step, 15 % repeats": (_over_seeds(_before()), _needles_of(_before())),
-        "behind the window with RoPE, 15 % repeats": (_claimed("claim"), _claimed_recall("claim")["converted"]),
+        "behind the window, a tenth of repeats": _tenth(),
+        "behind the window with RoPE, 15 % repeats": (_claimed("rope_both"), _claimed_recall("rope_both")["converted"]),
         "the same, prose, a ramp of 512": (_claimed("prose"), _claimed_recall("prose")["converted"]),
+        "the default": (_claimed("claim"), _claimed_recall("claim")["converted"]),
     }
     lines = ["| recipe | T | closed of window only | of equal memory | late loss | needles at 128, 512, 1,024 |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
@@ -99,17 +101,29 @@ def earlier() -> str:
         needles = {score.distance: f"{score.accuracy:.0%}" for score in scores if score.task == "needle"}
         name, recalled = label, ", ".join(needles[distance] for distance in (128, 512, 1024))
         for gap in gaps:
-            shares = " | ".join(interval(gap.closed[base]) for base in BASELINES)
+            shares = " | ".join(interval(gap.closed[base]) if base in gap.closed else "–" for base in BASELINES)
             loss = f"{np.mean(gap.losses['converted']):.4f}"
             lines.append(f"| {name} | {gap.length:,} | {shares} | {loss} | {recalled} |")
             name = recalled = ""
-    scored, last = (made_on(rows_of(name)[1]) for name in ("larger-steps-seed-0", "claim"))
-    made = f"{report_made_on(second)} Seed 0 of the second was scored on {scored}. The last two: {last}, 3357843."
+    scored, last = (made_on(rows_of(name)[1]) for name in ("larger-steps-seed-0", "rope_both"))
+    commits = ", ".join(rows_of(name)[1]["commit"] for name in ("prose", "claim"))
+    made = f"{report_made_on(second)} Seed 0 of the second, and the fourth, were scored on {scored}, "
+    made += f"{rows_of('behind_20M')[1]['commit']}. The last three: {last}, {commits}."
     return "\n".join([*lines, "", made])
 
 
 def _needles_of(suites: list[Suite]) -> list[RecallScore]:
     return [_mean(cells) for cells in zip(*(suite.recall["converted"] for suite in suites), strict=True)]
+
+
+def _tenth() -> tuple[list[LateGap], list[RecallScore]]:
+    """By length, and needles, of the one seed behind the window with a tenth of repeats, which has no longer window."""
+    rows, data = rows_of("behind_20M")
+    found = []
+    for length, articles in data["teacher"]["articles"].items():
+        losses = {name: [row["late"][length]] for name, row in (rows | {"teacher": data["teacher"]}).items()}
+        found.append(late_gap(int(length), articles, losses))
+    return found, [RecallScore.model_validate(cell) for cell in rows["converted"]["recall"]]
 
 
 def _larger_steps() -> list[LateGap]:

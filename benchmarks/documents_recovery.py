@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 
 from benchmarks.results import RESULTS, interval, made_on, measured, rows_of, versions
 from linearize import drawing
-from linearize.drawing import LABELS
 from linearize.evaluate.late_gap import closed
 from linearize.measures import Interval
 
@@ -112,21 +111,6 @@ def behind() -> str:
     return "\n".join([*lines, "", f"{note} {made_on(data)}."])
 
 
-def behind_claim() -> str:
-    """Late losses behind the window after 20 million tokens, by length, beside the window's, and the share closed."""
-    rows, data = rows_of("behind_20M")
-    lengths, best = list(rows["converted"]["late"]), data["teacher"]
-    models = {"teacher": best, "window_only": rows["window_only"], "converted": rows["converted"]}
-    lines = ["| | " + " | ".join(f"T = {int(length):,}" for length in lengths) + " |"]
-    lines.append("| --- |" + " ---: |" * len(lengths))
-    for name, row in models.items():
-        losses = " | ".join(f"{np.mean(row['late'][length]):.4f}" for length in lengths)
-        lines.append(f"| {LABELS[name]} | {losses} |")
-    shares = [interval(_closed(models["window_only"], models["converted"], data, length)) for length in lengths]
-    lines.append(f"| closed of the gap of window only | {' | '.join(shares)} |")
-    return "\n".join([*lines, "", f"{made_on(data)}."])
-
-
 def behind_both() -> str:
     """Changes to a recurrence behind the window that reads the window's keys, in late loss and in needles found."""
     rows, data = rows_of("behind_both")
@@ -138,6 +122,27 @@ def behind_both() -> str:
         losses = f"{row['late_loss']:.4f} | {mean:+.4f} ± {error:.4f} | {row['early_loss']:.4f}"
         lines.append(f"| {name} | {own} | {losses} | {_needles(row) if 'recall' in row else '–'} |")
     return "\n".join([*lines, "", f"The error is one standard error over sequences. {made_on(data)}."])
+
+
+def late() -> str:
+    """Changes to the default behind the window, in late loss by length and in needles found."""
+    rows, data = rows_of("late")
+    base, lengths = rows["local"], list(data["teacher"]["late"])
+    columns = " | ".join(f"T = {int(length):,}" for length in lengths)
+    lines = [f"| row | change | {columns} | needles at 128, 512 |"]
+    lines.append("| --- | --- |" + " ---: |" * (len(lengths) + 1))
+    for name, row in rows.items():
+        own = row.get("what") or ", ".join(f"`{x}`" for x in row["set"] if x not in base["set"]) or "–"
+        cells = []
+        for length in lengths:
+            mean, error = _difference(row["late"][length], base["late"][length])
+            against = "" if row is base else f", {mean:+.4f} ± {error:.4f}"
+            cells.append(f"{np.mean(row['late'][length]):.4f}{against}")
+        lines.append(f"| {name} | {own} | {' | '.join(cells)} | {_needles(row)} |")
+    best = " | ".join(f"{np.mean(data['teacher']['late'][length]):.4f}" for length in lengths)
+    lines.append(f"| teacher | | {best} | {_needles(data['teacher'])} |")
+    note = "Late loss, and how much worse than `local`, with one standard error over sequences."
+    return "\n".join([*lines, "", f"{note} {made_on(data)}."])
 
 
 def _needles(row: dict[str, Any]) -> str:

@@ -34,9 +34,6 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-Share = Annotated[float, Field(ge=0, le=0.9)]
-
-
 class DataSettings(Settings):
     """Where text comes from: `wiki` is the embedded default; else a file, a folder or a hub data set."""
 
@@ -47,10 +44,8 @@ class DataSettings(Settings):
     heldout: str = Field("wiki", description="text to measure on, which must be another")
     sequence_length: int = Field(1024, ge=8, description="tokens that are packed into one sequence")
     shortest: int = Field(0, ge=0, description="tokens of a document to train on; shorter ones are left out")
-    repeats: Share | Annotated[tuple[Share, ...], Field(min_length=1)] = Field(
-        0.0,
-        description="share of the training tokens that are passages of the document, said again; a list is spread "
-        "evenly over a stage",
+    repeats: float = Field(
+        0.0, ge=0, le=0.9, description="share of the training tokens that are passages of the document, said again"
     )
     self_tokens: Tokens | None = Field(
         None, description="to sample where train is self; null: as many as the longest stage takes"

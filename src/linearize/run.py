@@ -328,9 +328,9 @@ def train_variant(recipe: Recipe, name: str, base: Base, work: Path) -> Trained:
 def train_stage(
     recipe: Recipe, stage: str, name: str, settings: StageSettings, loss: Loss, student: Student, base: Base, work: Path
 ) -> Curve:
-    """One stage of one variant; all of them read the same text from its beginning, in the same order."""
-    data, documents = recipe.data, _documents(recipe, base)
-    sequences = pack(documents, data.sequence_length, settings.tokens, repeats=data.repeats, seed=recipe.seed)
+    """One stage of one variant; all of them read the same text from its beginning."""
+    data = recipe.data
+    sequences = pack(_documents(recipe, base), data.sequence_length, settings.tokens, repeats=data.repeats)
     return train(stage, name, student, base.teacher, loss, sequences, settings, work / f"{name}-{stage}", recipe.seed)
 
 

@@ -87,21 +87,14 @@ def _ended(ids: list[int], eos: int | None) -> np.ndarray:
 
 
 def pack(
-    documents: Sequence[np.ndarray],
-    sequence_length: int,
-    tokens: int,
-    source: str = "the text",
-    repeats: float | Sequence[float] = 0.0,
-    seed: int | None = None,
+    documents: Sequence[np.ndarray], sequence_length: int, tokens: int, source: str = "the text", repeats: float = 0.0
 ) -> list[dict[str, Int64[Tensor, "T"]]]:
-    """Cut the documents, one after the other, into sequences of `sequence_length` tokens, at least `tokens` in all, in
-    the order of the text or, with a `seed`, shuffled.
+    """Cut the documents, one after the other, into sequences of `sequence_length` tokens, at least `tokens` in all.
 
     Text shorter than that starts over. Each sequence has `input_ids`; `position_ids`, which start from 0 at every
     document's beginning and at the sequence's own (which is how a mixer knows where to forget its state); and
     `targets`, the next token of the same document within the sequence, or -100 where there is none. A share `repeats`
-    of the tokens, about, gives way to passages that the document had before (`repeated`); several are spread evenly
-    over the sequences, in the order in which they are returned.
+    of the tokens, about, gives way to passages that the document had before (`repeated`).
     Raises `LinearizeError` for lengths below 2, budgets below 1, and text shorter than one sequence.
     """
     if sequence_length < 2 or tokens < 1:
@@ -112,12 +105,8 @@ def pack(
     ids = np.concatenate([np.asarray(document, dtype=np.int64) for document in documents])
     begins = np.concatenate([np.arange(len(document)) == 0 for document in documents])
     sequences = -(-tokens // sequence_length)
-    order = np.arange(sequences) if seed is None else np.random.default_rng(seed).permutation(sequences)
-    shares = [repeats] if isinstance(repeats, float) else list(repeats)
-    return [
-        _cut(ids, begins, int(number) * sequence_length, sequence_length, shares[place * len(shares) // sequences])
-        for place, number in enumerate(order)
-    ]
+    starts = range(0, sequences * sequence_length, sequence_length)
+    return [_cut(ids, begins, start, sequence_length, repeats) for start in starts]
 
 
 def _cut(ids: np.ndarray, begins: np.ndarray, start: int, length: int, repeats: float) -> dict[str, Int64[Tensor, "T"]]:

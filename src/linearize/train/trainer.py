@@ -266,7 +266,7 @@ def _arguments(settings: StageSettings, folder: Path, seed: int) -> TrainingArgu
         bf16=gpu,
         use_cpu=not gpu,
         seed=seed,
-        train_sampling_strategy="sequential",  # `pack` shuffles, which knows what comes when
+        data_seed=seed,
         save_strategy="steps" if settings.save_every else "no",
         save_steps=settings.save_every or 500,
         save_total_limit=2,
