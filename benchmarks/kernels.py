@@ -53,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=300, help="begin nothing after this long")
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first so many")
     parser.add_argument("--processes", type=int, default=16, help="that compile")
     arguments = parser.parse_args()
     stop = time.perf_counter() + arguments.seconds
@@ -60,7 +61,7 @@ def main() -> None:
     copy = copy_speed()
     print(f"{torch.cuda.get_device_name()}, copy {copy / 1e12:.2f} TB/s", flush=True)
     rows: list[dict[str, Any]] = []
-    runs = [(shape, *side) for shape in SHAPES for side in sides(shape).items()]
+    runs = [(shape, *side) for shape in SHAPES[: arguments.shapes] for side in sides(shape).items()]
     fused_runs = [(shape, operator) for shape, name, operator in runs if name.startswith("fused")]
     calls = (made(operator, shape, backward) for shape, operator in fused_runs for backward in (False, True))
     first = compile_all(calls, arguments.processes)

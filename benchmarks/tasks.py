@@ -33,7 +33,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.recipes, arguments.only = [], [arguments.row]
     recipe = recipe_of(read_rows(arguments)[arguments.row], arguments)
-    base = load_base(recipe, train=True)
+    base = load_base(recipe)  # the training text is read where there is something to train
     teacher, tokenizer = base.teacher, base.tokenizer
     student = unwrapped(train_variant(recipe, "converted", base, arguments.work / arguments.row).student).eval()
     kept = arguments.out.with_suffix(".answers.json")
