@@ -260,7 +260,7 @@ class Decoder:
         are, and for turning back the key that leaves its window, or None."""
         tokens = None
         if self.by_operations:
-            far, leaving = ([rope and tuple(x[:, None] for x in rope) for rope in each] for each in (sinks, back))
+            far, leaving = ([rope and tuple(x[:, None] for x in rope) for rope in given] for given in (sinks, back))
             tokens = of_step(self.clock, far or None, leaving)
         each = zip(self.moments, sinks or [None] * len(self.moments), back, strict=True)
         return [moment._replace(sink_rope=sink, leaving_rope=rope, tokens=tokens) for moment, sink, rope in each]
