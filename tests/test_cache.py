@@ -144,17 +144,18 @@ def test_the_default_forward_returns_a_cache():
     assert_close(logits(model, ids(1, LENGTH)[:, 10:], past_key_values=cache), expected)
 
 
-@pytest.mark.parametrize("structure", ["gla", "none"])
-def test_its_size_is_constant_to_the_byte(structure):
-    model = converted(settings={"window": 5, "sinks": 3, "structure": structure})
+@pytest.mark.parametrize("settings", [{"structure": "gla"}, {"structure": "none"}, {"behind": True}], ids=str)
+def test_its_size_is_constant_to_the_byte(settings):
+    model = converted(settings={"window": 5, "sinks": 3} | settings)
     sizes = {cache_bytes(in_parts(model, ids(1, n), [n])[1]) for n in (1, 4, 5, 6, 24, 100)}
     sizes |= {cache_bytes(in_parts(model, ids(1, 100), [70, *[1] * 30])[1])}
     assert len(sizes) == 1
 
 
-def test_it_owns_no_more_than_it_says():
+@pytest.mark.parametrize("behind", [False, True])
+def test_it_owns_no_more_than_it_says(behind):
     """No view keeps the storage of the whole prompt."""
-    _, cache = in_parts(converted(), ids(2, 200), [190, 5, 5])
+    _, cache = in_parts(converted(behind=behind), ids(2, 200), [190, 5, 5])
     tensors = [x for layer in cache.layers for x in vars(layer).values() if isinstance(x, Tensor)]
     owned = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     assert sum(owned.values()) <= cache_bytes(cache)

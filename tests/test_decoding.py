@@ -183,7 +183,7 @@ def test_a_step_waits_for_nothing(settings, monkeypatch):
     assert addresses == [x.data_ptr() for moment in decoder.moments for x in moment.held if x is not None]
 
 
-@pytest.mark.parametrize("settings", [WHOLE[0], *BY_OPERATIONS[:7:2]], ids=str)
+@pytest.mark.parametrize("settings", [WHOLE[0], WHOLE[4], *BY_OPERATIONS[:7:2], BY_OPERATIONS[12]], ids=str)
 def test_beyond_the_length_otherwise(settings, steps):
     for family in ("llama", "gemma3_text"):
         model = convert(tiny(family, max_position_embeddings=10), **SETTINGS | settings).to(DEVICE)
@@ -222,9 +222,10 @@ def test_beyond_the_length_the_model_was_trained_at(steps):
 
 
 @torch.no_grad()
-def test_two_caches_in_turn_and_chunks_between(steps):
+@pytest.mark.parametrize("settings", [{}, {"behind": True}], ids=["published", "behind"])
+def test_two_caches_in_turn_and_chunks_between(settings, steps):
     """One decoder serves both: a cache gets its own tensors back when the other comes, or more than a token does."""
-    model, first, second = converted(), ids(2, LENGTH).to(DEVICE), ids(2, LENGTH, seed=1).to(DEVICE)
+    model, first, second = converted(**settings), ids(2, LENGTH).to(DEVICE), ids(2, LENGTH, seed=1).to(DEVICE)
     caches, outputs = [DynamicCache(config=model.config) for _ in range(2)], [[], []]
     begin = 0
     for size in (6, 1, 1, 4, 1, 3, 1, 1, 1, 5):
@@ -406,6 +407,7 @@ def test_logits_are_not_written_over():
         *((family, {}) for family in ("llama", "qwen3", "olmo2", "phi")),
         *((family, WHOLE[0]) for family in ("llama", "qwen2", "olmo2")),  # one product, with a bias, and several
         ("qwen3", WHOLE[1]),
+        *((family, WHOLE[4]) for family in ("llama", "phi", "smollm3")),  # all turns, a part, not in every layer
         ("phi", BY_OPERATIONS[0]),
     ],
     ids=str,

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 from linearize import MixerConfig, convert
 from linearize.cache import MixerCacheLayer, cache_bytes
 from linearize.inspect import _runs, equal_memory_window, inspect, recurrent_bytes
+from linearize.recipe import read
 from linearize.structures import STRUCTURES
 
 BOOKKEEPING = ("valid", "sink_time", "real")  # a few bytes of masks and counts, not spoken of
@@ -80,6 +81,11 @@ def test_a_window_of_equal_memory(heads, head_dim, extra):
     """A state in fp32 weighs as much as head_dim tokens in bf16."""
     assert equal_memory_window(MixerConfig(window=5), 3 * heads, heads, head_dim) == 5 + extra
     assert equal_memory_window(MixerConfig(window=5, structure="none"), 3 * heads, heads, head_dim) == 5
+
+
+def test_the_default_recipe_s_window_of_equal_memory():
+    """Of SmolLM2-135M, a state in fp16 weighs 32 tokens; the gates and positions of the 64 in the window, 4."""
+    assert equal_memory_window(read("default").mixer.layer(0, 30), 9, 3, 64) == 64 + 32 + 4
 
 
 @pytest.mark.parametrize(("dtype", "weight"), [("float32", 512), ("float16", 256), ("bfloat16", 256)])

@@ -9,27 +9,27 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from linearize.errors import LinearizeError
 from linearize.ops.local import Past
 
-_WINDOW = ("keys", "values", "valid", "sink_keys", "sink_values", "sink_time", "real")
-LATE = ("late_keys", "late_gates")
-_TENSORS = (*_WINDOW, "state", "recent", *LATE)
+RINGS = ("keys", "values", "valid", "positions", "late_gates")  # what there is of each token in the window
+REST = ("sink_keys", "sink_values", "sink_time", "real", "state", "recent")
+_TENSORS = (*RINGS, *REST)
 
 
 class Memory(NamedTuple):
-    """What a recurrence carries to the next token; keys and gates wait where it is behind the window."""
+    """What a recurrence carries to the next token; gates wait where it is behind the window."""
 
     state: Tensor  # in fp32, or in a cache as its layer's state_dtype says
     recent: Tensor | None = None  # [B, size - 1, 2 KV or H + 2 KV, D]: what a short convolution goes on from
-    late_keys: Tensor | None = None  # [B, W, KV, D]: of the tokens in the window, oldest first, where the window's own
-    # have other positions than the recurrence's
-    late_gates: Tensor | None = None  # [B, W, KV, P + 1]: P and, last, 1 where there is a token to be taken in, else 0
+    late_gates: Tensor | None = None  # [B, W, KV, P + 1]: of the tokens in the window, oldest first: P and, last, 1
+    # where there is a token to be taken in, else 0
 
 
 class MixerCacheLayer(CacheLayerMixin):
     """A layer of a transformers `Cache`; tensors are None until the first call, then replaced at every one.
 
     keys, values `[B, W, KV, D]`: the last W tokens, rotated. valid `[B, W]`: False at padding and before the first.
+    positions `[B, W]`: where RoPE had them, int32; None where no key is turned back as it leaves the window.
     sink_keys, sink_values `[B, S, KV, D]`, sink_time `[B, S]`: see `tokens.Tokens`. real `[B]`: real tokens seen.
-    state, recent, late_keys, late_gates: see `Memory`; None where there is none.
+    state, recent, late_gates: see `Memory`; None where there is none.
     While a `decoding.Decoder` has the cache, it is the `lender`, all of them are parts of its buffers, and the window
     and what waits with it are rings: `settle` makes all as above again.
     """
@@ -40,13 +40,13 @@ class MixerCacheLayer(CacheLayerMixin):
     keys: Any
     values: Any
     valid: Any
+    positions: Any
     sink_keys: Any
     sink_values: Any
     sink_time: Any
     real: Any
     state: Any
     recent: Any
-    late_keys: Any
     late_gates: Any
 
     def __init__(self) -> None:
@@ -86,34 +86,36 @@ class MixerCacheLayer(CacheLayerMixin):
     def memory(self) -> Memory | None:
         """What the recurrence carries, if there is anything yet."""
         self.settle()
-        return None if self.state is None else Memory(self.state, self.recent, self.late_keys, self.late_gates)
+        return None if self.state is None else Memory(self.state, self.recent, self.late_gates)
 
     def store(
         self,
         k: Tensor,
         v: Tensor,
         valid: Tensor | None,
+        positions: Tensor | None,
         window: int,
         sinks: tuple[Tensor, Tensor, Tensor],
         real: Tensor,
         memory: Memory | None,
     ) -> None:
-        """Take in new tokens: k, v `[B, T, KV, D]`, valid `[B, T]`; keep the last `window`, and what else is given."""
+        """Take in new tokens: k, v `[B, T, KV, D]`, valid and positions `[B, T]`; keep the last `window`, and what else
+        is given."""
         self.settle()
         B, T = k.shape[:2]
         if valid is None:
             valid = torch.ones(B, T, dtype=torch.bool, device=k.device)
-        if self.is_initialized:
-            k, v = torch.cat([self.keys, k], dim=1), torch.cat([self.values, v], dim=1)
-            valid = torch.cat([self.valid, valid], dim=1)
-        elif window > T:
-            k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, window - T, 0)) for x in (k, v))
-            valid = torch.nn.functional.pad(valid, (window - T, 0))
-        # clones: a view would keep the whole prompt alive
-        self.keys, self.values, self.valid = (x[:, x.shape[1] - window :].clone() for x in (k, v, valid))
+        for name, x in zip(RINGS, (k, v, valid, positions), strict=False):
+            if x is None:
+                continue
+            if self.is_initialized:
+                x = torch.cat([getattr(self, name), x], dim=1)
+            elif window > T:
+                x = torch.nn.functional.pad(x, (*(0, 0) * (x.dim() - 2), window - T, 0))
+            setattr(self, name, x[:, x.shape[1] - window :].clone())  # a view would keep the whole prompt alive
         self.sink_keys, self.sink_values, self.sink_time = sinks
         self.real = real
-        self.state, self.recent, self.late_keys, self.late_gates = memory or (None, None, None, None)
+        self.state, self.recent, self.late_gates = memory or (None, None, None)
         self.seen += T
         self.is_initialized = True
         self.batch_size = B

@@ -166,8 +166,8 @@ class MixerConfig(BaseModel):
         return self.shares_normalizer or (self.behind and self.local != "none" and self.structure != "none")
 
     @property
-    def keeps_late_keys(self) -> bool:
-        """Whether tokens to be taken in need keys besides the window's, which are rotated."""
+    def turns_back(self) -> bool:
+        """Whether a key of the window, which is rotated, is turned back when the recurrence takes its token in."""
         return self.is_behind and self.rope == "local"
 
     @property

@@ -27,9 +27,9 @@ from linearize.cache import adopt
 from linearize.config import MixerConfig, MixerSettings, validated
 from linearize.decoding import next_token
 from linearize.errors import LinearizeError
-from linearize.families import FAMILIES, LINEARIZED, base_classes, base_model_type, family_of
+from linearize.families import FAMILIES, LINEARIZED, base_classes, base_model_type, family_of, ropes
 from linearize.mixer import LinearizedAttention, parts
-from linearize.tokens import describe, most_sinks
+from linearize.tokens import Tokens, describe, most_sinks
 
 Layers = str | int | Iterable[int]
 
@@ -299,10 +299,7 @@ def _prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
             raise LinearizeError("packed documents do not fit a cache, which holds one for each row; pass none")
         past = None
     kwargs["past_key_values"], kwargs["use_cache"] = past, past is not None
-    if tokens.start + inputs.shape[1] > config.max_position_embeddings:
-        kwargs["tokens"] = replace(tokens, sink_rope=_clamped_rope(module, inputs, positions, tokens.start))
-    else:
-        kwargs["tokens"] = tokens
+    kwargs["tokens"] = _with_ropes(tokens, module, inputs, positions, past)
     if len(plan["layers"]) == config.num_hidden_layers:  # nobody needs the quadratic mask: a 4-D one is taken as it is
         kwargs["attention_mask"] = inputs.new_zeros(1, 1, 1, 1)
     elif tokens.document is not None:
@@ -351,14 +348,28 @@ def _documents(positions: torch.Tensor) -> torch.Tensor:
     return (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(-1)
 
 
-def _clamped_rope(module: Any, inputs: torch.Tensor, positions: torch.Tensor | None, start: int) -> list[Any]:
-    """cos and sin of each layer that keep sinks within the length the model was trained at, however long the text."""
+def _with_ropes(tokens: Tokens, module: Any, inputs: torch.Tensor, positions: torch.Tensor | None, past: Any) -> Tokens:
+    """With what mixers have to know of RoPE besides the angles of the tokens themselves."""
+    (B, T), limit = inputs.shape[:2], module.config.max_position_embeddings
     if positions is None:
-        positions = torch.arange(start, start + inputs.shape[1], device=inputs.device)[None]
-    positions = positions.clamp(max=module.config.max_position_embeddings - 1)
-    weight = module.get_input_embeddings().weight
-    if not hasattr(module.rotary_emb, "layer_types"):
-        return [module.rotary_emb(weight, position_ids=positions)] * module.config.num_hidden_layers
-    types = module.config.layer_types  # full and sliding layers rotate at different speeds
-    by_type = {name: module.rotary_emb(weight, position_ids=positions, layer_type=name) for name in set(types)}
-    return [by_type[name] for name in types]
+        positions = torch.arange(tokens.start, tokens.start + T, device=inputs.device)[None]
+    if tokens.start + T > limit:  # sinks are kept within the length the model was trained at, however long the text
+        clamped = positions.clamp(max=limit - 1)
+        tokens = replace(tokens, sink_rope=ropes(module, [clamped] * module.config.num_hidden_layers))
+    if past is not None:
+        positions = positions.to(torch.int32).expand(B, -1)
+        tokens = replace(tokens, rope_position=positions, leaving_rope=_leaving_rope(module, positions, past))
+    return tokens
+
+
+def _leaving_rope(module: Any, positions: torch.Tensor, past: Any) -> list[Any] | None:
+    """cos and sin of each layer for those tokens in its cache that leave the window for the ones at `positions`
+    `[B, T]`; None where keys are not turned back."""
+    kept = [getattr(layer, "positions", None) for layer in past.layers]
+    # beside them the last of this call, so that frequencies that depend on the length are those of this call
+    last, T = positions.amax(dim=1, keepdim=True), positions.shape[1]
+    leaving = {x.shape[1]: torch.cat([x[:, :T], last], dim=1) for x in kept if x is not None}  # by window
+    if not leaving:
+        return None
+    made = ropes(module, [None if x is None else leaving[x.shape[1]] for x in kept])
+    return [None if rope is None else tuple(x[:, :-1] for x in rope) for rope in made]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from linearize.cache import LATE, Memory, MixerCacheLayer
-from linearize.families import Head, base_model_type, separate
+from linearize.cache import REST, RINGS, Memory, MixerCacheLayer
+from linearize.families import Head, base_model_type, ropes, separate
 from linearize.mixer import LinearizedAttention, Moment
 from linearize.ops.dispatch import may_look
 from linearize.ops.liger import Rope, warn_once
@@ -138,9 +138,14 @@ class Decoder:
         )  # fmt: skip
         windows = {_window(mixer) for mixer in self.mixers}
         valid = {window: torch.zeros(batch, window, dtype=torch.uint8, device=weight.device) for window in windows}
-        tokens = of_step(self.clock, None)
+        windows = {_window(mixer) for mixer in self.mixers if mixer.config.turns_back}
+        self.positions = {window: torch.zeros_like(valid[window], dtype=torch.int32) for window in windows}
+        tokens = of_step(self.clock)
         with torch.no_grad():
-            empty = [_empty(mixer, valid[_window(mixer)], sinks, weight, tokens) for mixer in self.mixers]
+            empty = [
+                _empty(mixer, valid[_window(mixer)], self.positions.get(_window(mixer)), sinks, weight, tokens)
+                for mixer in self.mixers
+            ]
         self.moments = [mixer.moment(self.clock, held) for mixer, held in zip(self.mixers, empty, strict=True)]
         pairs = zip(self.mixers, self.moments, strict=True)
         self.by_operations = not all(mixer.is_whole(moment.settings) for mixer, moment in pairs)
@@ -203,6 +208,8 @@ class Decoder:
     def run(self) -> Tensor:
         """The step itself: it reads `ids` and `position`, moves `clock` and `held` on, and gives the logits."""
         logits = self.through_layers() if self.layers is None else self.through_plain_layers()
+        for window, ring in self.positions.items():
+            ring.index_copy_(1, self.clock.time % window, self.position.int())
         advance(self.clock)
         return logits
 
@@ -210,12 +217,14 @@ class Decoder:
         """By `PlainLayer`."""
         assert self.layers is not None
         hidden = self.stack.embed_tokens(self.ids[:, 0])
-        positions = self.position
-        if not may_look(positions) or bool((positions >= self.limit).any()):  # else sinks are met as all tokens are
-            positions = torch.cat([positions, self.clamped()], 1)
+        leaving, clamped = self.leaving(), []
+        if not may_look(self.position) or bool((self.position >= self.limit).any()):
+            clamped = [self.clamped()]  # else sinks are met as all tokens are
+        positions = torch.cat([self.position, *leaving.values(), *clamped], 1)
         cos, sin = self.stack.rotary_emb(hidden, position_ids=positions)
         rope, *others = zip(cos.unbind(1), sin.unbind(1), strict=True)
-        for layer, moment in zip(self.layers, self.now(others * len(self.layers)), strict=True):
+        back, sinks = dict(zip(leaving, others, strict=False)), others[len(leaving) :]
+        for layer, moment in zip(self.layers, self.now(sinks * len(self.layers), self.each(back)), strict=True):
             layer(hidden, rope, moment)
         return self.head(normed(hidden, norm_of(self.stack.norm)))[:, None]
 
@@ -223,32 +232,38 @@ class Decoder:
         """The position from which queries see the sinks: within the length that the model was trained at."""
         return self.position.clamp(max=self.limit - 1)
 
+    def leaving(self) -> dict[int, Tensor]:
+        """The position `[B, 1]` of the token whose place the new one takes, by window, where keys are turned back."""
+        return {window: ring.index_select(1, self.clock.time % window) for window, ring in self.positions.items()}
+
+    def each(self, by_window: Mapping[int, Any]) -> list[Any]:
+        """What there is for each layer that turns keys back, by its window; None for the others."""
+        return [by_window[_window(mixer)] if mixer.config.turns_back else None for mixer in self.mixers]
+
     def through_layers(self) -> Tensor:
         """By the model's own forward."""
-        clamped = self.clamped()
-        hidden = self.stack.get_input_embeddings().weight
-        if hasattr(self.stack.rotary_emb, "layer_types"):  # full and sliding layers rotate at different speeds
-            types = self.stack.config.layer_types
-            made = {name: self.stack.rotary_emb(hidden, position_ids=clamped, layer_type=name) for name in set(types)}
-            ropes = [made[name] for name in types]
-        else:
-            ropes = [self.stack.rotary_emb(hidden, position_ids=clamped)] * len(self.mixers)
-        ropes = [(cos[:, 0], sin[:, 0]) for cos, sin in ropes]
+        sinks, back = (
+            [None if rope is None else tuple(x[:, 0] for x in rope) for rope in ropes(self.stack, positions)]
+            for positions in ([self.clamped()] * len(self.mixers), self.each(self.leaving()))
+        )
         output = self.stack(
             input_ids=self.ids,
             position_ids=self.position,
             attention_mask=self.ids.new_zeros(1, 1, 1, 1),  # nobody looks at it; a 4-D one is taken as it is
             use_cache=False,
-            tokens=self.now(ropes),
+            tokens=self.now(sinks, back),
         )
         return self.head(output.last_hidden_state)
 
-    def now(self, sink_ropes: list[Rope]) -> list[Moment]:
-        """Every layer's moment, with cos and sin `[B, R]` for its sinks; without any, they are met as tokens are."""
-        wide = [(cos[:, None], sin[:, None]) for cos, sin in sink_ropes]
-        tokens = of_step(self.clock, wide or None) if self.by_operations else None
-        own: list[Rope | None] = [*sink_ropes] or [None] * len(self.moments)
-        return [moment._replace(sink_rope=rope, tokens=tokens) for moment, rope in zip(self.moments, own, strict=True)]
+    def now(self, sinks: list[Any], back: list[Any]) -> list[Moment]:
+        """Every layer's moment, with cos and sin `[B, R]` for its sinks, without any of which they are met as tokens
+        are, and for turning back the key that leaves its window, or None."""
+        tokens = None
+        if self.by_operations:
+            far, leaving = ([rope and tuple(x[:, None] for x in rope) for rope in given] for given in (sinks, back))
+            tokens = of_step(self.clock, far or None, leaving)
+        each = zip(self.moments, sinks or [None] * len(self.moments), back, strict=True)
+        return [moment._replace(sink_rope=sink, leaving_rope=rope, tokens=tokens) for moment, sink, rope in each]
 
     def take(self, cache: Cache) -> None:
         """The cache's tokens come into the buffers, and its layers show these from now on."""
@@ -264,10 +279,9 @@ class Decoder:
             ):
                 kept[:, :, :M].copy_(sinks.transpose(1, 2))
                 kept[:, :, M:].copy_(ring.roll(back, 1).transpose(1, 2))
-            held.valid.copy_(layer.valid.roll(back, 1))
-            for name in Memory._fields:
-                if (carried := getattr(layer, name)) is not None:
-                    getattr(held, name).copy_(carried.roll(back, 1) if name in LATE else carried)
+            for name in ("valid", "positions", *Memory._fields):
+                if (x := getattr(layer, name)) is not None:
+                    getattr(held, name).copy_(x.roll(back, 1) if name in RINGS else x)
             self._show(layer, held)
             layer.lender = self
         self.lent = [weakref.ref(layer) for layer in layers]
@@ -276,8 +290,8 @@ class Decoder:
         parts = layer.sink_keys.shape[1], layer.keys.shape[1]
         layer.sink_keys, layer.keys = held.keys.transpose(1, 2).split(parts, dim=1)
         layer.sink_values, layer.values = held.values.transpose(1, 2).split(parts, dim=1)
-        layer.valid, layer.real, layer.sink_time = held.valid, self.clock.real, self.clock.sink_time
-        for name in Memory._fields:
+        layer.real, layer.sink_time = self.clock.real, self.clock.sink_time
+        for name in ("valid", "positions", *Memory._fields):
             if getattr(layer, name) is not None:
                 setattr(layer, name, getattr(held, name))
 
@@ -286,14 +300,11 @@ class Decoder:
         for reference in self.lent:
             if (layer := reference()) is not None and layer.lender is self:
                 back = -(layer.seen % max(layer.keys.shape[1], 1))
-                for name in ("keys", "values", "valid"):
-                    setattr(layer, name, getattr(layer, name).roll(back, 1).contiguous())
-                for name in ("sink_keys", "sink_values", "sink_time", "real"):
-                    setattr(layer, name, getattr(layer, name).clone(memory_format=torch.contiguous_format))
+                for name in (*RINGS, *REST):
+                    if (x := getattr(layer, name)) is not None:
+                        x = x.roll(back, 1) if name in RINGS else x
+                        setattr(layer, name, x.clone(memory_format=torch.contiguous_format))
                 layer.valid = layer.valid.bool()
-                for name in Memory._fields:
-                    if (carried := getattr(layer, name)) is not None:
-                        setattr(layer, name, carried.roll(back, 1) if name in LATE else carried.clone())
                 layer.lender = None
         self.lent = []
 
@@ -303,12 +314,15 @@ def _window(mixer: LinearizedAttention) -> int:
     return 0 if mixer.config.local == "none" else mixer.config.window
 
 
-def _empty(mixer: LinearizedAttention, valid: Tensor, sinks: int, weight: Tensor, tokens: Tokens) -> Held:
-    """Buffers of one layer before the first token."""
+def _empty(
+    mixer: LinearizedAttention, valid: Tensor, positions: Tensor | None, sinks: int, weight: Tensor, tokens: Tokens
+) -> Held:
+    """Buffers of one layer before the first token; `valid` and `positions` are those of all layers of its window."""
     batch, window = valid.shape
     shape = batch, mixer.num_key_value_heads, sinks + window if window else 0, mixer.head_dim
     keys, values = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
-    return Held(keys, values, valid, *(mixer.no_memory(weight, tokens) or [torch.zeros(0, device=weight.device)]))
+    memory = mixer.no_memory(weight, tokens) or [torch.zeros(0, device=weight.device)]
+    return Held(keys, values, valid, *memory)._replace(positions=positions if mixer.config.turns_back else None)
 
 
 def _signature(model: PreTrainedModel) -> tuple[int, ...]:

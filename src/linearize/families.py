@@ -1,7 +1,7 @@
 """The model families: a row of data each. `docs/families.md` says how to add one."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -174,6 +174,21 @@ def _rotate_first(
     rotated = rotate(q[..., :size], k[..., :size], cos, sin, unsqueeze_dim=unsqueeze_dim)
     q, k = (torch.cat([new, old[..., size:]], dim=-1) for new, old in zip(rotated, (q, k), strict=True))
     return q, k
+
+
+def ropes(stack: Any, positions: Sequence[Tensor | None]) -> list[Any]:
+    """cos and sin `[B, T, R]` of each layer of a decoder stack at `positions` `[B, T]` of its own, as `rotation` takes
+    them; None where it has none. Layers at the same ones share them if they rotate at the same speed."""
+    weight = stack.get_input_embeddings().weight  # of which only type and device count
+    speeds: list[dict[str, str]] = [{}] * len(positions)
+    if hasattr(stack.rotary_emb, "layer_types"):  # full and sliding layers rotate at different ones
+        speeds = [{"layer_type": name} for name in stack.config.layer_types]
+    made: dict[Any, Any] = {}
+    places = [(id(own), *speed.values()) for own, speed in zip(positions, speeds, strict=True)]
+    for place, own, speed in zip(places, positions, speeds, strict=True):
+        if place not in made:
+            made[place] = None if own is None else stack.rotary_emb(weight, position_ids=own, **speed)
+    return [made[place] for place in places]
 
 
 class Head(nn.Module):

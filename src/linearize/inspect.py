@@ -79,13 +79,12 @@ def recurrent_bytes(config: MixerConfig, num_heads: int, num_key_value_heads: in
     structure, key_size = STRUCTURES[config.structure], feature_size(config.feature_map, head_dim)
     adds_up = config.shares_normalizer or config.readout == "denominator"
     value_size = head_dim + adds_up  # its sum of weights is one more channel
-    late = 0  # bytes of a head's token that is still in the window
+    late = 0  # bytes of a token that is still in the window: its gates, and the position from which its key turns back
     if config.is_behind:
-        late = 4 * (structure.gates * structure.gate_size(config, key_size) + 1)
-        late += CACHE_DTYPE_BYTES * head_dim * config.keeps_late_keys
+        late = 4 * heads * (structure.gates * structure.gate_size(config, key_size) + 1) + 4 * config.turns_back
     convolved = 2 * heads + num_heads * (config.convolution_form == "silu")
     recent = convolved * head_dim * CACHE_DTYPE_BYTES * ((config.convolution or 1) - 1)
-    return recent + structure.state_bytes(config, key_size, value_size, heads) + heads * late * config.window
+    return recent + structure.state_bytes(config, key_size, value_size, heads) + late * config.window
 
 
 def equal_memory_window(config: MixerConfig, num_heads: int, num_key_value_heads: int, head_dim: int) -> int:

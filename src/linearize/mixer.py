@@ -46,6 +46,7 @@ class Moment(NamedTuple):
     decay: Tensor | None  # [KV], lightning's
     inputs: list[nn.Parameter]  # whose products with the layer's input `step` takes
     sink_rope: liger.Rope | None = None  # cos and sin `[B, R]` with which queries meet the sinks
+    leaving_rope: liger.Rope | None = None  # those of the token that leaves the window, if its key is turned back
     tokens: Tokens | None = None  # the token of each row, for layers that `ops.step` does not serve alone
 
 
@@ -140,13 +141,16 @@ class LinearizedAttention(nn.Module):
             if output is None:
                 output, normalizer = self.local(*rotated, v, sinks, past, tokens)
         if self.recurrence is not None and self.ablated != "recurrence" and state is None:
-            read, memory = self.recurrence(hidden_states, q, k, v, rotated, tokens, memory, past)
+            leaving = self.leaving(past, tokens)
+            read, memory = self.recurrence(hidden_states, q, k, v, rotated, tokens, memory, leaving)
             output = self.mixed(read, output, normalizer, hidden_states)
         if cache is not None:
             kept = (k[:, :0], v[:, :0]) if sinks is None else (sinks.k.detach(), sinks.v.detach())
             window = 0 if sinks is None else self.config.window
             carried = None if memory is None else self.carried(memory)
-            cache.store(rotated[1], v, tokens.valid, window, (*kept, tokens.sink_time), tokens.real, carried)
+            positions = tokens.rope_position if self.config.turns_back else None
+            sinks_kept = *kept, tokens.sink_time
+            cache.store(rotated[1], v, tokens.valid, positions, window, sinks_kept, tokens.real, carried)
         output = torch.zeros_like(q) if output is None else output
         return output_projection(output.flatten(2).to(hidden_states.dtype)), None
 
@@ -264,18 +268,19 @@ class LinearizedAttention(nn.Module):
         """Both branches for one token of each row: `[B, H, D]`, of the layer's input `[B, 1, hidden]` and `heads`
         `[B, H + 2 KV, D]`, its q, k and v. By `ops.step` as far as that goes, and by the forward's own operations.
         `made` `[B, ...]` are the products of the input with the moment's `inputs`, where they are known."""
-        clock, held, settings, mixing, decay, inputs, sink_rope, tokens = moment
+        clock, held, settings, mixing, decay, inputs, sink_rope, leaving_rope, tokens = moment
         output = normalizer = past = before = None
         late = self.config.is_behind and not self.is_whole(settings)  # the window's oldest token is wanted as well
         if self.config.local != "none" and (settings is None or late):
             past, before = stepping.past_of(clock, held)
         if settings is not None:
-            near, far = (None, None) if self.rotate is _unrotated else (rope, sink_rope)
+            unrotated = self.rotate is _unrotated
+            near, far, back = (None, None, None) if unrotated else (rope, sink_rope, leaving_rope)
             beyond = stepping.NOTHING
             if settings.gate != "none":
                 if made is None:
                     made = torch.cat([hidden[:, 0, :0], *(F.linear(hidden[:, 0], weight) for weight in inputs)], dim=1)
-                beyond = self.beyond(made)
+                beyond = self.beyond(made)._replace(leaving=back)
             output = stepping.step(heads, mixing, settings, near, far, clock, held, decay, beyond)
             if self.is_whole(settings):
                 return output
@@ -291,11 +296,24 @@ class LinearizedAttention(nn.Module):
             stepping.keep(rotated[1][:, 0], v[:, 0], self.config.window, self.config.sinks, clock, held)
         if self.recurrence is not None:
             memory = stepping.memory_of(clock, held)
-            read, after = self.recurrence(hidden, q, k, v, rotated, tokens, memory, past)
+            read, after = self.recurrence(hidden, q, k, v, rotated, tokens, memory, self.leaving(past, tokens))
             stepping.keep_memory(self.carried(after), clock, held)
             output = self.mixed(read, output, normalizer, hidden)
         assert output is not None
         return output[:, 0].to(hidden.dtype)
+
+    def leaving(self, past: Past | None, tokens: Tokens) -> tuple[Tensor, Tensor] | None:
+        """What a recurrence behind the window takes in of the window's `past` in this call: keys as it reads them, and
+        values, `[B, up to T, KV, D]`."""
+        if past is None or not self.config.is_behind:
+            return None
+        k, v = past.k[:, : tokens.length], past.v[:, : tokens.length]
+        if self.config.turns_back:
+            ropes: Any = tokens.leaving_rope
+            turned = liger.wide(k)
+            _, turned = self.rotate(turned, turned, *liger.inverse(ropes[self.layer_idx]), unsqueeze_dim=2)
+            k = turned.to(k.dtype)
+        return k, v
 
     def no_memory(self, like: Tensor, tokens: Tokens) -> Memory | None:
         """What the recurrence carries before the first token, in zeros, as it makes it of the `tokens` of a step; in

@@ -14,7 +14,6 @@ from linearize.features import feature_map, feature_size
 from linearize.gates import Gate
 from linearize.ops import gated_linear
 from linearize.ops.liger import wide
-from linearize.ops.local import Past
 from linearize.readouts import READOUTS, Read
 from linearize.structures import STRUCTURES
 from linearize.structures.base import AnyInputs, Layer
@@ -67,13 +66,14 @@ class Recurrence(nn.Module):
         rotated: tuple[Tensor, Tensor],
         tokens: Tokens,
         memory: Memory | None,
-        past: Past | None,
+        leaving: tuple[Tensor, Tensor] | None,
     ) -> tuple[Read, Memory]:
-        """q `[B, T, H, D]`, k and v `[B, T, KV, D]` before RoPE, q and k `rotated` by it; `past` is the window's."""
+        """q `[B, T, H, D]`, k and v `[B, T, KV, D]` before RoPE, q and k `rotated` by it; behind the window, `leaving`
+        are keys, as the recurrence reads them, and values of those up to T tokens of a cache that leave it now."""
         parts, recent = self.parts(hidden, q, k, v, rotated, tokens, memory)
-        real, keys, gates = tokens.valid, None, None
+        real, gates = tokens.valid, None
         if self.layer.config.is_behind:
-            parts, real, keys, gates = self._delayed(parts, tokens, memory, past)
+            parts, real, gates = self._delayed(parts, tokens, memory, leaving)
         inputs = self.inputs(parts)
         if real is not None:  # padding neither decays nor writes
             inputs = _masked(inputs, real)
@@ -82,7 +82,7 @@ class Recurrence(nn.Module):
             operator = partial(gated_linear.with_bonus, bonus=self.bonus.float())
         state = None if memory is None else wide(memory.state)
         read = self.readout(lambda given: operator(*given, state=state, document=tokens.document), inputs, hidden)
-        return read, Memory(read.state, recent, keys, gates)
+        return read, Memory(read.state, recent, gates)
 
     def parts(
         self,
@@ -113,26 +113,26 @@ class Recurrence(nn.Module):
         return self.structure.inputs(self.map_q(q), self.map_k(k), v, gate, self.layer)
 
     def _delayed(
-        self, parts: Parts, tokens: Tokens, memory: Memory | None, past: Past | None
-    ) -> tuple[Parts, Tensor, Tensor | None, Tensor]:
+        self, parts: Parts, tokens: Tokens, memory: Memory | None, leaving: tuple[Tensor, Tensor] | None
+    ) -> tuple[Parts, Tensor, Tensor]:
         """Token t - W enters at t, with its own gate; sinks do not, since the window goes on seeing them. Beside the
-        parts, whether there is such a token `[B, T]`, and what `Memory` has of the last W."""
+        parts, whether there is such a token `[B, T]`, and the gates of the last W."""
         config, T = self.layer.config, parts.k.shape[1]
         real = tokens.position >= config.sinks
         if tokens.valid is not None:
             real = real & tokens.valid
         gates = torch.cat([parts.gate, real[:, :, None, None].expand(*parts.gate.shape[:3], 1)], dim=-1)
         late = parts.k, parts.v, gates
-        if memory is None or past is None:
+        if memory is None or leaving is None:
             keys, values, gates = (F.pad(x, (0, 0, 0, 0, config.window, 0)) for x in late)
         else:
-            before: Any = memory.late_keys if config.keeps_late_keys else past.k, past.v, memory.late_gates
+            before: Any = *leaving, memory.late_gates
             keys, values, gates = (torch.cat(pair, dim=1) for pair in zip(before, late, strict=True))
         delayed = parts._replace(k=keys[:, :T], v=values[:, :T], gate=gates[:, :T, :, :-1])
         there = gates[:, :T, 0, -1] > 0
         if tokens.document is not None:
             there = there & (F.pad(tokens.document, (config.window, 0), value=-1)[:, :T] == tokens.document)
-        return delayed, there, keys[:, T:].clone() if config.keeps_late_keys else None, gates[:, T:].clone()
+        return delayed, there, gates[:, T:].clone()
 
 
 def _masked(inputs: Any, real: Tensor) -> Any:

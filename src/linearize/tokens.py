@@ -34,6 +34,9 @@ class Tokens:
     length: int  # tokens of this call, T
     sinks: int  # slots of a document
     sink_rope: Sequence[tuple[Tensor, Tensor]] | None = None  # where distances are clamped: each layer's cos and sin
+    rope_position: Int[Tensor, "B T"] | None = None  # where RoPE has them; None without a cache
+    # cos and sin of the tokens that leave the window in this call, of each layer that turns their keys back
+    leaving_rope: Sequence[tuple[Tensor, Tensor] | None] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_made", {})
@@ -142,11 +145,15 @@ def _describe(
     return _fill_slots(T, torch.zeros(B, dtype=torch.long, device=device), torch.full_like(time, NEVER), valid, 0)
 
 
-def of_step(clock: Clock, sink_rope: Sequence[tuple[Tensor, Tensor]] | None) -> Tokens:
+def of_step(
+    clock: Clock,
+    sink_rope: Sequence[tuple[Tensor, Tensor]] | None = None,
+    leaving_rope: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+) -> Tokens:
     """The one token of each row that `clock` is at; times are counted from it."""
     sink_time = torch.where(clock.sink_time == NEVER, clock.sink_time, clock.sink_time - clock.time)
     valid, real, sinks = clock.valid[:, None], clock.real + clock.valid, sink_time.shape[1]
-    return Tokens(valid, None, None, None, sink_time, None, real, 0, 1, sinks, sink_rope)
+    return Tokens(valid, None, None, None, sink_time, None, real, 0, 1, sinks, sink_rope, None, leaving_rope)
 
 
 def _continue(T: int, past: MixerCacheLayer, valid: Tensor | None) -> Tokens:

@@ -228,11 +228,12 @@ def beyond(T: int, B: int = 2, KV: int = 2, groups: int = 2, D: int = 16, gates:
 
 def at(given: Beyond, t: int) -> Beyond:
     """Of one token, where the kernel finds it."""
-    maps, gate, mixing, epsilon, opening = given
+    maps, gate, mixing, epsilon, opening, leaving = given
     maps = None if maps is None else tuple(x.to(DEVICE) for x in maps)
     gate, mixing = (None if x is None else x[:, t].to(DEVICE) for x in (gate, mixing))
     opening = None if opening is None else (opening[0][:, t].to(DEVICE), opening[1].to(DEVICE))
-    return Beyond(maps, gate, mixing, epsilon, opening)
+    leaving = None if leaving is None else tuple(x[t].to(DEVICE).expand(len(gate), -1) for x in leaving)
+    return Beyond(maps, gate, mixing, epsilon, opening, leaving)
 
 
 def truth(
@@ -274,7 +275,8 @@ def truth(
 def assert_is_the_truth(run, given, fixed, more, angles=None, tolerance=1e-5, behind=None) -> Tensor:
     start = nothing(len(given[1]), *given[1].shape[2:], fixed, fixed.sinks, given[1].dtype)
     if behind:
-        start = start[0], waiting(start[1], more, fixed, behind)
+        start = start[0], waiting(start[1], more, fixed)
+        more = turning_back(more, fixed, angles if behind == "local" else None)
     if run == "kernel":
         start[1].keys.fill_(torch.nan)  # nothing of what was never written is looked at
     output, state = stepped(run, given, fixed, angles, start=start, beyond=more)
@@ -325,12 +327,20 @@ def test_shapes_of_the_delta_rule(shape, kwargs, rotated, run):
     assert_is_the_truth(run, given, fixed, more, rope(10, rotated) if rotated else None)
 
 
-def waiting(held: Held, more: Beyond, fixed: Settings, rope: str) -> Held:
+def waiting(held: Held, more: Beyond, fixed: Settings) -> Held:
     """With what tokens in the window keep, of which there is none yet."""
     B, _, KV, gates = more.gate.shape
-    keys = torch.zeros(B, fixed.window, KV, held.keys.shape[-1], device=DEVICE, dtype=held.keys.dtype)
-    late_gates = torch.zeros(B, fixed.window, KV, gates + 1, device=DEVICE)
-    return held._replace(late_keys=keys if rope == "local" else None, late_gates=late_gates)
+    return held._replace(late_gates=torch.zeros(B, fixed.window, KV, gates + 1, device=DEVICE))
+
+
+def turning_back(more: Beyond, fixed: Settings, angles: tuple[Tensor, Tensor] | None) -> Beyond:
+    """With the angles of the token that leaves the window at each of these, where its key is turned back; before there
+    is one, those of position 0."""
+    if angles is None:
+        return more
+    T = len(angles[0])
+    cos, sin = (F.pad(x, (0, 0, fixed.window, 0), value=value)[:T] for x, value in zip(angles, (1.0, 0.0), strict=True))
+    return more._replace(leaving=(cos, sin))
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -353,15 +363,28 @@ def test_behind_the_window(gate, shape, kwargs, rotated, turned, run):
 
 
 @pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("rotated", [8, 16])
+def test_a_key_is_turned_back_from_angles_that_scale(rotated, run):
+    """As YaRN's; by those of another token it would not be what it was."""
+    given, more, fixed = inputs(14), beyond(14), settings("gated_deltanet", feature_map="linear")
+    angles = tuple(1.3 * x for x in rope(14, rotated))
+    output = assert_is_the_truth(run, given, fixed, more, angles, behind="local")
+    clock, held = nothing(2, 2, 16, fixed, fixed.sinks)
+    wrong = turning_back(more, fixed._replace(window=fixed.window + 1), angles)
+    other, _ = stepped(run, given, fixed, angles, start=(clock, waiting(held, more, fixed)), beyond=wrong)
+    assert relative(other, output) > 0.01
+
+
+@pytest.mark.parametrize("run", RUNS)
 def test_behind_the_window_padding_is_not_taken_in(run):
     given, more, fixed = inputs(16), beyond(16), settings("gated_deltanet", feature_map="linear")
     valid = torch.ones(2, 16, dtype=torch.bool)
     valid[0, :3] = False
     clock, held = nothing(2, 2, 16, fixed, fixed.sinks)
-    start = clock, waiting(held, more, fixed, "local")
+    start = clock, waiting(held, more, fixed)
     output, state = stepped(run, given, fixed, valid=valid, start=start, beyond=more)
     alone = [x[:1, 3:] for x in given[:3]]
-    maps, gate, mixing, epsilon, (low, up) = more
+    maps, gate, mixing, epsilon, (low, up), _ = more
     its = Beyond(maps, gate[:1, 3:], mixing[:1, 3:], epsilon, (low[:1, 3:], up))
     expected, final = truth([*alone, given[3]], fixed, its, behind="local")
     assert_close(output[:1, 3:], expected)
@@ -553,7 +576,8 @@ def test_behind_the_window_in_half_the_precision(turned):
     given, more, angles = inputs(14), without(beyond(14), "opening"), rope(14)
     given, fixed = [*(x.bfloat16() for x in given[:3]), given[3]], settings("gated_deltanet", feature_map="linear")
     clock, held = nothing(2, 2, 16, fixed, 3, torch.bfloat16)
-    start = clock, waiting(held, more, fixed, turned)._replace(state=held.state.half())
+    start = clock, waiting(held, more, fixed)._replace(state=held.state.half())
+    more = turning_back(more, fixed, angles if turned == "local" else None)
     output, state = stepped("kernel", given, fixed, angles, start=start, beyond=more)
     expected, final = truth(given, fixed, more, angles, turned)
     assert_close(output, expected, 1e-2)

@@ -181,6 +181,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned.to(x.dtype), rest], dim=-1)
 
 
+def inverse(rope: Rope) -> Rope:
+    """The angles that turn back, in fp32 at least, what these turned, and scaled, as in YaRN or by being rounded."""
+    cos, sin = (wide(x) for x in rope)
+    square = cos.square() + sin.square()
+    return cos / square, -sin / square
+
+
 def sinks_of(k: Tensor, v: Tensor, sinks: int, document: Tensor | None) -> Sinks:
     """The first tokens of every document, of k after RoPE and v."""
     B, T = k.shape[:2]

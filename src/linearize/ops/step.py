@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linearize.cache import Memory
 from linearize.ops.dispatch import may_look, narrowed, why_no_kernel
-from linearize.ops.liger import DELTA, FEATURES, GATES, Rope, Settings, warn_once, wide
+from linearize.ops.liger import DELTA, FEATURES, GATES, Rope, Settings, inverse, warn_once, wide
 from linearize.ops.local import Past
 
 WIDEST = 128  # window that the kernel takes
@@ -40,15 +40,16 @@ class Clock(NamedTuple):
 
 class Held(NamedTuple):
     """What one layer keeps: M sinks, then a ring of W tokens, of which token t is at M + t % W; keys are rotated. Then
-    what a recurrence carries, as `cache.Memory` has it, but that keys and gates that wait are rings too."""
+    what a recurrence carries, as `cache.Memory` has it, but that gates that wait are a ring too."""
 
     keys: Tensor  # [B, KV, M + W, D]; neither sinks nor ring where there is no window
     values: Tensor  # [B, KV, M + W, D]
     valid: Tensor  # [B, W], uint8: 1 where the ring has a real token; one tensor for all layers of this window
     state: Tensor  # [B, KV, D, D], or another structure's; [0] without a recurrence
     recent: Tensor | None = None
-    late_keys: Tensor | None = None
     late_gates: Tensor | None = None
+    positions: Tensor | None = None  # [B, W], int32: where RoPE had the ring's tokens, for whoever makes
+    # `Beyond.leaving` of them; one tensor for all layers of this window whose keys are turned back
 
 
 class Beyond(NamedTuple):
@@ -60,6 +61,7 @@ class Beyond(NamedTuple):
     mixing: Tensor | None = None  # [B, H]: with the layer's own added, through σ, the weights
     epsilon: float | None = None  # of the root mean square that divides the recurrence's output
     opening: tuple[Tensor, Tensor] | None = None  # [B, R] and [H * D, R], whose product then multiplies it, 2 σ of it
+    leaving: Rope | None = None  # cos and sin [B, R] of the token that leaves the window, if its key is turned back
 
 
 NOTHING = Beyond()
@@ -184,15 +186,14 @@ def taken_in(
         return Taken(wide(q), wide(k), wide(v), beyond.gate, clock.valid)
     assert beyond.gate is not None
     slot = clock.time % settings.window
-    leaving, v = (x.index_select(2, slot + clock.sink_time.shape[1])[:, :, 0] for x in (held.keys, held.values))
-    if held.late_keys is not None:
-        leaving = held.late_keys.index_select(1, slot)[:, 0]
-        held.late_keys.index_copy_(1, slot, k[:, None])
+    leaving, v = (wide(x.index_select(2, slot + clock.sink_time.shape[1])[:, :, 0]) for x in (held.keys, held.values))
+    if beyond.leaving is not None:
+        leaving = _turned(leaving, *inverse(beyond.leaving))
     elif rope is not None:
         q = _turned(q, *rope)
     late = held.late_gates.index_select(1, slot)[:, 0]
     held.late_gates.index_copy_(1, slot, _late_gates(settings, clock, beyond.gate)[:, None])
-    return Taken(wide(q), wide(leaving), wide(v), late[..., :-1], late[:, 0, -1] > 0)
+    return Taken(wide(q), leaving, v, late[..., :-1], late[:, 0, -1] > 0)
 
 
 def _late_gates(settings: Settings, clock: Clock, gate: Tensor) -> Tensor:
@@ -260,10 +261,8 @@ def past_of(clock: Clock, held: Held) -> tuple[Past, tuple[Tensor, Tensor]]:
 
 def memory_of(clock: Clock, held: Held) -> Memory:
     """What a recurrence carries, as the ordinary forward has it."""
-    late = (
-        None if x is None else x.index_select(1, _order(clock, x.shape[1])) for x in (held.late_keys, held.late_gates)
-    )
-    return Memory(held.state, held.recent, *late)
+    late = held.late_gates
+    return Memory(held.state, held.recent, None if late is None else late.index_select(1, _order(clock, late.shape[1])))
 
 
 def keep_memory(memory: Memory, clock: Clock, held: Held) -> None:
@@ -271,9 +270,8 @@ def keep_memory(memory: Memory, clock: Clock, held: Held) -> None:
     for kept, new in ((held.state, memory.state), (held.recent, memory.recent)):
         if kept is not None and new is not None:
             kept.copy_(new)
-    for kept, new in ((held.late_keys, memory.late_keys), (held.late_gates, memory.late_gates)):
-        if kept is not None and new is not None:
-            kept.index_copy_(1, clock.time % kept.shape[1], new[:, -1:])
+    if held.late_gates is not None and memory.late_gates is not None:
+        held.late_gates.index_copy_(1, clock.time % held.late_gates.shape[1], memory.late_gates[:, -1:])
 
 
 def _order(clock: Clock, window: int) -> Tensor:

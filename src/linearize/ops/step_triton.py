@@ -8,8 +8,8 @@ places among window and sinks it makes nothing of where another program may have
 The group's queries are rows of one tile, the key the row after them, so that what they are multiplied with passes once
 through matrix products: with keys and values as these are stored, probabilities rounded to their dtype, and with the
 state as it was before the step. Behind the window, that row is the key of the token whose place the new one takes: as
-the window has it, queries too being rotated, or as it was kept before RoPE. With a the decay, k the key and u what is
-written, S = a S' + k uᵀ is read as q S = (a q) S' + (q · k) u, and nothing waits for the new state.
+the window has it, queries too being rotated, or turned back to what it was before RoPE. With a the decay, k the key and
+u what is written, S = a S' + k uᵀ is read as q S = (a q) S' + (q · k) u, and nothing waits for the new state.
 """
 
 import torch
@@ -23,7 +23,7 @@ from linearize.ops.liger_triton import feature, key_and_gate, log_sigmoid, partn
 from linearize.ops.step import NOTHING, Beyond, Clock, Held
 
 SMALLEST = 16  # side of a matrix product
-OWN_KEYS = tl.constexpr(2)  # kept for a recurrence behind the window; 1 where it reads the window's
+TURNED_BACK = tl.constexpr(2)  # for a recurrence behind the window; 1 where it reads keys as the window has them
 WIDEST = 128  # ranks of learned maps that one product has
 
 
@@ -80,8 +80,8 @@ def one_row(x, rows, row):
 
 @triton.jit
 def step_kernel(
-    heads, stride, cos, sin, rope_stride, sink_cos, sink_sin, sink_rope_stride,
-    mixing, decay, time, real, valid, sink_time, keys, values, ring_valid, late_keys, late_gates, state, output,
+    heads, stride, cos, sin, rope_stride, sink_cos, sink_sin, sink_rope_stride, back_cos, back_sin, back_rope_stride,
+    mixing, decay, time, real, valid, sink_time, keys, values, ring_valid, late_gates, state, output,
     down_q, up_q, down_k, up_k, gate, gate_stride, logits, logits_stride, low, low_stride, opening,
     KV, scale, rate, lower, strength, epsilon,
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, R: tl.constexpr,
@@ -117,13 +117,13 @@ def step_kernel(
             first, second = load_maps(down_q, up_q, h * G, columns, AT_ONCE, D, RANK, RP)
             first_k, second_k = load_maps(down_k, up_k, h, columns, 1, D, RANK, RP1)
         if BEHIND:
-            leaving_k = own_keys + (M + slot) * D + columns
-            if BEHIND == OWN_KEYS:
-                leaving_k = late_keys + ((b * W + slot) * KV + h) * D + columns
+            leaving_k = own_keys + (M + slot) * D
             own_late = late_gates + ((b * W + slot) * KV + h) * (GATES + 1)
             late_decay, late_write = tl.load(own_late), tl.load(own_late + GATES - 1)
             leaves = tl.load(own_late + GATES).to(tl.int32)  # 1, or 0 where no token is taken in
-            late_k = tl.load(leaving_k, mask=columns < D * leaves, other=0.0).to(tl.float32)
+            late_k = tl.load(leaving_k + columns, mask=columns < D * leaves, other=0.0).to(tl.float32)
+            if BEHIND == TURNED_BACK:
+                late_other = tl.load(leaving_k + partner, mask=columns < D * leaves, other=0.0).to(tl.float32)
             late_v = tl.load(own_values + (M + slot) * D + mine, mask=mine < D * leaves, other=0.0).to(tl.float32)
     if SINKS > 0:
         sinks = tl.arange(0, MP)
@@ -148,6 +148,9 @@ def step_kernel(
         c, s = load_angles(cos, sin, b * rope_stride, columns, R)
         if SINKS > 0:
             sink_c, sink_s = load_angles(sink_cos, sink_sin, b * sink_rope_stride, columns, R)
+        if BEHIND == TURNED_BACK:
+            back_c, back_s = load_angles(back_cos, back_sin, b * back_rope_stride, columns, R)
+            late_k = (late_k * back_c - late_other * back_s) / (back_c * back_c + back_s * back_s)
     query_heads = h.to(tl.int32) * G + rows
     if GATE != "none":
         w = tl.load(mixing + query_heads, mask=rows < G, other=0.0).to(tl.float32)
@@ -182,11 +185,11 @@ def step_kernel(
     result = result / total[:, None]
 
     # the recurrence
-    kept_k, new_k, new_v = new_k, new_k.to(tl.float32), new_v.to(tl.float32)
+    new_k, new_v = new_k.to(tl.float32), new_v.to(tl.float32)
     if GATE != "none":
         taken_v, taken = new_v, fresh != 0
         if BEHIND:
-            asked = x if BEHIND == OWN_KEYS else near
+            asked = x if BEHIND == TURNED_BACK else near
             x = tl.where((rows == G)[:, None], late_k[None, :], asked).to(x.dtype)
             taken_v, taken = late_v, leaves != 0
         query = x.to(tl.float32)
@@ -259,8 +262,6 @@ def step_kernel(
         if h == 0:
             tl.store(ring_valid + b * W + slot, fresh.to(tl.uint8))
         if BEHIND:
-            if BEHIND == OWN_KEYS:
-                tl.store(leaving_k, kept_k, mask=wide)
             tl.store(own_late, new_decay)
             tl.store(own_late + GATES - 1, new_write)
             tl.store(own_late + GATES, tl.where((fresh != 0) & (before >= SINKS), 1.0, 0.0))
@@ -295,10 +296,10 @@ def run(
     output = torch.empty(B, H, D, dtype=heads.dtype, device=heads.device)
     cos, sin = (mixing, mixing) if rope is None else rope  # an argument that nothing reads
     sink_cos, sink_sin = (cos, sin) if sink_rope is None else sink_rope
-    behind, late_keys, late_gates = 0, mixing, mixing
+    back_cos, back_sin = (cos, sin) if beyond.leaving is None else beyond.leaving
+    behind, late_gates = 0, mixing
     if settings.gate != "none" and held.late_gates is not None:
-        late_gates = held.late_gates
-        behind, late_keys = (1, mixing) if held.late_keys is None else (OWN_KEYS.value, held.late_keys)
+        behind, late_gates = 1 if beyond.leaving is None else TURNED_BACK.value, held.late_gates
     block, warps = launch or program(B * KV, D, beyond.epsilon is not None or behind > 0)
     assert behind == 0 or block >= D, "behind the window, a program has the whole head"
     rank, overlap = 0 if beyond.maps is None else beyond.maps[0].shape[-1], overlaps(heads)
@@ -309,8 +310,9 @@ def run(
     step_kernel[(B * KV, triton.cdiv(D, block))](
         heads, heads.stride(0),
         cos, sin, 0 if rope is None else cos.stride(0), sink_cos, sink_sin, 0 if rope is None else sink_cos.stride(0),
+        back_cos, back_sin, 0 if rope is None else back_cos.stride(0),
         mixing, mixing if decay is None else decay, clock.time, clock.real, clock.valid, clock.sink_time,
-        held.keys, held.values, held.valid, late_keys, late_gates, held.state, output,
+        held.keys, held.values, held.valid, late_gates, held.state, output,
         *given(beyond, mixing),
         KV, settings.scale, 1.0 / settings.temperature, settings.lower, settings.strength, beyond.epsilon or 0.0,
         G=H // KV, ROWS=side(H // KV + 1), D=D, DP=side(D), BV=block, R=0 if rope is None else cos.shape[-1],
