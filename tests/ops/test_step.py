@@ -248,6 +248,9 @@ def truth(
     )
     if behind == "both" and angles is not None:
         q, k = (liger.rotate(x, *angles) for x in (q, k))
+    if behind == "local" and angles is not None and (kept := given[1].dtype) != torch.float32:
+        cos, sin = angles  # the keys that come back of those that such a cache keeps
+        k = liger.rotate(liger.rotate(k, cos, sin).to(kept).double(), cos, -sin).to(kept).double()
     if more.maps is None:
         query, key = (liger.FEATURES[fixed.feature_map](x) for x in (q, k))
     else:

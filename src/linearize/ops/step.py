@@ -186,14 +186,14 @@ def taken_in(
         return Taken(wide(q), wide(k), wide(v), beyond.gate, clock.valid)
     assert beyond.gate is not None
     slot = clock.time % settings.window
-    leaving, v = (wide(x.index_select(2, slot + clock.sink_time.shape[1])[:, :, 0]) for x in (held.keys, held.values))
-    if beyond.leaving is not None:
-        leaving = _turned(leaving, *inverse(beyond.leaving))
+    leaving, v = (x.index_select(2, slot + clock.sink_time.shape[1])[:, :, 0] for x in (held.keys, held.values))
+    if beyond.leaving is not None:  # rounded, most are again what they were
+        leaving = _turned(wide(leaving), *inverse(beyond.leaving)).to(leaving.dtype)
     elif rope is not None:
         q = _turned(q, *rope)
     late = held.late_gates.index_select(1, slot)[:, 0]
     held.late_gates.index_copy_(1, slot, _late_gates(settings, clock, beyond.gate)[:, None])
-    return Taken(wide(q), leaving, v, late[..., :-1], late[:, 0, -1] > 0)
+    return Taken(wide(q), wide(leaving), wide(v), late[..., :-1], late[:, 0, -1] > 0)
 
 
 def _late_gates(settings: Settings, clock: Clock, gate: Tensor) -> Tensor:
