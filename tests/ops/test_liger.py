@@ -492,7 +492,15 @@ def test_gpu_documents(gate):
 
 
 @needs_gpu
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("window", [5, 64])
+@pytest.mark.parametrize("D", [16, 32, 64, 128])
+def test_gpu_window_without_documents(D, window):
+    given, fixed = inputs(300, B=2, D=D, **SHAPES["gqa"]), settings("none", D=D, window=window)
+    assert_is_the_window(given, fixed, rope(300, D), None, torch.bfloat16, 5e-3)
+
+
+@needs_gpu
+@pytest.mark.parametrize("D", [16, 64, 128])
 def test_gpu_window_alone(D):
     first = documents(300, [20, 23, 100], [64])
     given, fixed = inputs(300, B=2, D=D, **SHAPES["gqa"]), settings("none", D=D)

@@ -542,7 +542,7 @@ def test_sixteen_bits(gate, D, groups, B, dtype):
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("D", "groups", "B"), [(16, 1, 2), (64, 3, 2), (128, 4, 3), (80, 1, 1)])
+@pytest.mark.parametrize(("D", "groups", "B"), [(16, 1, 2), (16, 3, 2), (64, 3, 2), (128, 4, 3), (80, 1, 1)])
 @pytest.mark.parametrize("gate", liger.DELTA)
 @pytest.mark.parametrize("behind", [None, "both", "local"])
 def test_the_delta_rule_in_sixteen_bits(behind, gate, D, groups, B, dtype):
