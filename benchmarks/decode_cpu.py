@@ -18,7 +18,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from benchmarks.results import provenance, write
 from benchmarks.train import random_model
-from linearize import convert
+from linearize import convert, recipe
 from linearize.cache import cache_bytes
 
 
@@ -31,13 +31,13 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=12)
     parser.add_argument("--layers", type=int, default=30)
     arguments = parser.parse_args()
-    original, converted = (
-        random_model(arguments.layers, arguments.context),
-        convert(random_model(arguments.layers, arguments.context), structure="gla"),
-    )
+    original, plain, default = (random_model(arguments.layers, arguments.context) for _ in range(3))
+    convert(plain, structure="gla")
+    convert(default, **recipe.read("default").mixer.root)
     room = arguments.context + arguments.steps * (arguments.turns + 1)
     sides: dict[str, tuple[PreTrainedModel, Cache]] = {
-        "linearized": (converted, DynamicCache(config=converted.config)),
+        "gla": (plain, DynamicCache(config=plain.config)),
+        "default": (default, DynamicCache(config=default.config)),
         "static": (original, StaticCache(config=original.config, max_cache_len=room)),
         "dynamic": (original, DynamicCache(config=original.config)),
     }
