@@ -404,8 +404,8 @@ def test_logits_are_not_written_over():
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        *((family, {}) for family in ("llama", "qwen3", "olmo2", "phi")),
-        *((family, WHOLE[0]) for family in ("llama", "qwen2", "olmo2")),  # one product, with a bias, and several
+        *((family, {}) for family in ("llama", "olmo2", "phi")),
+        *((family, WHOLE[0]) for family in ("qwen2", "olmo2")),  # a product with a bias, and several
         ("qwen3", WHOLE[1]),
         *((family, WHOLE[4]) for family in ("llama", "phi", "smollm3")),  # all turns, a part, not in every layer
         ("phi", BY_OPERATIONS[0]),

@@ -175,8 +175,15 @@ def test_segments_of_the_delta_rule(monkeypatch, gate, fixed, size, packed):
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("gate", "groups", "heads"), [("gla", 4, 2), ("mamba2", 4, 1), ("rwkv6", 3, 2)])
-@pytest.mark.parametrize("fixed", [{}, {"feature_map": "none", "sinks": 0}], ids=str)
+@pytest.mark.parametrize(
+    ("gate", "groups", "heads", "fixed"),
+    [
+        ("gla", 4, 2, {}),
+        ("gla", 3, 1, {"feature_map": "none", "sinks": 0}),
+        ("mamba2", 4, 1, {"sinks": 0}),
+        ("rwkv6", 3, 2, {}),
+    ],
+)
 def test_groups_of_heads(monkeypatch, gate, groups, heads, fixed):
     launched = in_groups(monkeypatch, heads)
     given, first = inputs(130, B=2, groups=groups), documents(130, [20, 23, 100], [64])
