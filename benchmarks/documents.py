@@ -149,7 +149,7 @@ def _grid() -> Iterator[tuple[str, Any]]:
     """Every setting with each of its named values, or one other than its default."""
     numbers = {"gate_temperature": 256, "time_scales": 4096, "convolution": 4, "slots": 32}
     for name, field in MixerConfig.model_fields.items():
-        if name in ("structure", "window", "sinks", "mixing_weight", "score_power"):
+        if name in ("structure", "window", "sinks", "mixing_weight", "score_power", "shifts"):
             continue  # numbers that every structure takes
         for value in get_args(field.annotation) if name not in numbers else [numbers[name]]:
             yield name, value

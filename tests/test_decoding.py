@@ -28,7 +28,7 @@ WHOLE = [  # layers that are one kernel though they are not the published ones
     {"structure": "gated_deltanet", "mixing": "data_dependent"},
     DELTA | {"readout": "rms", "mixing": "data_dependent", "behind": True},
     DELTA | {"readout": "gated", "mixing": "data_dependent", "behind": True, "rope": "both"},
-    DELTA | {"structure": "deltanet", "gate_temperature": 16.0, "behind": True, "rope": "none"},
+    DELTA | {"structure": "deltanet", "gate_temperature": 16.0, "readout": "soft_rms", "behind": True, "rope": "none"},
     {"structure": "hgrn2", "readout": "gated", "mixing": "data_dependent"},
 ]
 BY_OPERATIONS = [  # of whole layers, or of the recurrence alone

@@ -43,3 +43,16 @@ def test_products_are_of_neighbours_and_do_not_hang_on_the_length():
     assert products(X).shape[-1] == feature_size("products", 8) == 16
     products.up.data.zero_()
     assert_close(products(10 * X), products(X), 1e-4)
+
+
+def test_products_with_channels_further_on():
+    once, thrice = feature_map("products", 3, 8), feature_map("products", 3, 8, shifts=3)
+    for learned in (once, thrice):
+        learned.reset_parameters()
+    found = thrice(X)
+    assert found.shape[-1] == feature_size("products", 8, shifts=3) == 32
+    assert torch.equal(found[..., :16], once(X))
+    y = found[..., :8]
+    for shift in (2, 3):
+        pairs = [y[..., i] * y[..., i - shift] for i in range(8)]
+        assert_close(found[..., 8 * shift : 8 * shift + 8], torch.stack(pairs, dim=-1), 1e-4)

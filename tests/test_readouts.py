@@ -38,6 +38,16 @@ def test_rms_has_length_one():
     assert_close(found.output, torch.nn.functional.rms_norm(read("none")[0].output, (8,), eps=1e-6))
 
 
+def test_a_soft_rms_has_length_one_of_what_is_large_and_leaves_what_is_small():
+    plain, soft = read("none")[0].output, read("soft_rms")[1]
+    soft.log_floor.data = torch.tensor([-20.0, 20.0, 0.0, 0.0, 0.0, 0.0])
+    found = soft(lambda _: (plain, None), None, HIDDEN).output
+    assert_close(found[:, :, 0].square().mean(-1), torch.ones(2, 30), 1e-3)
+    assert_close(found[:, :, 1], plain[:, :, 1] / torch.tensor(20.0).exp(), 1e-3)
+    for head in range(2, 6):
+        assert_close(found[:, :, head], plain[:, :, head] / (plain[:, :, head].square().mean(-1, True) + 1).sqrt())
+
+
 def test_a_gate_starts_open_and_is_made_from_the_input():
     found, gated, _ = read("gated")
     assert_close(found.output, read("rms")[0].output)

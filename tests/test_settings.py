@@ -21,7 +21,8 @@ VALUES = {  # others than the default of each setting
     "score": ["softplus_reweighted"],
     "score_power": [2],
     "feature_map": ["hedgehog", "linear", "products", "l2", "relu", "elu", "none"],
-    "readout": ["rms", "denominator", "gated"],
+    "shifts": [2],
+    "readout": ["rms", "soft_rms", "denominator", "gated"],
     "gate_source": ["v", "learned"],
     "gate_temperature": [2.0],
     "time_scales": [40.0],
@@ -40,6 +41,7 @@ VALUES = {  # others than the default of each setting
 BESIDE = {  # settings that have an effect beside others only
     "score_power": {"score": "softplus_reweighted"},
     "convolution_form": {"convolution": 3},
+    "shifts": {"feature_map": "products"},
 }
 COMBINATIONS = [
     {"local": "block"},
@@ -49,6 +51,7 @@ COMBINATIONS = [
     {"feature_map": "hedgehog", "structure": "hgrn2"},
     {"feature_map": "hedgehog", "structure": "gated_deltanet"},
     {"feature_map": "products", "structure": "gated_deltanet", "behind": True, "gate_source": "learned"},
+    {"feature_map": ["linear", "products"], "shifts": 3, "structure": "gated_deltanet", "readout": "soft_rms"},
     {"readout": "rms"},
     {"readout": "denominator"},
     {"readout": "gated", "structure": "gated_deltanet"},
@@ -114,7 +117,7 @@ def test_every_setting_changes_the_output_or_is_refused(structure):
             if value == "none" and name == "local":
                 settings |= {"window": 64, "sinks": 4, "mixing_weight": None}
             if (name, value) in refusals(structure):
-                with pytest.raises(LinearizeError, match=name):
+                with pytest.raises(LinearizeError, match="|".join([name, *beside])):
                     converted(**settings)
             else:
                 expected = read(converted(structure=structure, **beside), tokens)
@@ -133,7 +136,12 @@ def refusals(structure: str) -> set:
         "lightning": found - {("decay_schedule", "alibi")} | gates | decays,
         "rwkv6": found - {("bonus", True)},
         "gsa": found - {("slots", 4)} | weights,
-        "kronecker": found | gates | decays | weights | {("feature_map", value) for value in VALUES["feature_map"]},
+        "kronecker": found
+        | gates
+        | decays
+        | weights
+        | {("shifts", 2)}
+        | {("feature_map", value) for value in VALUES["feature_map"]},
     }.get(structure, found)
 
 

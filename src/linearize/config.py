@@ -34,10 +34,13 @@ class MixerConfig(BaseModel):
         "softmax",
         description="of q and k in the recurrence, over the head size; hedgehog, linear and products are learned",
     )
-    readout: Literal["none", "rms", "denominator", "gated"] = Field(
+    shifts: int = Field(
+        1, ge=1, description="of products: of each channel with those up to so many places on; K = (1 + shifts) D"
+    )
+    readout: Literal["none", "rms", "soft_rms", "denominator", "gated"] = Field(
         "none",
-        description="of the recurrence: as it is, by its root mean square, by the sum of its weights, or by its root "
-        "mean square and a learned gate",
+        description="of the recurrence: as it is, by its root mean square, by that with a learned floor, by the sum of "
+        "its weights, or by its root mean square and a learned gate",
     )
     gate_source: Literal["k", "q", "v", "learned"] = Field(
         "k", description="what the gate is made of: a projection, or weights of its own"
@@ -116,7 +119,9 @@ class MixerConfig(BaseModel):
         elif not structure.decays:
             of(f"{name} does not decay", "gate_temperature", "time_scales")
         if structure.own_features:
-            of(f"{name} has features of its own", "feature_map")
+            of(f"{name} has features of its own", "feature_map", "shifts")
+        if self.feature_map != "products":
+            of("it is of feature_map products", "shifts")
         for setting, owners in OWN.items():
             if name not in owners:
                 of(f"it is of {' and '.join(owners)}, not of {name}", setting)

@@ -84,24 +84,29 @@ class Linear(nn.Module):
 
 
 class Products(Linear):
-    """`[y, y · y']` with y what `Linear` makes, divided by its root mean square, and y' its channels moved on by one:
-    twice the keys, as DPFP has them (arXiv 2102.11174) but with their signs."""
+    """`[y, y · y', y · y'' …]` with y what `Linear` makes, divided by its root mean square, and y', y'' … its channels
+    moved on by 1 to `shifts`: more keys, as DPFP has them (arXiv 2102.11174) but with their signs."""
+
+    def __init__(self, heads: int, head_dim: int, shifts: int = 1) -> None:
+        super().__init__(heads, head_dim)
+        self.shifts = shifts
 
     def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H K"]:
-        """K = 2D, in fp32."""
+        """K = (1 + shifts) D, in fp32."""
         y = F.rms_norm(super().forward(x), x.shape[-1:], eps=EPSILON)
-        return torch.cat([y, y * y.roll(1, -1)], dim=-1)
+        return torch.cat([y, *(y * y.roll(shift, -1) for shift in range(1, self.shifts + 1))], dim=-1)
 
 
-LEARNED = {"hedgehog": Hedgehog, "linear": Linear, "products": Products}
-WIDER = ("hedgehog", "products")  # maps that make 2D channels of D
+LEARNED = {"hedgehog": Hedgehog, "linear": Linear}
 
 
-def feature_map(name: str, heads: int, head_dim: int) -> FeatureMap:
-    """The feature map called `name`; a module where it is learned."""
+def feature_map(name: str, heads: int, head_dim: int, shifts: int = 1) -> FeatureMap:
+    """The feature map called `name`; a module where it is learned. `shifts` are those of products."""
+    if name == "products":
+        return Products(heads, head_dim, shifts)
     return LEARNED[name](heads, head_dim) if name in LEARNED else FEATURE_MAPS[name]
 
 
-def feature_size(name: str, head_dim: int) -> int:
+def feature_size(name: str, head_dim: int, shifts: int = 1) -> int:
     """K, from D."""
-    return 2 * head_dim if name in WIDER else head_dim
+    return {"hedgehog": 2, "products": 1 + shifts}.get(name, 1) * head_dim

@@ -76,7 +76,7 @@ def recurrent_bytes(config: MixerConfig, num_heads: int, num_key_value_heads: in
     if config.structure == "none":
         return 0
     heads = num_key_value_heads
-    structure, key_size = STRUCTURES[config.structure], feature_size(config.feature_map, head_dim)
+    structure, key_size = STRUCTURES[config.structure], feature_size(config.feature_map, head_dim, config.shifts)
     adds_up = config.shares_normalizer or config.readout == "denominator"
     value_size = head_dim + adds_up  # its sum of weights is one more channel
     late = 0  # bytes of a token that is still in the window: its gates, and the position from which its key turns back

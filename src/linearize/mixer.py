@@ -16,7 +16,7 @@ from linearize.ops import liger
 from linearize.ops import step as stepping
 from linearize.ops.dispatch import kernel_dtype, narrowed
 from linearize.ops.local import NEVER, Past, Scoring, Sinks, local_attention
-from linearize.readouts import EPSILON, RMS, Gated
+from linearize.readouts import EPSILON, RMS, Gated, SoftRMS
 from linearize.recurrence import Recurrence
 from linearize.structures.base import Layer
 from linearize.structures.lightning import rates
@@ -27,7 +27,7 @@ TEXT: dict[str, tuple[Any, ...]] = {  # values of settings that kernels for a wh
     "time_scales": (None,), "convolution": (None,), "bonus": (False,), "behind": (False,),
     "mixing": ("fixed", "per_head"),
 }  # fmt: skip
-STEP = TEXT | {"readout": ("none", "rms", "gated"), "mixing": ("fixed", "per_head", "data_dependent")}
+STEP = TEXT | {"readout": ("none", "rms", "soft_rms", "gated"), "mixing": ("fixed", "per_head", "data_dependent")}
 DELTA_STEP = STEP | {"gate_source": ("k", "learned")}
 BEHIND_STEP = STEP | {"behind": (True,), "gate_source": ("learned",), "rope": ("local", "both", "none")}
 
@@ -260,6 +260,8 @@ class LinearizedAttention(nn.Module):
             gate = recurrence.gate.learned.after(next(parts)).unflatten(1, (self.num_key_value_heads, -1))
         if isinstance(recurrence.readout, Gated):
             opening = next(parts), recurrence.readout.gate.up
+        if isinstance(recurrence.readout, SoftRMS):
+            return stepping.Beyond(maps, gate, mixing, 0.0, opening, floor=recurrence.readout.log_floor)
         return stepping.Beyond(maps, gate, mixing, EPSILON if isinstance(recurrence.readout, RMS) else None, opening)
 
     def step(

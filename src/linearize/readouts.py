@@ -1,5 +1,6 @@
 """What becomes of the recurrence's output, by name: modules that run the operator, since some read more than v."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import initialization
 
 from linearize.gates import LowRank
 from linearize.structures.base import Layer
 
 EPSILON = 1e-6
+FLOOR = 0.1  # where ε of `SoftRMS` starts: of the size of what SmolLM2's states give
 
 
 class Read(NamedTuple):
@@ -45,6 +48,26 @@ class RMS(Plain):
         return Read(F.rms_norm(output.float(), output.shape[-1:], eps=EPSILON), state)
 
 
+class SoftRMS(Plain):
+    """Each head's output divided by `√(mean square + ε²)`, ε learned: what is large has a root mean square of 1, and
+    what is small, because nothing in the state goes with the query, stays small."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self.log_floor = nn.Parameter(torch.empty(layer.num_heads))
+
+    def reset_parameters(self) -> None:
+        """ε is `FLOOR`."""
+        initialization.constant_(self.log_floor, math.log(FLOOR))
+
+    def forward(self, run: Run, inputs: Any, hidden: Tensor) -> Read:
+        """In fp32."""
+        output, state = run(inputs)
+        output = output.float()
+        square = output.square().mean(-1, keepdim=True) + (2 * self.log_floor.float()).exp()[:, None]
+        return Read(output * square.rsqrt(), state)
+
+
 class Denominator(Plain):
     """A weighted mean of values (arXiv 2006.16236): one more value channel, always 1, adds the weights up."""
 
@@ -74,4 +97,4 @@ class Gated(RMS):
         return read._replace(output=read.output * gate)
 
 
-READOUTS = {"none": Plain, "rms": RMS, "denominator": Denominator, "gated": Gated}
+READOUTS = {"none": Plain, "rms": RMS, "soft_rms": SoftRMS, "denominator": Denominator, "gated": Gated}

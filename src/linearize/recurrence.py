@@ -37,10 +37,10 @@ class Recurrence(nn.Module):
         config = layer.config
         self.layer, self.structure = layer, STRUCTURES[config.structure]
         maps = "none" if self.structure.own_features else config.feature_map
-        self.map_q = feature_map(maps, layer.num_heads, layer.head_dim)
+        self.map_q = feature_map(maps, layer.num_heads, layer.head_dim, config.shifts)
         keys = "none" if self.structure.own_keys else maps
-        self.map_k = feature_map(keys, layer.num_key_value_heads, layer.head_dim)
-        key_size = feature_size(config.feature_map, layer.head_dim)
+        self.map_k = feature_map(keys, layer.num_key_value_heads, layer.head_dim, config.shifts)
+        key_size = feature_size(config.feature_map, layer.head_dim, config.shifts)
         self.gate = Gate(self.structure, layer, key_size)
         self.readout = READOUTS["denominator" if config.shares_normalizer else config.readout](layer)
         if config.convolution is not None:

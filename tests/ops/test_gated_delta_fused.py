@@ -205,7 +205,8 @@ def test_views_and_gradients_of_some():
 @pytest.mark.parametrize("T", [2, 65, 1000])
 @pytest.mark.parametrize("D", [16, 32, 64, 96, 128])
 def test_gpu_lengths(T, D):
-    assert_is_the_equation(inputs(T, B=2, KV=2, groups=3, D=D), None, torch.bfloat16, 5e-3)
+    """Of few tokens there are more sequences, since in few numbers rounding does not even out."""
+    assert_is_the_equation(inputs(T, B=max(2, 32 // T), KV=2, groups=3, D=D), None, torch.bfloat16, 5e-3)
 
 
 @needs_gpu

@@ -62,6 +62,7 @@ class Beyond(NamedTuple):
     epsilon: float | None = None  # of the root mean square that divides the recurrence's output
     opening: tuple[Tensor, Tensor] | None = None  # [B, R] and [H * D, R], whose product then multiplies it, 2 σ of it
     leaving: Rope | None = None  # cos and sin [B, R] of the token that leaves the window, if its key is turned back
+    floor: Tensor | None = None  # [H]: log ε, ε² being added to the mean square besides
 
 
 NOTHING = Beyond()
@@ -234,7 +235,10 @@ def with_recurrence(
     if state is not held.state:
         held.state.copy_(narrowed(state, held.state.dtype))
     read = torch.bmm(query.reshape(B * KV, -1, D), state.view(B * KV, D, D)).view(B, H, D)
-    if beyond.epsilon is not None:
+    if beyond.floor is not None:
+        square = read.square().mean(-1, keepdim=True) + (beyond.epsilon or 0.0)
+        read = read * (square + (2 * wide(beyond.floor)).exp()[:, None]).rsqrt()
+    elif beyond.epsilon is not None:
         read = F.rms_norm(read, (D,), eps=beyond.epsilon)
     if beyond.opening is not None:
         read = read * 2 * wide(F.linear(*beyond.opening)).sigmoid().view(B, H, D)

@@ -82,14 +82,14 @@ def one_row(x, rows, row):
 def step_kernel(
     heads, stride, cos, sin, rope_stride, sink_cos, sink_sin, sink_rope_stride, back_cos, back_sin, back_rope_stride,
     mixing, decay, time, real, valid, sink_time, keys, values, ring_valid, late_gates, state, output,
-    down_q, up_q, down_k, up_k, gate, gate_stride, logits, logits_stride, low, low_stride, opening,
+    down_q, up_q, down_k, up_k, gate, gate_stride, logits, logits_stride, low, low_stride, opening, floor,
     KV, scale, rate, lower, strength, epsilon,
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, R: tl.constexpr,
     M: tl.constexpr, MP: tl.constexpr, SINKS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
     GATE: tl.constexpr, FEATURE: tl.constexpr, ERASE: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
     RP1: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr, GATES: tl.constexpr, LOGITS: tl.constexpr,
-    RMS: tl.constexpr, OPENING: tl.constexpr, BEHIND: tl.constexpr, MOST: tl.constexpr, READ: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    RMS: tl.constexpr, FLOOR: tl.constexpr, OPENING: tl.constexpr, BEHIND: tl.constexpr, MOST: tl.constexpr,
+    READ: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One token of one key/value head; see the module and `ops.step`."""
     pair, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -239,7 +239,10 @@ def step_kernel(
             memory = tl.clamp(memory, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
         tl.store(own_state, memory.to(state.dtype.element_ty), mask=within)
         if RMS:
-            recurrent = recurrent / tl.sqrt(tl.sum(recurrent * recurrent, 1) / D + epsilon)[:, None]
+            square = tl.sum(recurrent * recurrent, 1) / D + epsilon
+            if FLOOR:
+                square += tl.exp(2.0 * tl.load(floor + query_heads, mask=rows < G, other=0.0).to(tl.float32))
+            recurrent = recurrent / tl.sqrt(square)[:, None]
         if OPENING > 0:
             ranks = tl.arange(0, OPENING)
             place = (query_heads[:, None] * D + mine)[:, :, None] * OPENING + ranks
@@ -320,7 +323,8 @@ def run(
         GATE=settings.gate, FEATURE=settings.feature_map, ERASE=settings.gate in DELTA,
         RANK=rank, RP=side(at_once * rank), RP1=side(rank), AT_ONCE=at_once, EARLY=D <= 64,
         GATES=0 if beyond.gate is None else beyond.gate.shape[-1], LOGITS=beyond.mixing is not None,
-        RMS=beyond.epsilon is not None, OPENING=0 if beyond.opening is None else beyond.opening[1].shape[-1],
+        RMS=beyond.epsilon is not None, FLOOR=beyond.floor is not None,
+        OPENING=0 if beyond.opening is None else beyond.opening[1].shape[-1],
         BEHIND=behind, MOST=torch.finfo(torch.float16).max if state == torch.float16 else 0.0,
         READ=tl.float16 if in_fp16 else tl.float32, OVERLAP=overlap, num_warps=warps,
         **({"launch_pdl": True} if overlap else {}),
@@ -337,5 +341,6 @@ def given(beyond: Beyond, unread: Tensor) -> tuple[Tensor | int, ...]:
     """The kernel's arguments of what is `beyond`; `unread` in place of what is not there."""
     gate, logits = (unread if x is None else x for x in (beyond.gate, beyond.mixing))
     low, opening = (unread, unread) if beyond.opening is None else beyond.opening
+    floor = unread if beyond.floor is None else beyond.floor
     maps = (unread,) * 4 if beyond.maps is None else beyond.maps
-    return *maps, gate, gate.stride(0), logits, logits.stride(0), low, low.stride(0), opening
+    return *maps, gate, gate.stride(0), logits, logits.stride(0), low, low.stride(0), opening, floor
