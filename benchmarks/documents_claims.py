@@ -166,6 +166,27 @@ def three_layers() -> str:
     return "\n".join([*lines, "", report_made_on(report)])
 
 
+def hybrid() -> str:
+    """The hybrid recipe as it is, in the gaps of windows without a full layer."""
+    rows, data = rows_of("three_layers_h200")
+    plain, ours = rows_of("claim")[0], rows["converted-0"]
+    columns = [f"T = {int(length):,}" for length in ours["late"]]
+    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    means = [f"{np.mean(loss):.4f}" for loss in ours["late"].values()]
+    lines.append(f"| converted, three full layers | {' | '.join(means)} |")
+    for model in BASELINES:
+        cells = []
+        for length, loss in ours["late"].items():
+            base, best = plain[f"{ROWS[model]}-0"]["late"][length], data["teacher"]["late"][length]
+            found = closed([base], [loss], [best], ours["articles"][length])
+            assert found is not None
+            cells.append(interval(found))
+        lines.append(f"| closed of the gap of {LABELS[model]}, no full layer | {' | '.join(cells)} |")
+    shown = {cell["distance"]: f"{cell['accuracy']:.0%}" for cell in ours["recall"] if cell["task"] == "needle"}
+    needles = ", ".join(f"{share} at {distance:,}" for distance, share in shown.items())
+    return "\n".join([*lines, "", f"Needles: {needles} tokens. {made_on(data)}."])
+
+
 def _by_length(gaps: list[LateGap], names: dict[str, str]) -> list[str]:
     lines = ["| | " + " | ".join(f"T = {gap.length:,}" for gap in gaps) + " |", "| --- |" + " ---: |" * len(gaps)]
     texts = [f"{len(gap.articles)} ({len(set(gap.articles))})" for gap in gaps]

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.gap import KINDS
 from benchmarks.results import RESULTS, interval, made_on, measured, rows_of, versions
 from linearize import drawing
 from linearize.evaluate.late_gap import closed
@@ -124,25 +125,59 @@ def behind_both() -> str:
     return "\n".join([*lines, "", f"The error is one standard error over sequences. {made_on(data)}."])
 
 
-def late() -> str:
-    """Changes to the default behind the window, in late loss by length and in needles found."""
-    rows, data = rows_of("late")
-    base, lengths = rows["local"], list(data["teacher"]["late"])
+def by_length(name: str, against: str) -> str:
+    """Changes to one row, in late loss by length, in early loss and in needles found."""
+    rows, data = rows_of(name)
+    base, lengths = rows[against], list(data["teacher"]["late"])
     columns = " | ".join(f"T = {int(length):,}" for length in lengths)
-    lines = [f"| row | change | {columns} | needles at 128, 512 |"]
-    lines.append("| --- | --- |" + " ---: |" * (len(lengths) + 1))
-    for name, row in rows.items():
-        own = row.get("what") or ", ".join(f"`{x}`" for x in row["set"] if x not in base["set"]) or "–"
+    lines = [f"| row | change | {columns} | early loss | needles at 128, 512 |"]
+    lines.append("| --- | --- |" + " ---: |" * (len(lengths) + 2))
+    for row_name, row in rows.items():
+        own = row.get("what") or ", ".join(f"`{_brief(x)}`" for x in row["set"] if x not in base["set"]) or "–"
         cells = []
         for length in lengths:
             mean, error = _difference(row["late"][length], base["late"][length])
-            against = "" if row is base else f", {mean:+.4f} ± {error:.4f}"
-            cells.append(f"{np.mean(row['late'][length]):.4f}{against}")
-        lines.append(f"| {name} | {own} | {' | '.join(cells)} | {_needles(row)} |")
-    best = " | ".join(f"{np.mean(data['teacher']['late'][length]):.4f}" for length in lengths)
-    lines.append(f"| teacher | | {best} | {_needles(data['teacher'])} |")
-    note = "Late loss, and how much worse than `local`, with one standard error over sequences."
+            apart = "" if row is base else f", {mean:+.4f} ± {error:.4f}"
+            cells.append(f"{np.mean(row['late'][length]):.4f}{apart}")
+        lines.append(f"| {row_name} | {own} | {' | '.join(cells)} | {row['early_loss']:.4f} | {_needles(row)} |")
+    teacher = data["teacher"]
+    best = " | ".join(f"{np.mean(teacher['late'][length]):.4f}" for length in lengths)
+    lines.append(f"| teacher | | {best} | {teacher['early_loss']:.4f} | {_needles(teacher)} |")
+    note = f"Late loss, and how much worse than `{against}`, with one standard error over sequences."
     return "\n".join([*lines, "", f"{note} {made_on(data)}."])
+
+
+def _brief(setting: str) -> str:
+    """A setting whose value lists layers, by what few of them have."""
+    key, _, value = setting.partition("=")
+    if not value.startswith("["):
+        return setting
+    values = [item.strip() for item in value.strip("[]").split(",")]
+    rare = min(set(values), key=values.count)
+    if len(set(values)) != 2 or values.count(rare) == len(values) / 2:
+        return setting
+    return f"{key}={rare} in layers {', '.join(str(layer) for layer, item in enumerate(values) if item == rare)}"
+
+
+def gap() -> str:
+    """Late losses by what of a token was said before."""
+    data = measured("gap")
+    assert data is not None
+    tokens, losses = data["tokens"], data["losses"]
+    every, best = sum(tokens.values()), losses["teacher"]
+    models = [name for name in losses if name != "teacher"]
+    lines = ["| the token was said before | of all | teacher | " + " | ".join(models) + " |"]
+    lines.append("| --- | ---: | ---: |" + " ---: |" * len(models))
+    for kind, said in KINDS.items():
+        apart = [(sum(losses[name][kind]) - sum(best[kind])) / tokens[kind] for name in models]
+        shown = " | ".join(f"{x:+.3f}" for x in apart)
+        lines.append(f"| {said} | {tokens[kind] / every:.0%} | {sum(best[kind]) / tokens[kind]:.3f} | {shown} |")
+    whole = {name: sum(sum(x) for x in losses[name].values()) / every for name in losses}
+    shown = " | ".join(f"{whole[name] - whole['teacher']:+.3f}" for name in models)
+    lines.append(f"| all | 100% | {whole['teacher']:.3f} | {shown} |")
+    return "\n".join(
+        [*lines, "", f"The teacher's late loss in nats, and how much more the others have. {made_on(data)}."]
+    )
 
 
 def _needles(row: dict[str, Any]) -> str:
