@@ -36,7 +36,7 @@ def recipe(tmp_path_factory) -> Recipe:
                 "heldout": str(folder / "heldout.txt"),
                 "sequence_length": 32,
             },
-            "lora": {"r": 4, "alpha": 8},
+            "lora": {"r": 4, "alpha": 8, "kept": 0.7},
             "align": {"tokens": 192, "batch_size": 2, "learning_rate": 1e-2, "save_every": 1},
             "distill": {"tokens": 192, "batch_size": 2, "learning_rate": 1e-2},
             "evaluation": {"sequence_length": 64, "sequences": 3, "contexts": [16, 40], "decode_tokens": 2},

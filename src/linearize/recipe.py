@@ -65,6 +65,9 @@ class LoraSettings(Settings):
     r: int = Field(32, ge=1, description="rank")
     alpha: float = Field(64, gt=0, description="adapters are scaled by alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="of the adapters' inputs")
+    kept: float = Field(
+        1.0, gt=0, le=1, description="share of what the adapters learned that stays after the last stage (WiSE-FT)"
+    )
     targets: tuple[str, ...] | None = Field(
         None,
         min_length=1,

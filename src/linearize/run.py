@@ -51,7 +51,7 @@ from linearize.train.distill import distill_loss
 from linearize.train.documents import SELF, Document, heldout_documents, load_documents
 from linearize.train.sample import sampled_documents
 from linearize.train.sequences import heldout_sequences, pack, tokenize
-from linearize.train.trainer import Loss, shared_copy, train, with_lora
+from linearize.train.trainer import Loss, keep, shared_copy, train, with_lora
 
 
 class Base(NamedTuple):
@@ -132,6 +132,8 @@ def stage_only(name: str, source: Path, recipe: Recipe, out: Path) -> None:
     settings, loss = _stages(recipe)[name]
     with _work(recipe, out, source) as work:
         curve = train_stage(recipe, name, "converted", settings, loss, student, base, work)
+        if recipe.lora is not None and name == "distill":
+            keep(student, recipe.lora.kept)
         with new_folder(out, kind="checkpoint") as folder:
             kept = recipe.model_copy(update={"adapter": "separate"}) if name == "align" else recipe
             checkpoint.write(student, tokenizer, kept, [*curves, curve], folder, out)
@@ -322,6 +324,8 @@ def train_variant(recipe: Recipe, name: str, base: Base, work: Path) -> Trained:
             checkpoint.write_curves(curves, folder)
         for stage in _stages(recipe):
             shutil.rmtree(work / f"{name}-{stage}", ignore_errors=True)  # what an interrupted stage would resume from
+    if recipe.lora is not None:
+        keep(student, recipe.lora.kept)
     return Trained(student.eval(), mixer, checkpoint.read_curves(done))
 
 

@@ -17,7 +17,7 @@ from linearize.recipe import LoraSettings, StageSettings
 from linearize.train.align import align_loss
 from linearize.train.distill import distill_loss
 from linearize.train.sequences import pack
-from linearize.train.trainer import LinearizeTrainer, Pair, newest_checkpoint, shared_copy, train, with_lora
+from linearize.train.trainer import LinearizeTrainer, Pair, keep, newest_checkpoint, shared_copy, train, with_lora
 
 STEPS = 12
 LORA = LoraSettings(r=4, alpha=8, dropout=0.1)  # dropout: a resumed run has to draw the same numbers
@@ -234,6 +234,21 @@ def test_a_gradient_that_is_not_a_number_stops_before_it_reaches_the_weights(tmp
     with pytest.raises(LinearizeError, match=r"the gradient of .*(lora|mixing).* is not a number at step 5"):
         job.train()
     assert all(torch.isfinite(p).all() for p in job.weights().values())
+
+
+def test_what_is_kept_lies_between_the_original_and_what_was_trained(tmp_path):
+    job = Job(tmp_path)
+    job.train()
+    shorter = copy.deepcopy(job.student)
+    keep(shorter, 0.3)
+    merged, between = (dict(model.merge_and_unload().named_parameters()) for model in (job.student, shorter))
+    moved = 0
+    for name, original in tiny().named_parameters():
+        expected = torch.lerp(original, merged[name], 0.3)
+        assert torch.allclose(between[name], expected, atol=1e-6)
+        moved += not torch.equal(original, merged[name])
+    assert moved == 3 * 4
+    assert all(torch.equal(between[name], p) for name, p in merged.items() if "mixing" in name)
 
 
 def test_two_runs_are_the_same(tmp_path, whole):

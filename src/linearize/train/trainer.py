@@ -54,6 +54,16 @@ def with_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     return get_peft_model(model, config)
 
 
+@torch.no_grad()
+def keep(student: Student, share: float) -> None:
+    """Take the projections back towards the original's, by all but `share` of what LoRA learned (WiSE-FT, arXiv
+    2109.01903): what training costs that it is not for goes sooner than what it is for. What the conversion added
+    stays."""
+    for name, parameter in student.named_parameters():
+        if ".lora_B." in name:
+            parameter.mul_(share)
+
+
 class Pair(nn.Module):
     """Student and teacher in one forward, so that whatever wraps this module (DDP, autocast) sees the whole step."""
 
