@@ -286,6 +286,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "late": partial(recovery.by_length, "late", "local"),
     "together": partial(recovery.by_length, "together", "default"),
     "gap": recovery.gap,
+    "kept": partial(recovery.by_length, "kept", "kept-1.0"),
     "hybrid": claims.hybrid,
     "recipes-trained": recovery.recipes,
     "short-tasks": partial(claims.short_tasks, "tasks_h100"),

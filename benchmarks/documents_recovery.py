@@ -139,10 +139,12 @@ def by_length(name: str, against: str) -> str:
             mean, error = _difference(row["late"][length], base["late"][length])
             apart = "" if row is base else f", {mean:+.4f} ± {error:.4f}"
             cells.append(f"{np.mean(row['late'][length]):.4f}{apart}")
-        lines.append(f"| {row_name} | {own} | {' | '.join(cells)} | {row['early_loss']:.4f} | {_needles(row)} |")
+        found = _needles(row) if "recall" in row else "–"
+        lines.append(f"| {row_name} | {own} | {' | '.join(cells)} | {row['early_loss']:.4f} | {found} |")
     teacher = data["teacher"]
     best = " | ".join(f"{np.mean(teacher['late'][length]):.4f}" for length in lengths)
-    lines.append(f"| teacher | | {best} | {teacher['early_loss']:.4f} | {_needles(teacher)} |")
+    found = _needles(teacher) if "recall" in teacher else "–"
+    lines.append(f"| teacher | | {best} | {teacher['early_loss']:.4f} | {found} |")
     note = f"Late loss, and how much worse than `{against}`, with one standard error over sequences."
     return "\n".join([*lines, "", f"{note} {made_on(data)}."])
 
