@@ -152,7 +152,7 @@ def test_segments_of_documents_heads_and_head_sizes(monkeypatch):
 def test_segments_in_half_precision(monkeypatch):
     """What goes from segment to segment is not rounded."""
     cut(monkeypatch, 1)
-    given = inputs(330, D=64, groups=1, correlation=0.5)
+    given = inputs(200, D=64, groups=1, correlation=0.5)
     given[3][:], given[4][:] = 0.0, 2.0
     assert_is_the_equation(given, None, torch.bfloat16, 1.5e-2)
 
