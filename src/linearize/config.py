@@ -279,15 +279,23 @@ def _idle_in_part(values: Mapping[str, Any], place: int, places: int) -> set[str
 def drop_idle(settings: Mapping[str, Any], chosen: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """`settings` with those `chosen` on top, less what has no effect any more beside these; and the reasons."""
     both = {**settings, **chosen}
-    if any(isinstance(value, list | tuple) for value in both.values()):
-        return both, {}
-    try:
-        idle = MixerConfig.model_construct(**both).idle()
-    except TypeError:
-        return both, {}
     given = {name for name in settings if settings[name] != _default(name)} - set(chosen)
-    dropped = {name: reason for name, reason in idle.items() if name in given}
+    dropped = {name: reason for name, reason in _idle_everywhere(both).items() if name in given}
     return _without(both, dropped), dropped
+
+
+def _idle_everywhere(values: Mapping[str, Any]) -> dict[str, str]:
+    """What has no effect in any part of the depth, and the reasons in the first."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    places = _places(values)
+    try:
+        first, *others = [
+            MixerConfig.model_construct(**{name: _at(value, place, places) for name, value in values.items()}).idle()
+            for place in range(places)
+        ]
+    except (TypeError, ValueError):  # a value of a wrong type, or an empty list, which validation tells
+        return {}
+    return {name: reason for name, reason in first.items() if all(name in other for other in others)}
 
 
 def validated(model: type[T], given: Mapping[str, Any], what: str) -> T:

@@ -67,10 +67,22 @@ def test_sequences_heads_and_head_sizes():
     assert_is_the_equation(inputs(70, B=2, KV=2, D=24))
 
 
+def with_values(given: list[Tensor], V: int) -> list[Tensor]:
+    """The same with values of size V."""
+    q, k, v, log_g, beta, state = given
+    return [q, k, torch.randn(*v.shape[:3], V), log_g, beta, torch.randn(*state.shape[:3], V)]
+
+
 @needs_interpreter
-def test_keys_that_are_longer_than_values():
-    q, k, v, log_g, beta, state = inputs(70, KV=2, D=32)
-    assert_is_the_equation([q, k, v[..., :12], log_g, beta, state[..., :12]])
+@pytest.mark.parametrize(("K", "V"), [(32, 12), (256, 20)])
+def test_values_of_another_size_than_keys(K, V):
+    assert_is_the_equation(with_values(inputs(70, KV=2, D=K), V))
+
+
+@needs_interpreter
+def test_segments_with_values_of_another_size(monkeypatch):
+    cut(monkeypatch, 1)
+    assert_is_the_equation(with_values(inputs(180, D=24), 40), documents(180, [20, 23, 100]))
 
 
 @needs_interpreter
@@ -210,6 +222,13 @@ def test_gpu_lengths(T, D):
 
 
 @needs_gpu
+@pytest.mark.parametrize(("K", "V"), [(128, 64), (256, 64), (200, 48), (32, 64)])
+def test_gpu_values_of_another_size_than_keys(K, V):
+    given = with_values(inputs(300, B=2, KV=2, groups=3, D=K), V)
+    assert_is_the_equation(given, documents(300, [20, 23, 100], [64]), torch.bfloat16, 5e-3)
+
+
+@needs_gpu
 def test_gpu_documents():
     given = inputs(300, B=2, groups=3, D=64)
     assert_is_the_equation(given, documents(300, [20, 23, 100], [64]), torch.bfloat16, 5e-3)
@@ -240,8 +259,8 @@ def test_gpu_picks_kernels_where_half_the_precision_is_asked_for(monkeypatch):
     with torch.autocast("cuda", torch.bfloat16):
         gated_delta(*given)
     assert [given[2].dtype for given in calls] == [torch.bfloat16]
-    with torch.autocast("cuda", torch.bfloat16), pytest.warns(match="values of size 64 under keys of size 32"):
-        gated_delta(*(x[..., :32] for x in given[:2]), *given[2:5])
+    with torch.autocast("cuda", torch.bfloat16), pytest.warns(match="keys of size 256 and values of size 128"):
+        gated_delta(*(x.cuda() for x in with_values(inputs(70, D=256), 128)))
     assert len(calls) == 1
 
 

@@ -17,7 +17,7 @@ def operator(
     """Output, final state and, if `keep`, what the gradients need; log decay and β are `[B * KV, T]`. As one operator,
     which `torch.compile` does not open."""
     call = _call(q, k, v, state, first)
-    output = torch.empty_like(call.q)
+    output = q.new_empty(*q.shape[:3], v.shape[3])
     with torch.cuda.device_of(q):  # kernels run on the current device; backward, autograd sees to it
         final, made = add_recurrence(call, beta, log_g, state, output)
     kept = (made.key, made.residual, made.left, made.solved, made.states)
@@ -29,7 +29,7 @@ def operator(
 def _(
     q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, beta: Tensor, state: Tensor, first: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    output, final = q.new_empty(q.shape), state.new_empty(state.shape)
+    output, final = q.new_empty(*q.shape[:3], v.shape[3]), state.new_empty(state.shape)
     kept = empty(_call(q, k, v, state, first))
     key, residual, left, solved, states = kept if keep else (x.new_empty(0) for x in kept)
     return output, final, key, residual, left, solved, states
@@ -64,8 +64,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, doutput: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    q = ctx.saved_tensors[0]
-    doutput = torch.zeros_like(q) if doutput is None else doutput
+    q, _, v, *_ = ctx.saved_tensors
+    doutput = q.new_zeros(*q.shape[:3], v.shape[3]) if doutput is None else doutput
     dfinal = q.new_zeros(ctx.state, dtype=torch.float32) if dfinal is None else dfinal
     return *gradients(doutput, dfinal, *ctx.saved_tensors), None, None
 

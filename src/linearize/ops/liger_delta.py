@@ -38,15 +38,26 @@ class Solved(NamedTuple):
 
 def empty(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """For what the forward pass makes but for the gates, in the order of `Solved`."""
-    D, bounded = call.q.shape[3], torch.float32 if call.dtype == torch.float32 else torch.float16
-    key, residual, left = (torch.empty_like(call.k, dtype=call.dtype) for _ in range(3))
+    D, V, bounded = call.k.shape[3], call.v.shape[3], torch.float32 if call.dtype == torch.float32 else torch.float16
+    key, residual, left = (torch.empty_like(x, dtype=call.dtype) for x in (call.k, call.v, call.k))
     solved = key.new_empty(call.pairs, call.chunks, CHUNK, CHUNK, dtype=bounded)
-    return key, residual, left, solved, key.new_empty(call.pairs, call.chunks, D, D)
+    return key, residual, left, solved, key.new_empty(call.pairs, call.chunks, D, V)
 
 
 def heads(call: Call) -> dict[str, Any]:
-    """How kernels that see no queries are told the shapes."""
-    return {name: value for name, value in call.heads().items() if name != "GROUPS"} | {"PACKED": call.packed}
+    """How kernels are told the shapes."""
+    V = call.v.shape[3]
+    return call.heads() | {"V": V, "VP": padded(V), "PACKED": call.packed}
+
+
+def key_heads(call: Call) -> dict[str, Any]:
+    """The same for kernels that see no queries."""
+    return {name: value for name, value in heads(call).items() if name != "GROUPS"}
+
+
+def keys_alone(call: Call) -> dict[str, Any]:
+    """The same for kernels that see no values either."""
+    return {name: value for name, value in key_heads(call).items() if name not in ("V", "VP")}
 
 
 def fine(call: Call) -> dict[str, Any]:
@@ -62,9 +73,9 @@ def gated(call: Call) -> bool:
 def segments_of(call: Call, blocks: int) -> tuple[int, int]:
     """Into how many segments a pass over the states is cut, and their chunks: as many as give each program of a pass a
     multiprocessor of its own (in the first pass two share one), but no more than make the fewest steps; one where that
-    saves less than about half of the steps."""
+    saves less than about half of the steps, and where P, of the size of keys, is too large for a program."""
     wanted = min(MULTIPROCESSORS // (call.pairs * blocks), math.isqrt(2 * call.chunks))  # fewest: 2 · size + segments
-    if wanted < 4 or call.chunks < 64:
+    if wanted < 4 or call.chunks < 64 or call.k.shape[3] > 128:
         return 1, call.chunks
     size = triton.cdiv(call.chunks, wanted)
     return triton.cdiv(call.chunks, size), size
@@ -76,19 +87,21 @@ def pass_over_states(call: Call, name: str, kernel: Any, inputs: tuple, initial:
     Where there are too few programs, the sequence is cut into segments: first what each of them but the last makes of
     what enters it, then what enters each, then all at once.
     """
-    T, D = call.q.shape[1], call.q.shape[3]
-    BV, carried = (min(LAUNCHES[kind][padded(D)].block, padded(D)) for kind in (name, "delta_carry"))
-    blocks = triton.cdiv(D, BV)
+    T, D, V = call.q.shape[1], call.k.shape[3], call.v.shape[3]
+    BV = min(LAUNCHES[name][padded(D)].block, padded(V))
+    blocks = triton.cdiv(V, BV)
     segments, size = segments_of(call, blocks)
     options = launch(name, call)
-    told = heads(call) | {"BV": BV, "GATED": gated(call), "STAGES": options["num_stages"]} | options
+    told = key_heads(call) | {"BV": BV, "GATED": gated(call), "STAGES": options["num_stages"]} | options
     starts, final = initial, torch.empty_like(initial)
     if segments > 1:
-        effects, grid = initial.new_empty(call.pairs, segments - 1, 2, D, D), (2 * padded(D) // BV, segments - 1)
-        kernel[(*grid, call.pairs)](*inputs, initial, *made, effects, T, size, STORE=False, **told)
-        starts = initial.new_empty(call.pairs, segments, D, D)
-        kernels.delta_carry_kernel[(triton.cdiv(D, carried), call.pairs)](
-            initial, effects, starts, segments, D=D, DP=padded(D), BV=carried, **launch("delta_carry", call)
+        effects = initial.new_empty(call.pairs, segments - 1, D, V + D)
+        grid = triton.cdiv(padded(V) + padded(D), BV), segments - 1, call.pairs
+        kernel[grid](*inputs, initial, *made, effects, T, size, STORE=False, **told)
+        starts = initial.new_empty(call.pairs, segments, D, V)
+        carried = min(LAUNCHES["delta_carry"][padded(D)].block, padded(V))
+        kernels.delta_carry_kernel[(triton.cdiv(V, carried), call.pairs)](
+            initial, effects, starts, segments, D=D, DP=padded(D), V=V, BV=carried, **launch("delta_carry", call)
         )
     kernel[(blocks, segments, call.pairs)](*inputs, starts, *made, final, T, size, STORE=True, **told)
     return final
@@ -102,13 +115,13 @@ def add_recurrence(call: Call, beta: Tensor, log_g: Tensor, initial: Tensor, out
     told = {"FEATURE": call.feature_map, "GATED": gated(call)}
     kernels.delta_solve_kernel[(call.chunks, call.pairs)](
         call.k, call.first, key, left, solved, beta, log_g, T, call.rate, call.strength,
-        **told, **heads(call), **fine(call), **launch("delta_solve", call),
+        **told, **keys_alone(call), **fine(call), **launch("delta_solve", call),
     )  # fmt: skip
     inputs = key, call.v, left, call.first, beta, log_g
     final = pass_over_states(call, "delta_states", kernels.delta_states_kernel, inputs, initial, (states, residual))
     kernels.delta_output_kernel[(call.chunks, B * H)](
         call.q, key, residual, solved, call.mixing, call.first, log_g, states, output, T,
-        **told, **call.heads(), **fine(call), PACKED=call.packed, **launch("delta_output", call),
+        **told, **heads(call), **fine(call), **launch("delta_output", call),
     )  # fmt: skip
     return final, Solved(key, residual, left, solved, beta, log_g, states)
 
@@ -130,18 +143,18 @@ def add_gradients(call: Call, made: Solved, doutput: Tensor, dfinal: Tensor, sum
     told = {"FEATURE": call.feature_map, "GATED": gated(call)}
     key, residual, left, solved, beta, log_g, states = made
     dread, dstates = torch.empty_like(states), torch.empty_like(states)
-    dresidual, dkey, dsums = torch.empty_like(residual), torch.empty_like(residual), torch.empty_like(log_g)
+    dresidual, dkey, dsums = torch.empty_like(residual), torch.empty_like(key), torch.empty_like(log_g)
     gradients.delta_query_gradients_kernel[grid](
         call.q, key, residual, solved, call.mixing, call.first, log_g, states, doutput, sums.q, sums.mixing, dread,
         dresidual, dkey, dsums, T,
-        **told, **call.heads(), **fine(call), PACKED=call.packed, **launch("delta_query_gradients", call),
+        **told, **heads(call), **fine(call), **launch("delta_query_gradients", call),
     )  # fmt: skip
     inputs, kernel = (key, left, call.first, beta, log_g, dread), gradients.delta_state_gradients_kernel
     dinitial = pass_over_states(call, "delta_state_gradients", kernel, inputs, dfinal, (dresidual, dstates))
     gradients.delta_key_gradients_kernel[grid](
         call.k, call.v, key, residual, solved, call.first, beta, log_g, states, dstates, dresidual, dkey, dsums,
         sums.k, sums.v, sums.beta, sums.log_g, T, call.rate, call.strength,
-        **told, **heads(call), **launch("delta_key_gradients", call),
+        **told, **key_heads(call), **launch("delta_key_gradients", call),
     )  # fmt: skip
     return dinitial
 

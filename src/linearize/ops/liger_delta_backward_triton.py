@@ -13,11 +13,13 @@ from linearize.ops.liger_delta_triton import (
     entering,
     kept,
     lasting,
+    load_matrix,
     load_square,
     load_sums,
     reach,
     reached,
     store_effect,
+    store_matrix,
     unit,
     unit_backward,
 )
@@ -27,12 +29,10 @@ from linearize.ops.liger_triton import (
     document_mask,
     exp,
     load_first,
-    load_state,
     load_tile,
     product,
     sigmoid,
     split_product,
-    store_state,
     store_tile,
 )
 
@@ -42,36 +42,36 @@ FAINT = tl.constexpr(1e-4)  # a β with which entries of X, in fp16, have few di
 @triton.jit(do_not_specialize=["T"])
 def delta_query_gradients_kernel(
     q, key, residual, solved, mixing, first, log_g, states, doutput, dq, dmixing, dread, dresidual, dkey, dsums, T,
-    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FEATURE: tl.constexpr,
-    GATED: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, FINE: tl.constexpr,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    FEATURE: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one chunk's queries of one key/value head, added to `dq` and `dmixing`; and from its own queries
-    alone those of r, of keys, of the state that they read, `dread` `[B * KV, chunks, D, D]`, and, where there is a
+    alone those of r, of keys, of the state that they read, `dread` `[B * KV, chunks, D, V]`, and, where there is a
     decay, of b `[B * KV, T]`."""
     chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
     pair = tl.program_id(1).to(tl.int64)
     batch, head = pair // KV, pair % KV
-    theirs = (batch * T * KV + head) * D
+    theirs = batch * T * KV + head
     start = chunk * CHUNK
-    rows, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP)
+    rows, channels, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP), tl.arange(0, VP)
     starts = load_first(first + batch * T, rows, T, PACKED)
     to_query, _ = load_sums(log_g + pair * T, rows, T, GATED)
     between = decay_mask(log_g + pair * T, to_query, rows, T, GATED)
     reaching = reached(exp(to_query), starts, start, PACKED)[:, None]
-    unit_key = load_tile(key + theirs, rows, columns, T, KV * D, D)
-    gain = load_tile(residual + theirs, rows, columns, T, KV * D, D)
+    unit_key = load_tile(key + theirs * D, rows, channels, T, KV * D, D)
+    gain = load_tile(residual + theirs * V, rows, columns, T, KV * V, V)
     inverted = load_square(solved, pair * chunks + chunk)
-    state = load_state(states, pair * chunks + chunk, columns, D)
+    state = load_matrix(states, pair * chunks + chunk, channels, columns, D, V)
     between = tl.where(document_mask(rows, rows, starts), between, 0.0)
-    dgain, dunit_key = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
-    dstate, dsum = tl.zeros([DP, DP], tl.float32), tl.zeros([CHUNK], tl.float32)
+    dgain, dunit_key = tl.zeros([CHUNK, VP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
+    dstate, dsum = tl.zeros([DP, VP], tl.float32), tl.zeros([CHUNK], tl.float32)
     for group in tl.range(0, GROUPS, disable_licm=True):  # offsets and masks, made anew, need no registers meanwhile
         index = batch * H + head * GROUPS + group
-        ours = (batch * T * H + head * GROUPS + group) * D
+        ours = batch * T * H + head * GROUPS + group
         w = 1.0 if FEATURE == "given" else tl.load(mixing + head * GROUPS + group)
-        dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
-        x = load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32)
-        query, scale = unit(x, columns, D, FEATURE)
+        dout = load_tile(doutput + ours * V, rows, columns, T, H * V, V)
+        x = load_tile(q + ours * D, rows, channels, T, H * D, D).to(tl.float32)
+        query, scale = unit(x, channels, D, FEATURE)
         query = query.to(DTYPE)
         dstate += product(tl.trans(query), w * reaching * dout.to(tl.float32), DTYPE)
         dout = dout.to(DTYPE)
@@ -99,11 +99,11 @@ def delta_query_gradients_kernel(
         dquery += within
         draw = w * unit_backward(y, scale, dquery, FEATURE)
         if FEATURE != "given":
-            draw += load_tile(dq + ours, rows, columns, T, H * D, D).to(tl.float32)
-        store_tile(dq + ours, rows, columns, draw, T, H * D, D)
-    store_tile(dresidual + theirs, rows, columns, dgain, T, KV * D, D)
-    store_tile(dkey + theirs, rows, columns, dunit_key, T, KV * D, D)
-    store_state(dread, pair * chunks + chunk, columns, dstate, D)
+            draw += load_tile(dq + ours * D, rows, channels, T, H * D, D).to(tl.float32)
+        store_tile(dq + ours * D, rows, channels, draw, T, H * D, D)
+    store_tile(dresidual + theirs * V, rows, columns, dgain, T, KV * V, V)
+    store_tile(dkey + theirs * D, rows, channels, dunit_key, T, KV * D, D)
+    store_matrix(dread, pair * chunks + chunk, channels, columns, dstate, D, V)
     if GATED:
         tl.store(dsums + pair * T + rows, dsum, mask=rows < T)
 
@@ -111,78 +111,75 @@ def delta_query_gradients_kernel(
 @triton.jit(do_not_specialize=["T", "SEGMENT"])
 def delta_state_gradients_kernel(
     key, left, first, beta, log_g, dread, dfinal, dresidual, dstates, dinitial, T, SEGMENT,
-    KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    DTYPE: tl.constexpr, STAGES: tl.constexpr, STORE: tl.constexpr,
+    KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr,
+    GATED: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, STAGES: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """`delta_states_kernel` backwards: the gradient of the state after every chunk, and from it the rest of r's. The
     first segment is the one at the end."""
     block, segment, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     segments, chunks = tl.num_programs(1), tl.cdiv(T, CHUNK)
-    at = (pair // KV * T * KV + pair % KV) * D
+    at = pair // KV * T * KV + pair % KV
     first += pair // KV * T
     beta += pair * T
     log_g += pair * T
     channels, columns = tl.arange(0, DP), block * BV + tl.arange(0, BV)
-    inside = (channels < D)[:, None] & (columns < D)[None, :]
-    offsets = channels[:, None] * D + columns[None, :]
-    dstate = entering(dfinal, pair * segments + segment, channels, columns, D, DP, STORE)
+    dstate = entering(dfinal, pair * segments + segment, channels, columns, D, V, VP, STORE)
     begin, end = segment * SEGMENT, tl.minimum(chunks, (segment + 1) * SEGMENT)
     for n in tl.range(begin, end, num_stages=STAGES if STAGES > 2 else None):
         chunk = chunks - 1 - n
         start = chunk * CHUNK
         rows = start + tl.arange(0, CHUNK)
-        unit_key = load_tile(key + at, rows, channels, T, KV * D, D)
-        remainder = load_tile(left + at, rows, channels, T, KV * D, D)
-        dgain = load_tile(dresidual + at, rows, columns, T, KV * D, D).to(tl.float32)
-        read = tl.load(dread + (pair * chunks + chunk) * D * D + offsets, mask=inside, other=0.0).to(tl.float32)
+        unit_key = load_tile(key + at * D, rows, channels, T, KV * D, D)
+        remainder = load_tile(left + at * D, rows, channels, T, KV * D, D)
+        dgain = load_tile(dresidual + at * V, rows, columns, T, KV * V, V).to(tl.float32)
+        read = load_matrix(dread, pair * chunks + chunk, channels, columns, D, V).to(tl.float32)
         write = tl.load(beta + rows, mask=rows < T, other=0.0)
         if STORE:
-            place = (pair * chunks + chunk) * D * D
-            tl.store(dstates + place + offsets, dstate.to(dstates.dtype.element_ty), mask=inside)
+            store_matrix(dstates, pair * chunks + chunk, channels, columns, dstate, D, V)
         dgain += product(remainder, dstate, DTYPE)
         if STORE:
-            store_tile(dresidual + at, rows, columns, dgain, T, KV * D, D)
+            store_tile(dresidual + at * V, rows, columns, dgain, T, KV * V, V)
         dgain *= (write * reach(log_g, first, rows, start, T, GATED, PACKED))[:, None]
         dstate *= kept(log_g, first, rows, start, T, GATED, PACKED)
         dstate += read - product(tl.trans(unit_key), dgain, DTYPE)
     if not STORE:
-        store_effect(dinitial, pair * segments + segment, channels, columns, dstate, D, DP)
+        store_effect(dinitial, pair * segments + segment, channels, columns, dstate, D, V, VP)
     elif segment == segments - 1:
-        tl.store(dinitial + pair * D * D + offsets, dstate, mask=inside)
+        store_matrix(dinitial, pair, channels, columns, dstate, D, V)
 
 
 @triton.jit(do_not_specialize=["T"])
 def delta_key_gradients_kernel(
     k, v, key, residual, solved, first, beta, log_g, states, dstates, dresidual, dkey, dsums, dk, dv, dbeta, dlog_g, T,
     rate, strength,
-    KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FEATURE: tl.constexpr, GATED: tl.constexpr,
-    PACKED: tl.constexpr, DTYPE: tl.constexpr,
+    KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, FEATURE: tl.constexpr,
+    GATED: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """To the gradients of a chunk's keys and values, those as keys, values and gates of the recurrence; where those are
     given, their gradients, `dbeta` and `dlog_g` `[B * KV, T]` too."""
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     pair = tl.program_id(1).to(tl.int64)
     batch = pair // KV
-    at = (batch * T * KV + pair % KV) * D
+    at = batch * T * KV + pair % KV
     first += batch * T
     log_g += pair * T
     start = chunk * CHUNK
-    rows, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP)
+    rows, channels, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP), tl.arange(0, VP)
     starts = load_first(first, rows, T, PACKED)
     to_query, to_end = load_sums(log_g, rows, T, GATED)
     between = decay_mask(log_g, to_query, rows, T, GATED)
     write = tl.load(beta + pair * T + rows, mask=rows < T, other=0.0)
-    z = load_tile(dresidual + at, rows, columns, T, KV * D, D).to(tl.float32)
+    z = load_tile(dresidual + at * V, rows, columns, T, KV * V, V).to(tl.float32)
 
-    values = load_tile(v + at, rows, columns, T, KV * D, D).to(tl.float32)
+    values = load_tile(v + at * V, rows, columns, T, KV * V, V).to(tl.float32)
     dwrite = tl.sum(z * values, 1)
     dvalues = write[:, None] * z
     if FEATURE != "given":
-        dvalues += load_tile(dv + at, rows, columns, T, KV * D, D).to(tl.float32)
-    store_tile(dv + at, rows, columns, dvalues, T, KV * D, D)
+        dvalues += load_tile(dv + at * V, rows, columns, T, KV * V, V).to(tl.float32)
+    store_tile(dv + at * V, rows, columns, dvalues, T, KV * V, V)
 
-    unit_key = load_tile(key + at, rows, columns, T, KV * D, D)
-    gain = load_tile(residual + at, rows, columns, T, KV * D, D)
+    unit_key = load_tile(key + at * D, rows, channels, T, KV * D, D)
+    gain = load_tile(residual + at * V, rows, columns, T, KV * V, V)
     written = product(load_square(solved, pair * chunks + chunk), gain, DTYPE)
     # β's gradient as one sum; `dwrite` is several, which nearly cancel
     direct = tl.sum(z * written, 1) / tl.maximum(write, FAINT)
@@ -196,17 +193,17 @@ def delta_key_gradients_kernel(
         a *= write[:, None]
         dsum = tl.load(dsums + pair * T + rows, mask=rows < T, other=0.0) + tl.sum(a, 1) - tl.sum(a, 0)
     da *= between * write[:, None]
-    dunit_key = load_tile(dkey + at, rows, columns, T, KV * D, D).to(tl.float32)
+    dunit_key = load_tile(dkey + at * D, rows, channels, T, KV * D, D).to(tl.float32)
     dunit_key += product(da, unit_key, DTYPE) + product(tl.trans(da), unit_key, DTYPE)
 
-    state = load_state(states, pair * chunks + chunk, columns, D)
+    state = load_matrix(states, pair * chunks + chunk, channels, columns, D, V)
     reaching = reached(exp(to_query), starts, start, PACKED)
     derased = product(z, tl.trans(state), DTYPE)
     dread = reaching * tl.sum(unit_key.to(tl.float32) * derased, 1)
     dwrite -= dread
     dunit_key -= (write * reaching)[:, None] * derased
 
-    dstate = load_state(dstates, pair * chunks + chunk, columns, D)
+    dstate = load_matrix(dstates, pair * chunks + chunk, channels, columns, D, V)
     last = tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
     ending = lasting(exp(to_end), first, rows, start, T, PACKED)
     dended = ending[:, None] * product(written, tl.trans(dstate), DTYPE)
@@ -224,10 +221,10 @@ def delta_key_gradients_kernel(
         if GATED:
             tl.store(dlog_g + pair * T + rows, ddecay, mask=rows < T)
     else:
-        x = load_tile(k + at, rows, columns, T, KV * D, D).to(tl.float32)
+        x = load_tile(k + at * D, rows, channels, T, KV * D, D).to(tl.float32)
         share = sigmoid(tl.sum(x, 1) / D)
         dpooled = (dwrite * strength * share + ddecay * rate) * (1.0 - share)
-        y, scale = unit(x, columns, D, FEATURE)
+        y, scale = unit(x, channels, D, FEATURE)
         dunit_key = unit_backward(y, scale, dunit_key, FEATURE) + (dpooled / D)[:, None]
-        dunit_key += load_tile(dk + at, rows, columns, T, KV * D, D).to(tl.float32)
-    store_tile(dk + at, rows, columns, dunit_key, T, KV * D, D)
+        dunit_key += load_tile(dk + at * D, rows, channels, T, KV * D, D).to(tl.float32)
+    store_tile(dk + at * D, rows, channels, dunit_key, T, KV * D, D)

@@ -24,11 +24,13 @@ from linearize.ops.liger_delta_triton import (
     entering,
     kept,
     lasting,
+    load_matrix,
     load_square,
     load_sums,
     reach,
     reached,
     store_effect,
+    store_matrix,
     unit,
 )
 from linearize.ops.liger_steep_triton import decay_between
@@ -39,7 +41,6 @@ from linearize.ops.liger_triton import (
     document_mask,
     exp,
     load_first,
-    load_state,
     load_tile,
     log_sigmoid,
     product,
@@ -129,86 +130,84 @@ def delta_solve_kernel(
 @triton.jit(do_not_specialize=["T", "SEGMENT"])
 def delta_states_kernel(
     key, v, left, first, beta, log_g, initial, states, residual, final, T, SEGMENT,
-    KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr,
-    DTYPE: tl.constexpr, STAGES: tl.constexpr, STORE: tl.constexpr,
+    KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr,
+    GATED: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, STAGES: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """The state before every chunk, and its tokens' r, for BV value channels of one head and one segment of SEGMENT
-    chunks, from `initial` `[B * KV, segments, D, D]`; `final` `[B * KV, D, D]` is the state after the last segment.
+    chunks, from `initial` `[B * KV, segments, D, V]`; `final` `[B * KV, D, V]` is the state after the last segment.
     Without STORE, what a segment makes of `entering` goes to `final`, as `store_effect` has it, and nothing else."""
     block, segment, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     segments, chunks = tl.num_programs(1), tl.cdiv(T, CHUNK)
-    at = (pair // KV * T * KV + pair % KV) * D
+    at = pair // KV * T * KV + pair % KV
     first += pair // KV * T
     beta += pair * T
     log_g += pair * T
     channels, columns = tl.arange(0, DP), block * BV + tl.arange(0, BV)
-    inside = (channels < D)[:, None] & (columns < D)[None, :]
-    offsets = channels[:, None] * D + columns[None, :]
-    state = entering(initial, pair * segments + segment, channels, columns, D, DP, STORE)
+    state = entering(initial, pair * segments + segment, channels, columns, D, V, VP, STORE)
     begin, end = segment * SEGMENT, tl.minimum(chunks, (segment + 1) * SEGMENT)
     for chunk in tl.range(begin, end, num_stages=STAGES if STAGES > 2 else None):
         start = chunk * CHUNK
         rows = start + tl.arange(0, CHUNK)
-        unit_key = load_tile(key + at, rows, channels, T, KV * D, D)
-        values = load_tile(v + at, rows, columns, T, KV * D, D).to(tl.float32)
-        remainder = load_tile(left + at, rows, channels, T, KV * D, D)
+        unit_key = load_tile(key + at * D, rows, channels, T, KV * D, D)
+        values = load_tile(v + at * V, rows, columns, T, KV * V, V).to(tl.float32)
+        remainder = load_tile(left + at * D, rows, channels, T, KV * D, D)
         write = tl.load(beta + rows, mask=rows < T, other=0.0)
         if STORE:
-            tl.store(states + (pair * chunks + chunk) * D * D + offsets, state.to(states.dtype.element_ty), mask=inside)
+            store_matrix(states, pair * chunks + chunk, channels, columns, state, D, V)
         reaching = reach(log_g, first, rows, start, T, GATED, PACKED)
         gain = write[:, None] * (values - reaching[:, None] * product(unit_key, state, DTYPE))
         if STORE:
-            store_tile(residual + at, rows, columns, gain, T, KV * D, D)
+            store_tile(residual + at * V, rows, columns, gain, T, KV * V, V)
         state *= kept(log_g, first, rows, start, T, GATED, PACKED)
         state += product(tl.trans(remainder), gain, DTYPE)
     if not STORE:
-        store_effect(final, pair * segments + segment, channels, columns, state, D, DP)
+        store_effect(final, pair * segments + segment, channels, columns, state, D, V, VP)
     elif segment == segments - 1:
-        tl.store(final + pair * D * D + offsets, state, mask=inside)
+        store_matrix(final, pair, channels, columns, state, D, V)
 
 
 @triton.jit(do_not_specialize=["SEGMENTS"])
-def delta_carry_kernel(initial, effects, starts, SEGMENTS, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr):
-    """What enters each segment, `starts` `[B * KV, SEGMENTS, D, D]`, from N and P of all but the last, `effects`
-    `[B * KV, SEGMENTS - 1, 2, D, D]`; in fp32, so that a state is rounded no more often than without segments."""
+def delta_carry_kernel(
+    initial, effects, starts, SEGMENTS, D: tl.constexpr, DP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr
+):
+    """What enters each segment, `starts` `[B * KV, SEGMENTS, D, V]`, from N and P of all but the last, `effects`
+    `[B * KV, SEGMENTS - 1, D, V + D]`; in fp32, so that a state is rounded no more often than without segments."""
     block, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channels, columns = tl.arange(0, DP), block * BV + tl.arange(0, BV)
-    inside = (channels < D)[:, None] & (columns < D)[None, :]
-    offsets = channels[:, None] * D + columns[None, :]
-    state = tl.load(initial + pair * D * D + offsets, mask=inside, other=0.0)
-    tl.store(starts + pair * SEGMENTS * D * D + offsets, state, mask=inside)
+    state = load_matrix(initial, pair, channels, columns, D, V)
+    store_matrix(starts, pair * SEGMENTS, channels, columns, state, D, V)
     for n in range(SEGMENTS - 1):
-        place = 2 * (pair * (SEGMENTS - 1) + n)
-        added = tl.load(effects + place * D * D + offsets, mask=inside, other=0.0)
-        state = product(load_state(effects, place + 1, channels, D), state, tl.float32) + added
-        tl.store(starts + (pair * SEGMENTS + n + 1) * D * D + offsets, state, mask=inside)
+        made = effects + (pair * (SEGMENTS - 1) + n) * D * (V + D)
+        added = load_tile(made, channels, columns, D, V + D, V)
+        state = product(load_tile(made + V, channels, channels, D, V + D, D), state, tl.float32) + added
+        store_matrix(starts, pair * SEGMENTS + n + 1, channels, columns, state, D, V)
 
 
 @triton.jit(do_not_specialize=["T"])
 def delta_output_kernel(
     q, key, residual, solved, mixing, first, log_g, states, output, T,
-    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FEATURE: tl.constexpr,
-    GATED: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, FINE: tl.constexpr,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    FEATURE: tl.constexpr, GATED: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
     """To the output, w · recurrence, for one chunk and one query head; alone, the recurrence is the output."""
     chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
     index = tl.program_id(1).to(tl.int64)  # of a query head among all sequences
     batch, query_head, pair = index // H, index % H, index // GROUPS
-    ours, theirs = (batch * T * H + query_head) * D, (batch * T * KV + query_head // GROUPS) * D
+    ours, theirs = batch * T * H + query_head, batch * T * KV + query_head // GROUPS
     start = chunk * CHUNK
-    rows, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP)
+    rows, channels, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP), tl.arange(0, VP)
     starts = load_first(first + batch * T, rows, T, PACKED)
     to_query, _ = load_sums(log_g + pair * T, rows, T, GATED)
     between = decay_mask(log_g + pair * T, to_query, rows, T, GATED)
-    query, _ = unit(load_tile(q + ours, rows, columns, T, H * D, D).to(tl.float32), columns, D, FEATURE)
+    query, _ = unit(load_tile(q + ours * D, rows, channels, T, H * D, D).to(tl.float32), channels, D, FEATURE)
     query = query.to(DTYPE)
-    unit_key = load_tile(key + theirs, rows, columns, T, KV * D, D)
+    unit_key = load_tile(key + theirs * D, rows, channels, T, KV * D, D)
     p = tl.where(document_mask(rows, rows, starts), between * product(query, tl.trans(unit_key), DTYPE), 0.0)
     m = product(p, load_square(solved, pair * chunks + chunk), FINE)
-    out = product(query, load_state(states, pair * chunks + chunk, columns, D), DTYPE)
+    out = product(query, load_matrix(states, pair * chunks + chunk, channels, columns, D, V), DTYPE)
     out *= reached(exp(to_query), starts, start, PACKED)[:, None]
-    out += product(m, load_tile(residual + theirs, rows, columns, T, KV * D, D), DTYPE)
+    out += product(m, load_tile(residual + theirs * V, rows, columns, T, KV * V, V), DTYPE)
     if FEATURE != "given":
         out *= tl.load(mixing + query_head)
-        out += load_tile(output + ours, rows, columns, T, H * D, D).to(tl.float32)
-    store_tile(output + ours, rows, columns, out, T, H * D, D)
+        out += load_tile(output + ours * V, rows, columns, T, H * V, V).to(tl.float32)
+    store_tile(output + ours * V, rows, columns, out, T, H * V, V)

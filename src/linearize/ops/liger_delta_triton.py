@@ -1,9 +1,10 @@
 """What the kernels of the delta rule share; its equations are in `liger_delta_forward_triton`.
 
 A program works on one chunk of 64 tokens of one head. q and k are of length 1, after the feature map. Where FEATURE is
-"given", so are q, k, β and the log decay, nothing is added to anything, and there are no mixing weights. Tensors are
-contiguous: q, o `[B, T, H, D]`; k, v, key, residual, left `[B, T, KV, D]`; β and the log decay `[B * KV, T]` in fp32;
-X `[B * KV, chunks, C, C]`; states `[B * KV, chunks, D, D]`.
+"given", so are q, k, β and the log decay, nothing is added to anything, and there are no mixing weights; values then
+may be of another size than keys. Tensors are contiguous: q `[B, T, H, D]`; o `[B, T, H, V]`; k, key, left
+`[B, T, KV, D]`; v, residual `[B, T, KV, V]`; β and the log decay `[B * KV, T]` in fp32; X `[B * KV, chunks, C, C]`;
+states `[B * KV, chunks, D, V]`. DP and VP are D and V rounded up to a power of two.
 
 The passes over the states go from chunk to chunk. A long sequence of few heads is cut into segments of chunks: over a
 segment S becomes P S + N, where N is what the pass makes of no state, and P what it makes of the identity if nothing is
@@ -29,6 +30,21 @@ def load_square(squares, place):
     """One chunk's tokens by its tokens `[C, C]`."""
     i = tl.arange(0, CHUNK)
     return tl.load(squares + place * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :])
+
+
+@triton.jit
+def load_matrix(states, place, channels, columns, D: tl.constexpr, V: tl.constexpr):
+    """One state, or its gradient, `[DP, VP]`, 0 outside the head."""
+    inside = (channels < D)[:, None] & (columns < V)[None, :]
+    return tl.load(states + place * D * V + channels[:, None] * V + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_matrix(states, place, channels, columns, state, D: tl.constexpr, V: tl.constexpr):
+    """As `load_matrix` reads it."""
+    inside = (channels < D)[:, None] & (columns < V)[None, :]
+    offsets = channels[:, None] * V + columns[None, :]
+    tl.store(states + place * D * V + offsets, state.to(states.dtype.element_ty), mask=inside)
 
 
 # --- features ---
@@ -125,21 +141,20 @@ def kept(log_g, first, rows, start, T, GATED: tl.constexpr, PACKED: tl.constexpr
 
 
 @triton.jit
-def entering(initial, place, channels, columns, D: tl.constexpr, DP: tl.constexpr, STORE: tl.constexpr):
-    """The state with which a segment begins `[DP, BV]`; without STORE nothing and, from column DP on, the identity."""
+def entering(
+    initial, place, channels, columns, D: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, STORE: tl.constexpr
+):
+    """The state with which a segment begins `[DP, BV]`; without STORE nothing and, from column VP on, the identity."""
     if STORE:
-        inside = (channels < D)[:, None] & (columns < D)[None, :]
-        offsets = channels[:, None] * D + columns[None, :]
-        state = tl.load(initial + place * D * D + offsets, mask=inside, other=0.0)
+        state = load_matrix(initial, place, channels, columns, D, V)
     else:
-        state = tl.where(channels[:, None] + DP == columns[None, :], 1.0, 0.0)
+        state = tl.where(channels[:, None] + VP == columns[None, :], 1.0, 0.0)
     return state
 
 
 @triton.jit
-def store_effect(effects, place, channels, columns, state, D: tl.constexpr, DP: tl.constexpr):
-    """What a segment made of `entering` without STORE, N and P `[2, D, D]`."""
-    side, column = columns // DP, columns % DP
-    inside = (channels < D)[:, None] & (column < D)[None, :]
-    offsets = (side * D * D + column)[None, :] + channels[:, None] * D
-    tl.store(effects + place * 2 * D * D + offsets, state, mask=inside)
+def store_effect(effects, place, channels, columns, state, D: tl.constexpr, V: tl.constexpr, VP: tl.constexpr):
+    """What a segment made of `entering` without STORE, N and P side by side `[D, V + D]`."""
+    ours = tl.where(columns < VP, columns < V, columns < VP + D)
+    offsets = channels[:, None] * (V + D) + tl.where(columns < VP, columns, columns - VP + V)[None, :]
+    tl.store(effects + place * D * (V + D) + offsets, state, mask=(channels < D)[:, None] & ours[None, :])
