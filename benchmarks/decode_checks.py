@@ -191,7 +191,7 @@ def tune(out: Path, stop: float) -> None:
     shapes = ((128, 32, 8), (64, 32, 8), (64, 9, 3))
     for gate, (D, H, KV), B in itertools.product(("gated_deltanet", "gla"), shapes, BATCHES[::-1]):
         blocks = [D] if gate in DELTA else [block for block in (16, 32, 64, 128) if block <= D]
-        chosen = program(B * KV, D, gate in DELTA)
+        chosen = program(B * KV, D, D, gate in DELTA)
         launches = dict.fromkeys([chosen, *itertools.product(blocks, (1, 2, 4, 8, 16))])
         if time.perf_counter() > stop:
             break

@@ -30,6 +30,7 @@ WHOLE = [  # layers that are one kernel though they are not the published ones
     DELTA | {"readout": "gated", "mixing": "data_dependent", "behind": True, "rope": "both"},
     DELTA | {"structure": "deltanet", "gate_temperature": 16.0, "readout": "soft_rms", "behind": True, "rope": "none"},
     {"structure": "hgrn2", "readout": "gated", "mixing": "data_dependent"},
+    DELTA | {"feature_map": "products", "shifts": 3, "readout": "soft_rms", "mixing": "data_dependent", "behind": True},
 ]
 BY_OPERATIONS = [  # of whole layers, or of the recurrence alone
     DELTA | {"readout": "rms", "mixing": "data_dependent", "time_scales": 30.0},
@@ -152,6 +153,12 @@ def test_what_is_not_as_published(settings, steps):
     for row, pad in enumerate(pads):
         if row > 0:
             assert_close(padded[row, pad:], logits(model, tokens[row : row + 1, pad:], use_cache=False)[0])
+
+
+def test_which_layers_are_one_kernel():
+    for whole, settings in ((True, WHOLE), (False, BY_OPERATIONS)):
+        for other in settings:
+            assert Decoder(learned(other), 1).by_operations != whole, other
 
 
 @pytest.mark.parametrize("heads", [1, 12])
@@ -407,7 +414,8 @@ def test_logits_are_not_written_over():
         *((family, {}) for family in ("llama", "olmo2", "phi")),
         *((family, WHOLE[0]) for family in ("qwen2", "olmo2")),  # a product with a bias, and several
         ("qwen3", WHOLE[1]),
-        *((family, WHOLE[4]) for family in ("llama", "phi", "smollm3")),  # all turns, a part, not in every layer
+        *((family, WHOLE[4]) for family in ("phi", "smollm3")),  # a part turns, not in every layer
+        ("llama", WHOLE[8]),
         ("phi", BY_OPERATIONS[0]),
     ],
     ids=str,

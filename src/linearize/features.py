@@ -93,8 +93,13 @@ class Products(Linear):
 
     def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H K"]:
         """K = (1 + shifts) D, in fp32."""
-        y = F.rms_norm(super().forward(x), x.shape[-1:], eps=EPSILON)
-        return torch.cat([y, *(y * y.roll(shift, -1) for shift in range(1, self.shifts + 1))], dim=-1)
+        return products(super().forward(x), self.shifts)
+
+
+def products(x: Float[Tensor, "*rows D"], shifts: int) -> Float[Tensor, "*rows K"]:
+    """What `Products` makes of what its linear map made."""
+    y = F.rms_norm(x, x.shape[-1:], eps=EPSILON)
+    return torch.cat([y, *(y * y.roll(shift, -1) for shift in range(1, shifts + 1))], dim=-1)
 
 
 LEARNED = {"hedgehog": Hedgehog, "linear": Linear}

@@ -216,7 +216,7 @@ class LinearizedAttention(nn.Module):
         recurrence takes its step by operations; None where the window does as well."""
         delta = self.config.structure in liger.DELTA
         known = BEHIND_STEP if delta and self.config.behind else DELTA_STEP if delta else STEP
-        whole, maps = self._kernel(self.layer, known), {*liger.FEATURES, *["linear"] * delta}
+        whole, maps = self._kernel(self.layer, known), {*liger.FEATURES, *["linear", "products"] * delta}
         readout: Any = None if self.recurrence is None else self.recurrence.readout
         few = isinstance(readout, Gated) and readout.gate.first is readout.gate.up  # channels, and so one weight
         if isinstance(whole, str) or whole.feature_map not in maps or few:
@@ -252,7 +252,7 @@ class LinearizedAttention(nn.Module):
         recurrence: Any = self.recurrence
         parts = iter(made.split([len(weight) for weight in self.step_inputs()], dim=1))
         maps = mixing = gate = opening = None
-        if self.config.feature_map == "linear":
+        if self.config.feature_map in ("linear", "products"):
             maps = tuple(getattr(x, name) for x in (recurrence.map_q, recurrence.map_k) for name in ("down", "up"))
         if isinstance(self.mixing, DataDependent):
             mixing = next(parts)

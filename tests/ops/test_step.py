@@ -28,8 +28,10 @@ needs_triton = pytest.mark.skipif(not TRITON, reason="triton is not installed")
 RUNS = ["plain", pytest.param("kernel", marks=needs_triton)]
 
 
-def nothing(B: int, KV: int, D: int, fixed: Settings, sinks: int, dtype=torch.float32) -> tuple[Clock, Held]:
-    """Before the first token."""
+def nothing(
+    B: int, KV: int, D: int, fixed: Settings, sinks: int, dtype=torch.float32, shifts: int = 0
+) -> tuple[Clock, Held]:
+    """Before the first token; of products, with so many shifts."""
     rows = sinks + fixed.window
     clock = Clock(
         torch.zeros(1, dtype=torch.long),
@@ -39,7 +41,8 @@ def nothing(B: int, KV: int, D: int, fixed: Settings, sinks: int, dtype=torch.fl
         {},
     )
     keys = torch.zeros(B, KV, rows, D, dtype=dtype)
-    kept = Held(keys, torch.zeros_like(keys), torch.zeros(B, fixed.window, dtype=torch.uint8), torch.zeros(B, KV, D, D))
+    state = torch.zeros(B, KV, (1 + shifts) * D, D)
+    kept = Held(keys, torch.zeros_like(keys), torch.zeros(B, fixed.window, dtype=torch.uint8), state)
     return Clock(*(x.to(DEVICE) for x in clock[:4]), {}), Held(*(x.to(DEVICE) for x in kept[:4]))
 
 
@@ -237,8 +240,16 @@ def at(given: Beyond, t: int) -> Beyond:
     return Beyond(maps, gate, mixing, epsilon, opening, leaving, floor)
 
 
+def products(y: Tensor, shifts: int) -> Tensor:
+    """As `features.Products` has them, of what its map makes."""
+    D = y.shape[-1]
+    y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    moved = [y[..., (torch.arange(D) - shift) % D] for shift in range(1, 1 + shifts)]
+    return torch.cat([y, *(y * x for x in moved)], dim=-1)
+
+
 def truth(
-    given: list[Tensor], fixed: Settings, more: Beyond, angles=None, behind: str | None = None
+    given: list[Tensor], fixed: Settings, more: Beyond, angles=None, behind: str | None = None, shifts: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The equations in float64: `gated_delta.reference` beside the window of `liger.reference`, or `behind` it,
     with `both` branches rotated or the "local" one alone."""
@@ -258,6 +269,8 @@ def truth(
         down_q, up_q, down_k, up_k = (x.double() for x in more.maps)
         query = q + torch.einsum("bthd,hdr,hre->bthe", q, down_q, up_q)
         key = k + torch.einsum("bthd,hdr,hre->bthe", k, down_k, up_k)
+    if fixed.feature_map == "products":
+        query, key = (products(x, shifts) for x in (query, key))
     gate = k.mean(-1, keepdim=True) if more.gate is None else more.gate.double()
     log_g = F.logsigmoid(gate[..., :1]) / fixed.temperature
     if fixed.gate == "deltanet":
@@ -266,7 +279,8 @@ def truth(
     if behind:
         real = torch.arange(k.shape[1])[:, None, None] >= fixed.sinks
         taken = [F.pad(x * real, (0, 0, 0, 0, fixed.window, 0))[:, : k.shape[1]] for x in taken]
-    read, state = gated_delta.reference(F.normalize(query, dim=-1), *taken, liger.no_state(k).double())
+    before = k.new_zeros(len(k), k.shape[2], key.shape[-1], k.shape[-1])
+    read, state = gated_delta.reference(F.normalize(query, dim=-1), *taken, before)
     if more.epsilon is not None:
         square = read.square().mean(-1, keepdim=True) + more.epsilon
         read = read / (square if more.floor is None else square + more.floor.double().exp().square()[:, None]).sqrt()
@@ -277,15 +291,15 @@ def truth(
     return w * read + (1 - w) * windowed, state
 
 
-def assert_is_the_truth(run, given, fixed, more, angles=None, tolerance=1e-5, behind=None) -> Tensor:
-    start = nothing(len(given[1]), *given[1].shape[2:], fixed, fixed.sinks, given[1].dtype)
+def assert_is_the_truth(run, given, fixed, more, angles=None, tolerance=1e-5, behind=None, shifts=0) -> Tensor:
+    start = nothing(len(given[1]), *given[1].shape[2:], fixed, fixed.sinks, given[1].dtype, shifts)
     if behind:
         start = start[0], waiting(start[1], more, fixed)
         more = turning_back(more, fixed, angles if behind == "local" else None)
     if run == "kernel":
         start[1].keys.fill_(torch.nan)  # nothing of what was never written is looked at
     output, state = stepped(run, given, fixed, angles, start=start, beyond=more)
-    expected, final = truth(given, fixed, more, angles, behind)
+    expected, final = truth(given, fixed, more, angles, behind, shifts)
     assert output.dtype == given[0].dtype
     assert_close(output, expected, tolerance)
     assert_close(state, final, tolerance)
@@ -378,6 +392,28 @@ def test_behind_the_window(gate, shape, kwargs, rotated, turned, run):
 
 
 @pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("shifts", "gate", "shape", "behind", "floor"),
+    [
+        (1, "gated_deltanet", {}, None, False),
+        (3, "deltanet", {"KV": 1, "groups": 3, "D": 20}, None, True),
+        (3, "gated_deltanet", {"KV": 1}, "local", True),
+        (1, "gated_deltanet", {"KV": 1, "D": 24}, "both", False),
+        (2, "gated_deltanet", {"KV": 1, "groups": 3, "D": 20}, "local", False),
+    ],
+)
+def test_products(shifts, gate, shape, behind, floor, run):
+    """More keys than the head has channels, however many these are."""
+    shape = {"B": 1, **shape}
+    D = shape.get("D", 16)
+    given, more = inputs(9, **shape), beyond(9, gates=1 + (gate == "gated_deltanet"), **shape)
+    if floor:
+        more = more._replace(epsilon=0.0, floor=torch.linspace(-3.0, 0.0, given[0].shape[2]))
+    fixed = settings(gate, D, feature_map="products", window=3, sinks=2)
+    assert_is_the_truth(run, given, fixed, more, rope(9, D), behind=behind, shifts=shifts)
+
+
+@pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("rotated", [8, 16])
 def test_a_key_is_turned_back_from_angles_that_scale(rotated, run):
     """As YaRN's; by those of another token it would not be what it was."""
@@ -392,16 +428,16 @@ def test_a_key_is_turned_back_from_angles_that_scale(rotated, run):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_behind_the_window_padding_is_not_taken_in(run):
-    given, more, fixed = inputs(16), beyond(16), settings("gated_deltanet", feature_map="linear")
+    given, more, fixed = inputs(16), beyond(16), settings("gated_deltanet", feature_map="products")
     valid = torch.ones(2, 16, dtype=torch.bool)
     valid[0, :3] = False
-    clock, held = nothing(2, 2, 16, fixed, fixed.sinks)
+    clock, held = nothing(2, 2, 16, fixed, fixed.sinks, shifts=1)
     start = clock, waiting(held, more, fixed)
     output, state = stepped(run, given, fixed, valid=valid, start=start, beyond=more)
     alone = [x[:1, 3:] for x in given[:3]]
     maps, gate, mixing, epsilon, (low, up), *_ = more
     its = Beyond(maps, gate[:1, 3:], mixing[:1, 3:], epsilon, (low[:1, 3:], up))
-    expected, final = truth([*alone, given[3]], fixed, its, behind="local")
+    expected, final = truth([*alone, given[3]], fixed, its, behind="local", shifts=1)
     assert_close(output[:1, 3:], expected)
     assert_close(state[:1], final)
 
@@ -467,14 +503,14 @@ def test_a_kernel_that_takes_more_than_the_device_has(monkeypatch):
 def test_what_the_kernel_lacks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
 
-    def reason(D, beyond=step.NOTHING, dtype=torch.float32, gate="gated_deltanet", late=None, **kwargs):
+    def reason(D, beyond=step.NOTHING, dtype=torch.float32, gate="gated_deltanet", late=None, shifts=0, **kwargs):
         class OnGPU:
             shape = (2, 8, D)
             device, is_cuda = torch.device("cuda"), True
 
         OnGPU.dtype = dtype
         fixed = settings(gate, D, **kwargs)
-        held = nothing(2, 2, D, fixed, 3)[1]._replace(late_gates=late)
+        held = nothing(2, 2, D, fixed, 3, shifts=shifts)[1]._replace(late_gates=late)
         return step.why_not_fused(OnGPU(), fixed, None, held, beyond)
 
     more = at(beyond(1), 0)
@@ -482,6 +518,8 @@ def test_what_the_kernel_lacks(monkeypatch):
     assert "a root mean square over 256 channels" in reason(256, more)
     assert "256 channels behind the window" in reason(256, late=torch.zeros(2, 5, 2, 3))
     assert reason(256, late=torch.zeros(2, 5, 2, 3), gate="none") is None
+    assert reason(64, shifts=3) is reason(128, shifts=1, gate="none") is None
+    assert "512 keys of 64 channels in torch.float32" in reason(64, shifts=7)
     assert "a window of 129" in reason(16, window=129)
     assert "torch.float16 and a cache in torch.float32" in reason(16, dtype=torch.float16)
 
@@ -554,6 +592,17 @@ def test_sixteen_bits(gate, D, groups, B, dtype):
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("D", "shifts"), [(16, 7), (40, 2), (64, 1), (64, 3)])
+@pytest.mark.parametrize("behind", [None, "local"])
+def test_products_in_sixteen_bits(behind, D, shifts, dtype):
+    given, more = inputs(80, groups=3, D=D), beyond(80, groups=3, D=D)
+    given = [*(x.to(dtype) for x in given[:3]), given[3]]
+    fixed = settings("gated_deltanet", D, feature_map="products", window=64, sinks=4)
+    assert_is_the_truth("kernel", given, fixed, more, rope(80, D), tolerance=1e-2, behind=behind, shifts=shifts)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("D", "groups", "B"), [(16, 1, 2), (16, 3, 2), (64, 3, 2), (128, 4, 3), (80, 1, 1)])
 @pytest.mark.parametrize("gate", liger.DELTA)
 @pytest.mark.parametrize("behind", [None, "both", "local"])
@@ -589,15 +638,19 @@ def test_a_state_of_half_the_precision_in_a_model_of_half_the_precision(feature_
 
 
 @needs_triton
-@pytest.mark.parametrize("turned", ["both", "local"])
-def test_behind_the_window_in_half_the_precision(turned):
-    given, more, angles = inputs(14), without(beyond(14), "opening"), rope(14)
-    given, fixed = [*(x.bfloat16() for x in given[:3]), given[3]], settings("gated_deltanet", feature_map="linear")
-    clock, held = nothing(2, 2, 16, fixed, 3, torch.bfloat16)
+@pytest.mark.parametrize(
+    ("turned", "shifts", "shape"),
+    [("both", 0, {}), ("local", 0, {}), ("local", 3, {"B": 1, "KV": 1, "groups": 3, "D": 64})],
+)
+def test_behind_the_window_in_half_the_precision(turned, shifts, shape):
+    given, more, D = inputs(14, **shape), without(beyond(14, **shape), "opening"), shape.get("D", 16)
+    angles, given = rope(14, D), [*(x.bfloat16() for x in given[:3]), given[3]]
+    fixed = settings("gated_deltanet", D, feature_map="products" if shifts else "linear")
+    clock, held = nothing(*given[1].shape[::2], D, fixed, 3, torch.bfloat16, shifts)
     start = clock, waiting(held, more, fixed)._replace(state=held.state.half())
     more = turning_back(more, fixed, angles if turned == "local" else None)
     output, state = stepped("kernel", given, fixed, angles, start=start, beyond=more)
-    expected, final = truth(given, fixed, more, angles, turned)
+    expected, final = truth(given, fixed, more, angles, turned, shifts)
     assert_close(output, expected, 1e-2)
     assert_close(state, final, 1e-2)
 

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.cache import Memory
+from linearize.features import products
 from linearize.ops.dispatch import may_look, narrowed, why_no_kernel
 from linearize.ops.liger import DELTA, FEATURES, GATES, Rope, Settings, inverse, warn_once, wide
 from linearize.ops.local import Past
 
 WIDEST = 128  # window that the kernel takes
 WHOLE = 128  # largest head that one program can have whole
+STATE = 2**16  # bytes of the largest state of products that it can have, as an operand
 
 
 class Marks(NamedTuple):
@@ -45,7 +47,7 @@ class Held(NamedTuple):
     keys: Tensor  # [B, KV, M + W, D]; neither sinks nor ring where there is no window
     values: Tensor  # [B, KV, M + W, D]
     valid: Tensor  # [B, W], uint8: 1 where the ring has a real token; one tensor for all layers of this window
-    state: Tensor  # [B, KV, D, D], or another structure's; [0] without a recurrence
+    state: Tensor  # [B, KV, K, D], K = D but of products, or another structure's; [0] without a recurrence
     recent: Tensor | None = None
     late_gates: Tensor | None = None
     positions: Tensor | None = None  # [B, W], int32: where RoPE had the ring's tokens, for whoever makes
@@ -56,7 +58,8 @@ class Beyond(NamedTuple):
     """What a layer has and Liger Attention as published has not; None where this one has not either. What depends on
     the token was made of the layer's input, by matrix products."""
 
-    maps: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # of "linear", q's [H, D, R] and [H, R, D], then k's
+    maps: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # of "linear" and "products", q's [H, D, R] and
+    # [H, R, D], then k's
     gate: Tensor | None = None  # [B, KV, P]: of the delta rule's decay, if it has one, and of β
     mixing: Tensor | None = None  # [B, H]: with the layer's own added, through σ, the weights
     epsilon: float | None = None  # of the root mean square that divides the recurrence's output
@@ -84,15 +87,34 @@ def why_not_fused(
     """What the kernel lacks for these inputs; None if nothing."""
     D = heads.shape[-1]
     R = 0 if rope is None else rope[0].shape[-1]
+    K, size = keys_of(settings, held, D), 2 if reads_in_fp16(settings, heads, held) else 4
     unsupported = {
         f"a window of {settings.window}": settings.window > WIDEST,
         f"head size {D}": D > 256,
         f"{R} rotated channels": R % 2 == 1 or R > D,
         f"a root mean square over {D} channels": D > WHOLE and beyond.epsilon is not None,
         f"{D} channels behind the window": D > WHOLE and held.late_gates is not None and settings.gate != "none",
+        f"{K} keys of {D} channels in {held.state.dtype}": K > D and size * padded(K) * padded(D) > STATE,
         f"{heads.dtype} and a cache in {held.keys.dtype}": heads.dtype != held.keys.dtype,
     }
     return why_no_kernel(heads, unsupported)
+
+
+def padded(length: int) -> int:
+    """To a power of two, as a kernel has it."""
+    return 2 ** (length - 1).bit_length()
+
+
+def keys_of(settings: Settings, held: Held, head_dim: int) -> int:
+    """K of the recurrence that the kernel has; D where it has the window alone."""
+    return head_dim if settings.gate == "none" else held.state.shape[-2]
+
+
+def reads_in_fp16(settings: Settings, heads: Tensor, held: Held) -> bool:
+    """Whether the state is an operand of the kernel as it is stored: no query is longer than 1, so that fp16 holds
+    it."""
+    short = settings.gate in DELTA or settings.feature_map == "softmax"
+    return short and heads.dtype != torch.float32 and held.state.dtype == torch.float16
 
 
 def step(
@@ -217,9 +239,10 @@ def with_recurrence(
     assert taken is not None
     q, k, v, given, real = taken
     (B, H, D), KV = q.shape, k.shape[1]
-    query = _mapped(q, settings, beyond.maps and beyond.maps[:2])
+    K = held.state.shape[-2]
+    query = _mapped(q, K, settings, beyond.maps and beyond.maps[:2])
     if settings.gate in DELTA:
-        key = _mapped(k, settings, beyond.maps and beyond.maps[2:])
+        key = _mapped(k, K, settings, beyond.maps and beyond.maps[2:])
         query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
         gate = k.mean(-1, keepdim=True) if given is None else wide(given)
         log_g = F.logsigmoid(gate[..., :1]) / settings.temperature * (settings.gate == "gated_deltanet")
@@ -234,7 +257,7 @@ def with_recurrence(
     state.addcmul_(key[..., None], v[..., None, :])
     if state is not held.state:
         held.state.copy_(narrowed(state, held.state.dtype))
-    read = torch.bmm(query.reshape(B * KV, -1, D), state.view(B * KV, D, D)).view(B, H, D)
+    read = torch.bmm(query.reshape(B * KV, -1, K), state.view(B * KV, K, D)).view(B, H, D)
     if beyond.floor is not None:
         square = read.square().mean(-1, keepdim=True) + (beyond.epsilon or 0.0)
         read = read * (square + (2 * wide(beyond.floor)).exp()[:, None]).rsqrt()
@@ -246,12 +269,13 @@ def with_recurrence(
     return torch.lerp(windowed, read.to(windowed.dtype), weights[..., None].to(windowed.dtype))
 
 
-def _mapped(x: Tensor, settings: Settings, maps: tuple[Tensor, ...] | None) -> Tensor:
-    """x `[B, heads, D]` after the feature map."""
+def _mapped(x: Tensor, keys: int, settings: Settings, maps: tuple[Tensor, ...] | None) -> Tensor:
+    """x `[B, heads, D]` after the feature map, which makes `keys` of it."""
     if maps is None:
         return FEATURES[settings.feature_map](x)
     down, up = (wide(weight).to(x.dtype) for weight in maps)
-    return x + (x[:, :, None] @ down @ up)[:, :, 0]
+    x = x + (x[:, :, None] @ down @ up)[:, :, 0]
+    return products(x, keys // x.shape[-1] - 1) if settings.feature_map == "products" else x
 
 
 def past_of(clock: Clock, held: Held) -> tuple[Past, tuple[Tensor, Tensor]]:

@@ -17,12 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linearize.features import EPSILON
 from linearize.ops.dispatch import overlaps
 from linearize.ops.liger import DELTA, Rope, Settings
 from linearize.ops.liger_triton import feature, key_and_gate, log_sigmoid, partner_of, product, sigmoid
-from linearize.ops.step import NOTHING, Beyond, Clock, Held
+from linearize.ops.step import NOTHING, Beyond, Clock, Held, keys_of, reads_in_fp16
 
 SMALLEST = 16  # side of a matrix product
+LEAST = tl.constexpr(EPSILON)  # of the mean square that products divide by
 TURNED_BACK = tl.constexpr(2)  # for a recurrence behind the window; 1 where it reads keys as the window has them
 WIDEST = 128  # ranks of learned maps that one product has
 
@@ -67,6 +69,17 @@ def add_mapped(result, x, owner, first, second, RANK: tl.constexpr):
 
 
 @triton.jit
+def products_of(x, D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
+    """As `features.products`: K numbers of each row's D, side by side, 0 past them."""
+    x = x / tl.sqrt(tl.sum(x * x, 1) / D + LEAST)[:, None]
+    places = tl.arange(0, KP)
+    channel, moved = places % D, (places % D - places // D + K) % D  # + K: nothing is below 0
+    own = tl.gather(x, tl.broadcast_to(channel[None, :], (x.shape[0], KP)), 1)
+    other = tl.gather(x, tl.broadcast_to(moved[None, :], (x.shape[0], KP)), 1)
+    return tl.where(places < K, own * tl.where(places < D, 1.0, other), 0.0)
+
+
+@triton.jit
 def of_length_one(x):
     """Rows of x divided by their length; 0 stays 0."""
     return x / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)[:, None]
@@ -84,7 +97,8 @@ def step_kernel(
     mixing, decay, time, real, valid, sink_time, keys, values, ring_valid, late_gates, state, output,
     down_q, up_q, down_k, up_k, gate, gate_stride, logits, logits_stride, low, low_stride, opening, floor,
     KV, scale, rate, lower, strength, epsilon,
-    G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BV: tl.constexpr, R: tl.constexpr,
+    G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    BV: tl.constexpr, R: tl.constexpr,
     M: tl.constexpr, MP: tl.constexpr, SINKS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
     GATE: tl.constexpr, FEATURE: tl.constexpr, ERASE: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr,
     RP1: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr, GATES: tl.constexpr, LOGITS: tl.constexpr,
@@ -110,8 +124,9 @@ def step_kernel(
     window_v = tl.load(own_values + (M + places[:, None]) * D + mine, mask=here & narrow, other=0.0)
     seen = tl.load(ring_valid + b * W + places, mask=places < W, other=0) != 0
     if GATE != "none":
-        own_state = state + pair * D * D + (columns[:, None] * D + mine)
-        within = wide[:, None] & narrow
+        features = tl.arange(0, KP)  # rows of the state; K = D but of products
+        own_state = state + pair * K * D + (features[:, None] * D + mine)
+        within = (features < K)[:, None] & narrow
         memory = tl.load(own_state, mask=within, other=0.0)
         if EARLY:  # else they would take too much of the memory that a program's threads share
             first, second = load_maps(down_q, up_q, h * G, columns, AT_ONCE, D, RANK, RP)
@@ -205,6 +220,8 @@ def step_kernel(
                 query = add_mapped(query, x, rows - begin, first, second, RANK)
             if ERASE:
                 query = add_mapped(query, x, rows - G, first_k, second_k, RANK)
+            if FEATURE == "products":
+                query = products_of(query, D, K, KP)
         else:
             query = feature(query, columns, D, FEATURE)
         if ERASE:
@@ -270,14 +287,15 @@ def step_kernel(
             tl.store(own_late + GATES, tl.where((fresh != 0) & (before >= SINKS), 1.0, 0.0))
 
 
-def program(pairs: int, D: int, whole: bool) -> tuple[int, int]:
+def program(pairs: int, K: int, D: int, whole: bool) -> tuple[int, int]:
     """Value channels and warps of a program: many channels, but for few heads as few as fill the GPU; all of them if it
     needs the `whole` head. Fewer than 32 channels would have all warps work out the same scores. Eight warps are the
-    faster where large heads are few, four where a multiprocessor has several to work on."""
-    size, warps = side(D), 4 if D <= 64 or pairs >= 512 else 8
+    faster where large heads are few, four where a multiprocessor has several to work on, but they cannot hold a state
+    of very many keys."""
+    size = side(D)
     while not whole and size > 32 and (size > 64 or pairs * triton.cdiv(D, size) < 256):
         size //= 2
-    return size, warps
+    return size, 4 if K <= 64 or (pairs >= 512 and K * size <= 2**14) else 8
 
 
 def run(
@@ -303,13 +321,11 @@ def run(
     behind, late_gates = 0, mixing
     if settings.gate != "none" and held.late_gates is not None:
         behind, late_gates = 1 if beyond.leaving is None else TURNED_BACK.value, held.late_gates
-    block, warps = launch or program(B * KV, D, beyond.epsilon is not None or behind > 0)
+    K = keys_of(settings, held, D)
+    block, warps = launch or program(B * KV, K, D, beyond.epsilon is not None or behind > 0)
     assert behind == 0 or block >= D, "behind the window, a program has the whole head"
     rank, overlap = 0 if beyond.maps is None else beyond.maps[0].shape[-1], overlaps(heads)
     at_once = min(H // KV, WIDEST // max(rank, 1))
-    # no query is longer than 1, so that fp16 holds it
-    short = settings.gate in DELTA or settings.feature_map == "softmax"
-    in_fp16 = short and heads.dtype != torch.float32 and state == torch.float16
     step_kernel[(B * KV, triton.cdiv(D, block))](
         heads, heads.stride(0),
         cos, sin, 0 if rope is None else cos.stride(0), sink_cos, sink_sin, 0 if rope is None else sink_cos.stride(0),
@@ -318,7 +334,8 @@ def run(
         held.keys, held.values, held.valid, late_gates, held.state, output,
         *given(beyond, mixing),
         KV, settings.scale, 1.0 / settings.temperature, settings.lower, settings.strength, beyond.epsilon or 0.0,
-        G=H // KV, ROWS=side(H // KV + 1), D=D, DP=side(D), BV=block, R=0 if rope is None else cos.shape[-1],
+        G=H // KV, ROWS=side(H // KV + 1), D=D, DP=side(D), K=K, KP=side(K),
+        BV=block, R=0 if rope is None else cos.shape[-1],
         M=M, MP=side(M), SINKS=min(settings.sinks, M), W=settings.window, WP=side(settings.window),
         GATE=settings.gate, FEATURE=settings.feature_map, ERASE=settings.gate in DELTA,
         RANK=rank, RP=side(at_once * rank), RP1=side(rank), AT_ONCE=at_once, EARLY=D <= 64,
@@ -326,7 +343,7 @@ def run(
         RMS=beyond.epsilon is not None, FLOOR=beyond.floor is not None,
         OPENING=0 if beyond.opening is None else beyond.opening[1].shape[-1],
         BEHIND=behind, MOST=torch.finfo(torch.float16).max if state == torch.float16 else 0.0,
-        READ=tl.float16 if in_fp16 else tl.float32, OVERLAP=overlap, num_warps=warps,
+        READ=tl.float16 if reads_in_fp16(settings, heads, held) else tl.float32, OVERLAP=overlap, num_warps=warps,
         **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return output
