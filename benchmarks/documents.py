@@ -287,7 +287,6 @@ PARTS: dict[str, Callable[[], str]] = {
     "together": partial(recovery.by_length, "together", "default"),
     "gap": recovery.gap,
     "kept": partial(recovery.by_length, "kept", "kept-1.0"),
-    "hybrid": claims.hybrid,
     "recipes-trained": recovery.recipes,
     "short-tasks": partial(claims.short_tasks, "tasks_h100"),
     "short-tasks-default": partial(claims.short_tasks, "tasks_default_h200"),

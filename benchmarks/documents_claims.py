@@ -13,6 +13,7 @@ from linearize.report import table, verdict
 SEEDS = (0, 1)
 ORDER = ("teacher", "window_only", "window_equal_memory", "converted", "recurrence_off", "window_off")
 BASELINES = ("window_only", "window_equal_memory")
+WINDOW = 64
 ROWS = {"window_only": "window", "window_equal_memory": "equal-memory", "converted": "converted"}  # of claim.yaml
 
 
@@ -93,22 +94,23 @@ def earlier() -> str:
         "behind the window, a tenth of repeats": _tenth(),
         "behind the window with RoPE, 15 % repeats": (_claimed("rope_both"), _claimed_recall("rope_both")["converted"]),
         "the same, prose, a ramp of 512": (_claimed("prose"), _claimed_recall("prose")["converted"]),
+        "keys of one width, a ramp of 512, 12 % repeats": (_claimed("narrow"), _claimed_recall("narrow")["converted"]),
         "the default": (_claimed("claim"), _claimed_recall("claim")["converted"]),
     }
     lines = ["| recipe | T | closed of window only | of equal memory | late loss | needles at 128, 512, 1,024 |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
     for label, (gaps, scores) in found.items():
         needles = {score.distance: f"{score.accuracy:.0%}" for score in scores if score.task == "needle"}
-        name, recalled = label, ", ".join(needles[distance] for distance in (128, 512, 1024))
+        name, recalled = label, ", ".join(needles.get(distance, "–") for distance in (128, 512, 1024))
         for gap in gaps:
             shares = " | ".join(interval(gap.closed[base]) if base in gap.closed else "–" for base in BASELINES)
             loss = f"{np.mean(gap.losses['converted']):.4f}"
             lines.append(f"| {name} | {gap.length:,} | {shares} | {loss} | {recalled} |")
             name = recalled = ""
     scored, last = (made_on(rows_of(name)[1]) for name in ("larger-steps-seed-0", "rope_both"))
-    commits = ", ".join(rows_of(name)[1]["commit"] for name in ("prose", "claim"))
+    commits = ", ".join(rows_of(name)[1]["commit"] for name in ("prose", "narrow", "claim"))
     made = f"{report_made_on(second)} Seed 0 of the second, and the fourth, were scored on {scored}, "
-    made += f"{rows_of('behind_20M')[1]['commit']}. The last three: {last}, {commits}."
+    made += f"{rows_of('behind_20M')[1]['commit']}. The last four: {last}, {commits}."
     return "\n".join([*lines, "", made])
 
 
@@ -153,38 +155,18 @@ def recovered() -> str:
 
 def three_layers() -> str:
     """With three layers left as softmax attention: beside the same three alone, and beside no full layer."""
-    report = report_of("three-layers")
-    ours, plain = suite_of(report).late, suite_of(report_of("default-seed-0")).late
+    ours, plain = _claimed("three_layers_h200"), rows_of("narrow")[0]
     names = {name: label if name == "teacher" else f"{label}, three full layers" for name, label in LABELS.items()}
-    cells = []
-    for gap, other in zip(ours, plain, strict=True):
-        found = closed(other.losses["window_only"], gap.losses["converted"], gap.losses["teacher"], gap.articles)
-        assert found is not None
-        assert gap.articles == other.articles
-        cells.append(interval(found))
-    lines = [*_by_length(ours, names), f"| closed of the gap of window only, no full layer | {' | '.join(cells)} |"]
-    return "\n".join([*lines, "", report_made_on(report)])
-
-
-def hybrid() -> str:
-    """The hybrid recipe as it is, in the gaps of windows without a full layer."""
-    rows, data = rows_of("three_layers_h200")
-    plain, ours = rows_of("claim")[0], rows["converted-0"]
-    columns = [f"T = {int(length):,}" for length in ours["late"]]
-    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
-    means = [f"{np.mean(loss):.4f}" for loss in ours["late"].values()]
-    lines.append(f"| converted, three full layers | {' | '.join(means)} |")
-    for model in BASELINES:
+    lines = _by_length(ours, names)
+    for base in BASELINES:
         cells = []
-        for length, loss in ours["late"].items():
-            base, best = plain[f"{ROWS[model]}-0"]["late"][length], data["teacher"]["late"][length]
-            found = closed([base], [loss], [best], ours["articles"][length])
+        for gap in ours:
+            losses = plain[f"{ROWS[base]}-0"]["late"][str(gap.length)]
+            found = closed([losses], gap.losses["converted"], gap.losses["teacher"], gap.articles)
             assert found is not None
             cells.append(interval(found))
-        lines.append(f"| closed of the gap of {LABELS[model]}, no full layer | {' | '.join(cells)} |")
-    shown = {cell["distance"]: f"{cell['accuracy']:.0%}" for cell in ours["recall"] if cell["task"] == "needle"}
-    needles = ", ".join(f"{share} at {distance:,}" for distance, share in shown.items())
-    return "\n".join([*lines, "", f"Needles: {needles} tokens. {made_on(data)}."])
+        lines.append(f"| closed of the gap of {LABELS[base]}, no full layer | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{made_on(rows_of('three_layers_h200')[1])}."])
 
 
 def _by_length(gaps: list[LateGap], names: dict[str, str]) -> list[str]:
@@ -201,9 +183,10 @@ def _by_length(gaps: list[LateGap], names: dict[str, str]) -> list[str]:
 
 def recalled() -> str:
     """Answers found by distance, without a full layer and with three."""
-    full = suite_of(report_of("three-layers")).recall
-    shown = {LABELS["teacher"]: full["teacher"]}
-    for kind, recall in (("no full layer", _claimed_recall("claim")), ("three full layers", full)):
+    shown: dict[str, list[RecallScore]] = {}
+    for kind, name in (("no full layer", "narrow"), ("three full layers", "three_layers_h200")):
+        recall = _claimed_recall(name)
+        shown |= {LABELS["teacher"]: recall["teacher"]} if not shown else {}
         shown |= {f"{LABELS[model]}, {kind}": recall[model] for model in ORDER[1:4]}
     found = {label: {(score.task, score.distance): score for score in scores} for label, scores in shown.items()}
     distances = sorted({distance for scores in found.values() for _, distance in scores})
@@ -211,7 +194,8 @@ def recalled() -> str:
     lines.append("| --- | --- |" + " ---: |" * len(distances))
     for task in ("needle", "multi_key", "lookup"):
         for label, cells in found.items():
-            shares = " | ".join(f"{cells[task, distance].accuracy:.0%}" for distance in distances)
+            scores = [cells.get((task, distance)) for distance in distances]
+            shares = " | ".join("–" if score is None else f"{score.accuracy:.0%}" for score in scores)
             lines.append(f"| {task} | {label} | {shares} |")
     trials = sorted({score.trials for cells in found.values() for score in cells.values()})
     return "\n".join([*lines, "", f"{' or '.join(map(str, trials))} trials each; chance is 10 %."])
@@ -241,10 +225,9 @@ def _points(found: dict[str, float]) -> str:
 
 def pictures() -> dict[str, Figure]:
     """Recall by distance."""
-    window, found = report_of("three-layers").models.converted.window, {}
-    recalls = {"recall": _claimed_recall("claim"), "recall_three_layers": suite_of(report_of("three-layers")).recall}
-    for picture, scores in recalls.items():
-        figure = by_distance(scores, window)
+    found = {}
+    for picture, name in {"recall": "narrow", "recall_three_layers": "three_layers_h200"}.items():
+        figure = by_distance(_claimed_recall(name), WINDOW)
         assert figure is not None
         found[picture] = figure
     return found

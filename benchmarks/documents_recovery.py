@@ -13,6 +13,7 @@ from linearize.evaluate.late_gap import closed
 from linearize.measures import Interval
 
 MILLIONS = (2, 5, 10, 20)
+LAYERS = 30  # of SmolLM2-135M
 SHARES = {"window-5M": 0.0, "quarter": 0.25, "half": 0.5, "default-5M": 1.0}  # of the layers that have a state
 
 
@@ -158,7 +159,8 @@ def _brief(setting: str) -> str:
     rare = min(set(values), key=values.count)
     if len(set(values)) != 2 or values.count(rare) == len(values) / 2:
         return setting
-    return f"{key}={rare} in layers {', '.join(str(layer) for layer, item in enumerate(values) if item == rare)}"
+    layers = [str(layer) for layer in range(LAYERS) if values[layer * len(values) // LAYERS] == rare]
+    return f"{key}={rare} in layers {', '.join(layers)}"
 
 
 def gap() -> str:

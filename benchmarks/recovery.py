@@ -29,7 +29,7 @@ from linearize.evaluate.ablation import ablations, recurrence_off
 from linearize.evaluate.late_gap import Texts, texts
 from linearize.evaluate.layers import layer_statistics
 from linearize.evaluate.perplexity import score, summarize
-from linearize.evaluate.recall import recall
+from linearize.evaluate.recall import TASKS, recall
 from linearize.inspect import inspect
 from linearize.recipe import Recipe
 from linearize.run import Base, load_base, train_variant
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--heldout", default="wiki")
     parser.add_argument("--distances", type=int, nargs="*", default=[], help="of recall, which is left out by default")
     parser.add_argument("--trials", type=int, default=24, help="of recall, for each task and distance")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="of recall")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("out/recovery"))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further row after this long")
@@ -57,6 +58,7 @@ def main() -> None:
     rows = read_rows(arguments)
     missing = {name: given for name, given in rows.items() if "late_loss" not in results["rows"].get(name, {})}
     until = time.time() + arguments.seconds
+    arguments.teacher = "teacher" not in results  # it is scored once
     todo = [(name, given, list(rows.values()), arguments, until) for name, given in missing.items()]
     for name, row in _in_turn(todo, arguments.devices, arguments.workers):
         if name == "teacher":
@@ -112,7 +114,7 @@ def run_row(
     recipe = recipe_of(given, arguments)
     try:
         first, base = not _kept, _base(recipe, [recipe_of(row, arguments) for row in every])
-        if first:
+        if first and arguments.teacher:
             yield "teacher", measure(recipe, base.teacher, "teacher", arguments)
         yield name, _row(name, recipe, base, arguments)
     except Exception as error:  # whatever it is, other rows do not depend on it
@@ -190,7 +192,7 @@ def measure(recipe: Recipe, model: PreTrainedModel, label: str, arguments: argpa
     if arguments.distances:
         documents = heldout_documents(recipe.data.heldout, recipe.evaluation.articles, recipe.data.train)
         filler, tokenizer = list(documents.values()), next(iter(_kept.values())).tokenizer
-        given = recall(model, tokenizer, filler, arguments.distances, arguments.trials, label=label)
+        given = recall(model, tokenizer, filler, arguments.distances, arguments.trials, arguments.tasks, label=label)
         row["recall"] = [cell.model_dump() for cell in given]
     return row
 

@@ -1,5 +1,6 @@
 """Feature maps are what their names say."""
 
+import pytest
 import torch
 from tiny import assert_close
 
@@ -31,7 +32,7 @@ def test_hedgehog_starts_as_the_identity_and_has_a_map_for_each_head():
 
 
 def test_products_are_of_neighbours_and_do_not_hang_on_the_length():
-    products, linear = feature_map("products", 3, 8), feature_map("linear", 3, 8)
+    products, linear = feature_map("products", 3, 8, shifts=1), feature_map("linear", 3, 8)
     for learned in (products, linear):
         learned.reset_parameters()
     products.up.data.normal_()
@@ -40,13 +41,13 @@ def test_products_are_of_neighbours_and_do_not_hang_on_the_length():
     y = y / y.square().mean(-1, keepdim=True).sqrt()
     pairs = [y[..., i] * y[..., i - 1] for i in range(8)]
     assert_close(products(X), torch.cat([y, torch.stack(pairs, dim=-1)], dim=-1), 1e-4)
-    assert products(X).shape[-1] == feature_size("products", 8) == 16
+    assert products(X).shape[-1] == feature_size("products", 8, shifts=1) == 16
     products.up.data.zero_()
     assert_close(products(10 * X), products(X), 1e-4)
 
 
 def test_products_with_channels_further_on():
-    once, thrice = feature_map("products", 3, 8), feature_map("products", 3, 8, shifts=3)
+    once, thrice = feature_map("products", 3, 8, shifts=1), feature_map("products", 3, 8, shifts=3)
     for learned in (once, thrice):
         learned.reset_parameters()
     found = thrice(X)
@@ -56,3 +57,11 @@ def test_products_with_channels_further_on():
     for shift in (2, 3):
         pairs = [y[..., i] * y[..., i - shift] for i in range(8)]
         assert_close(found[..., 8 * shift : 8 * shift + 8], torch.stack(pairs, dim=-1), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "keys"), [(8, 40), (16, 144), (32, 256), (48, 240), (64, 256), (80, 80), (128, 128)]
+)
+def test_products_are_as_many_as_kernels_take(head_dim, keys):
+    """Up to 256 keys, and a state of 128 x 128 numbers at most with both sides as kernels pad them; none twice."""
+    assert feature_size("products", head_dim) == keys

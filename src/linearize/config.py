@@ -34,8 +34,11 @@ class MixerConfig(BaseModel):
         "softmax",
         description="of q and k in the recurrence, over the head size; hedgehog, linear and products are learned",
     )
-    shifts: int = Field(
-        1, ge=1, description="of products: of each channel with those up to so many places on; K = (1 + shifts) D"
+    shifts: int | None = Field(
+        None,
+        ge=1,
+        description="of products: of each channel with those up to so many places on, K = (1 + shifts) D; null: as "
+        "many as make up to 256 keys and a state of up to 128 x 128 numbers",
     )
     readout: Literal["none", "rms", "soft_rms", "denominator", "gated"] = Field(
         "none",

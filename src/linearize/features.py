@@ -10,6 +10,7 @@ from transformers import initialization
 
 FeatureMap = Callable[[Tensor], Tensor]
 RANK = 16  # of the linear map
+KEYS, STATE = 256, 2**14  # of a head, and the numbers of its state: what products make unless they are told
 EPSILON = 1e-6  # of a mean square
 
 
@@ -87,13 +88,22 @@ class Products(Linear):
     """`[y, y · y', y · y'' …]` with y what `Linear` makes, divided by its root mean square, and y', y'' … its channels
     moved on by 1 to `shifts`: more keys, as DPFP has them (arXiv 2102.11174) but with their signs."""
 
-    def __init__(self, heads: int, head_dim: int, shifts: int = 1) -> None:
+    def __init__(self, heads: int, head_dim: int, shifts: int | None = None) -> None:
         super().__init__(heads, head_dim)
-        self.shifts = shifts
+        self.shifts = shifts_of(head_dim, shifts)
 
     def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H K"]:
         """K = (1 + shifts) D, in fp32."""
         return products(super().forward(x), self.shifts)
+
+
+def shifts_of(head_dim: int, shifts: int | None) -> int:
+    """`shifts`, or where there are none, as many as `KEYS` and `STATE` leave room for: three in a head of 64 channels,
+    none in one of 128, whose keys are as many as its kernels take. More than half of the channels would come twice."""
+    if shifts is not None:
+        return shifts
+    keys = min(KEYS, STATE // 2 ** (head_dim - 1).bit_length())
+    return max(0, min(keys // head_dim - 1, head_dim // 2))
 
 
 def products(x: Float[Tensor, "*rows D"], shifts: int) -> Float[Tensor, "*rows K"]:
@@ -105,13 +115,13 @@ def products(x: Float[Tensor, "*rows D"], shifts: int) -> Float[Tensor, "*rows K
 LEARNED = {"hedgehog": Hedgehog, "linear": Linear}
 
 
-def feature_map(name: str, heads: int, head_dim: int, shifts: int = 1) -> FeatureMap:
-    """The feature map called `name`; a module where it is learned. `shifts` are those of products."""
+def feature_map(name: str, heads: int, head_dim: int, shifts: int | None = None) -> FeatureMap:
+    """The feature map called `name`; a module where it is learned. `shifts` are those of products (`shifts_of`)."""
     if name == "products":
         return Products(heads, head_dim, shifts)
     return LEARNED[name](heads, head_dim) if name in LEARNED else FEATURE_MAPS[name]
 
 
-def feature_size(name: str, head_dim: int, shifts: int = 1) -> int:
+def feature_size(name: str, head_dim: int, shifts: int | None = None) -> int:
     """K, from D."""
-    return {"hedgehog": 2, "products": 1 + shifts}.get(name, 1) * head_dim
+    return {"hedgehog": 2, "products": 1 + shifts_of(head_dim, shifts)}.get(name, 1) * head_dim
