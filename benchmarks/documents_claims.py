@@ -1,10 +1,14 @@
 """Parts of the documents about claims: the default recipe and what it was before, with three full layers, on tasks."""
 
+import math
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.results import interval, made_on, measured, report_made_on, report_of, rows_of, suite_of
 from linearize.drawing import LABELS
+from linearize.evaluate.choice import USUAL
 from linearize.evaluate.late_gap import closed, late_gap, pooled
 from linearize.figures import by_distance
 from linearize.measures import LateGap, RecallScore, Suite
@@ -201,22 +205,33 @@ def recalled() -> str:
     return "\n".join([*lines, "", f"{' or '.join(map(str, trials))} trials each; chance is 10 %."])
 
 
-def short_tasks(name: str) -> str:
-    """Multiple choice of the models beside their teacher."""
-    data = measured(name)
-    assert data is not None
-    best, models = data["tasks"]["teacher"], [name for name in ORDER[1:4] if name in data["tasks"]]
-    lines = ["| task | metric | items | teacher | " + " | ".join(LABELS[name] for name in models) + " |"]
-    lines.append("| --- | --- | ---: | ---: |" + " ---: |" * len(models))
+def short_tasks(*names: str) -> str:
+    """Multiple choice of the models beside their teacher, out of one or several files of raw results."""
+    every = [data for name in names if (data := measured(name)) is not None]
+    best = [row for data in every for row in data["tasks"]["teacher"]]
+    found = {name: [row for data in every for row in data["tasks"].get(name, [])] for name in ORDER[1:4]}
+    found = {name: rows for name, rows in found.items() if rows}
+    lines = ["| task | metric | items | teacher | " + " | ".join(LABELS[name] for name in found) + " |"]
+    lines.append("| --- | --- | ---: | ---: |" + " ---: |" * len(found))
     for place, row in enumerate(best):
-        cells = [data["tasks"][name][place] for name in models]
+        cells = [rows[place] for rows in found.values()]
         shown = " | ".join(f"{100 * cell['score']:.1f}, {_points(cell['difference'])}" for cell in cells)
         lines.append(f"| {row['task']} | {row['metric']} | {row['items']:,} | {100 * row['score']:.1f} | {shown} |")
-    if data["short_tasks"]:
-        shown = " | ".join(_points(data["short_tasks"][name]) for name in models)
-        lines.append(f"| five short tasks | | | | {shown} |")
+    means = [_points(_mean_difference(rows)) for rows in found.values()]
+    lines.append(f"| five short tasks | usual | | | {' | '.join(means)} |")
     note = "In points, with the difference from the teacher's and its 95 % interval, over items."
-    return "\n".join([*lines, "", f"{note} {made_on(data)}."])
+    made = [made_on(data) for data in every]
+    commits = "".join(f", {data['commit']}" for data in every[1:])
+    return "\n".join([*lines, "", f"{note} {made[0]}{commits}."])
+
+
+def _mean_difference(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Over the five short tasks, each by its usual metric and counted alike, as `choice.short_tasks` has it."""
+    differences = [row["difference"] for row in rows if USUAL.get(row["task"]) == row["metric"]]
+    assert len(differences) == len(USUAL)
+    value = sum(found["value"] for found in differences) / len(USUAL)
+    half = math.hypot(*((found["high"] - found["low"]) / 2 for found in differences)) / len(USUAL)
+    return {"value": value, "low": value - half, "high": value + half}
 
 
 def _points(found: dict[str, float]) -> str:
