@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from linearize.errors import LinearizeError
+from linearize.report import table
 from linearize.results import (
     Curve,
     ModelResult,
@@ -248,6 +249,13 @@ def test_verdict_when_it_is_worse():
 
 def test_verdict_when_equal_memory_is_beaten():
     assert "At equal memory, a window of 128 tokens, it closes 14 %" in verdict(late(synthetic(), converted=3.354))
+
+
+def test_windows_that_differ_from_layer_to_layer():
+    report = late(synthetic(), converted=3.354)
+    report.models.window_equal_memory.narrowest_window = 96
+    assert "At equal memory, a window of 96 to 128 tokens, it closes 14 %" in verdict(report)
+    assert "| 96–128 |" in table(report).replace("  ", "")
 
 
 def test_verdict_without_baselines():

@@ -215,10 +215,10 @@ def test_a_list_is_spread_over_the_depth():
     assert settings.widest_window() == 8
     assert MixerSettings({"local": "none"}).widest_window() == 0
     assert MixerSettings({"local": ["none", "block"], "window": [9, 3]}).widest_window() == 3
+    assert MixerSettings({"window": [9, 3, 9]}).windows() == [3, 9]
     own = MixerSettings({"window": [3, 4, 5]})
     assert [own.layer(index, 3).window for index in range(3)] == [3, 4, 5]
-    with pytest.raises(LinearizeError, match="window lists 3 values for 2 layers"):
-        own.layer(0, 2)
+    assert [own.layer(index, 2).window for index in range(2)] == [3, 4]  # of fewer layers, at their depths
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,8 @@ class MixerSettings(RootModel[dict[str, Any]]):
     """The settings of all layers: those of `MixerConfig`, each a value or a list by layer.
 
     A list is spread evenly over the depth: `[block, none]` is one setting for the early half of the layers and one for
-    the late half, and a list as long as the model gives each layer its own.
+    the late half, and a list as long as the model gives each layer its own. A model of fewer layers than values takes
+    those at the depths that it has.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -232,9 +233,6 @@ class MixerSettings(RootModel[dict[str, Any]]):
 
     def layer(self, index: int, count: int) -> MixerConfig:
         """The settings of layer `index` of `count`; a setting without effect in this layer has its default."""
-        for name, value in self.root.items():
-            if isinstance(value, tuple) and len(value) > count:
-                raise LinearizeError(f"{name} lists {len(value)} values for {count} layers; give at most one for each")
         here = {name: _at(value, index, count) for name, value in self.root.items()}
         return MixerConfig(**_without(here, MixerConfig.model_construct(**here).idle()))
 
@@ -242,11 +240,15 @@ class MixerSettings(RootModel[dict[str, Any]]):
         """A copy with other values."""
         return MixerSettings(self.root | settings)
 
-    def widest_window(self) -> int:
-        """Tokens of the widest window or block in any layer; 0 where no layer has one."""
+    def windows(self) -> list[int]:
+        """Tokens of the windows or blocks of all layers, each once, the smallest first; 0 where there is none."""
         places = _places(self.root)
         layers = [{name: _at(value, place, places) for name, value in self.root.items()} for place in range(places)]
-        return max(layer["window"] * (layer["local"] != "none") for layer in layers)
+        return sorted({layer["window"] * (layer["local"] != "none") for layer in layers})
+
+    def widest_window(self) -> int:
+        """Tokens of the widest window or block in any layer; 0 where no layer has one."""
+        return self.windows()[-1]
 
     def values(self, name: str) -> list[Any]:
         """The different values of a setting, in the order of layers."""

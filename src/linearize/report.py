@@ -11,7 +11,7 @@ from linearize import page, report_suite
 from linearize.drawing import LABELS
 from linearize.figures import figures
 from linearize.files import disk_error, write_text
-from linearize.results import EARLY, Report, byte_size, context, count, findings, percent, ratio, verdict
+from linearize.results import EARLY, ModelResult, Report, byte_size, context, count, findings, percent, ratio, verdict
 
 PARITY = 0.02  # a larger difference between decoding and the full forward is more than rounding, also in bf16
 COLUMNS = ("model", "window", "trained tokens", "perplexity", f"loss, first {EARLY}", "late loss", "agreement")
@@ -241,7 +241,7 @@ def _rows(report: Report) -> list[tuple[str, ...]]:
     return [
         (
             LABELS[name],
-            "all" if name == "teacher" and result.window is None else _whole(result.window),
+            "all" if name == "teacher" and result.window is None else _window(result),
             _whole(result.trained_tokens),
             _number(result.perplexity),
             f"{result.early_loss:.3f}",
@@ -285,6 +285,11 @@ def _number(value: float) -> str:
     if not math.isfinite(value):
         return "∞" if value > 0 else "–"
     return f"{value:.1f}" if abs(value) < 1000 else count(value)
+
+
+def _window(result: ModelResult) -> str:
+    narrowest = "" if result.narrowest_window is None else f"{result.narrowest_window:,}–"
+    return narrowest + _whole(result.window)
 
 
 def _whole(value: int | None) -> str:

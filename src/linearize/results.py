@@ -23,7 +23,8 @@ class ModelResult(Schema):
     loss_by_position: list[float] = Field(description="in buckets of `Report.bucket` positions")
     agreement: float | None = Field(None, description="share of positions where the greedy next token is the teacher's")
     trained_tokens: int | None = None
-    window: int | None = None
+    window: int | None = Field(None, description="its tokens; where layers differ, the widest")
+    narrowest_window: int | None = Field(None, description="that of the narrowest layer, where layers differ")
 
 
 class Models(Schema):
@@ -221,7 +222,8 @@ def _against_equal_memory(report: Report) -> str:
     baseline, share = report.models.window_equal_memory, report.late_gap_closed.window_equal_memory
     if baseline is None:
         return "A longer window of equal memory was not compared."
-    length = f" of {baseline.window} tokens" if baseline.window else ""
+    range = f"{baseline.narrowest_window} to " if baseline.narrowest_window else ""
+    length = f" of {range}{baseline.window} tokens" if baseline.window else ""
     loss = f"late loss {baseline.late_loss:.3f}"
     if share is None:
         return f"Against a window{length} that takes as much memory there is no late gap to measure ({loss})."

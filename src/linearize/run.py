@@ -364,7 +364,7 @@ def _kept(recipe: Recipe, work: Path, source: Path | None = None) -> Kept:
 def _measure(recipe: Recipe, base: Base, variants: dict[str, Trained], kept: Kept) -> Report:
     assert base.heldout is not None
     untrained = build(recipe, recipe.mixer, base.teacher).eval()
-    models = {name: (unwrapped(v.student).eval(), v.tokens, v.mixer.widest_window()) for name, v in variants.items()}
+    models = {name: (unwrapped(v.student).eval(), v.tokens, v.mixer) for name, v in variants.items()}
     curves = [curve for v in variants.values() for curve in v.curves]
     report = evaluate(recipe, base.teacher, base.heldout, untrained, models, curves)
     if recipe.evaluation.suite == "full":

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from linearize.config import MixerSettings
 from linearize.evaluate.ablation import ablations, recurrence_off, window_off
 from linearize.evaluate.decoding import as_merged, decode_parity, decode_speed
 from linearize.evaluate.layers import layer_statistics
@@ -17,7 +18,7 @@ from linearize.recipe import Recipe
 from linearize.results import Curve, Models, Report
 
 BUCKETS = 32  # points of a loss-by-position curve
-Variant = tuple[PreTrainedModel, int, int]  # the model, its training tokens, its window
+Variant = tuple[PreTrainedModel, int, MixerSettings]  # the model, its training tokens, its mixers
 
 
 def evaluate(
@@ -34,11 +35,14 @@ def evaluate(
     expected = score(teacher, heldout, "teacher")
     results = {"teacher": summarize(expected, None, bucket)}
 
-    def add(name: str, model: PreTrainedModel, tokens: int, window: int) -> None:
-        scores = score(model, heldout, name.replace("_", " "))
-        results[name] = summarize(scores, expected, bucket, trained_tokens=tokens, window=window)
+    def add(name: str, model: PreTrainedModel, tokens: int, mixer: MixerSettings) -> None:
+        scores, windows = score(model, heldout, name.replace("_", " ")), mixer.windows()
+        narrowest = windows[0] if len(windows) > 1 else None
+        results[name] = summarize(
+            scores, expected, bucket, trained_tokens=tokens, window=windows[-1], narrowest_window=narrowest
+        )
 
-    add("untrained", untrained, 0, recipe.mixer.widest_window())
+    add("untrained", untrained, 0, recipe.mixer)
     for name, variant in variants.items():
         add(name, *variant)
     ours = variants["converted"][0]
