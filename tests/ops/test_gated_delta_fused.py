@@ -156,8 +156,8 @@ def test_segments(monkeypatch, size, correlation, log_decay):
 def test_segments_of_documents_heads_and_head_sizes(monkeypatch):
     """Documents begin within segments, and with one."""
     cut(monkeypatch, 2)
-    given = inputs(270, B=2, KV=2, groups=1, D=24)
-    assert_is_the_equation(given, documents(270, [20, 23, 100], [128]))
+    given = inputs(200, KV=2, groups=1, D=24)
+    assert_is_the_equation(given, documents(200, [20, 23, 128]))
 
 
 @needs_interpreter
