@@ -222,8 +222,8 @@ def _against_equal_memory(report: Report) -> str:
     baseline, share = report.models.window_equal_memory, report.late_gap_closed.window_equal_memory
     if baseline is None:
         return "A longer window of equal memory was not compared."
-    range = f"{baseline.narrowest_window} to " if baseline.narrowest_window else ""
-    length = f" of {range}{baseline.window} tokens" if baseline.window else ""
+    least = f"{baseline.narrowest_window} to " if baseline.narrowest_window else ""
+    length = f" of {least}{baseline.window} tokens" if baseline.window else ""
     loss = f"late loss {baseline.late_loss:.3f}"
     if share is None:
         return f"Against a window{length} that takes as much memory there is no late gap to measure ({loss})."
