@@ -88,8 +88,9 @@ def _in_turn(todo: list[Any], devices: int, workers: int) -> Iterator[tuple[str,
     tasks, found = context.Queue(), context.Queue()
     for task in [*todo, *[None] * devices * workers]:
         tasks.put(task)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
     for number in range(devices * workers):
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % devices)  # read when the process starts
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % devices]  # read when the process starts
         context.Process(target=_work_off, args=(tasks, found), daemon=True).start()
     for _ in range(devices * workers):
         yield from iter(found.get, None)
