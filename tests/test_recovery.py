@@ -26,8 +26,8 @@ def test_every_row_is_a_recipe(path):
         said = dict(item.split("=", 1) for item in given)  # of a key that is there twice the last counts
         shipped = read(said.get("recipe", "default")).mixer
         wanted = yaml.safe_load(said.get("mixer.structure", "null"))
-        every = wanted if isinstance(wanted, list) else [wanted] * 30
-        every = [every[index] or shipped.layer(index, 30).structure for index in range(30)]
+        wanted = wanted if isinstance(wanted, list) else [wanted]
+        every = [wanted[index * len(wanted) // 30] or shipped.layer(index, 30).structure for index in range(30)]
         assert [recipe.mixer.layer(index, 30).structure for index in range(30)] == every
 
 

@@ -265,6 +265,16 @@ def test_window_alone_with_documents():
 
 
 @needs_interpreter
+@pytest.mark.parametrize("window", [65, 100, 128, 129])
+def test_longer_window_alone(window):
+    """Chunk after chunk of keys, whole ones and not, and sinks that leave late."""
+    first = documents(200, [20, 23], [64, 70])
+    assert_is_the_window(inputs(200, groups=2), settings("none", window=window), rope(200, 8))
+    assert_is_the_window(inputs(200, B=2, groups=1), settings("none", window=window, sinks=2), rope(200), first)
+    assert_is_the_window(inputs(70, groups=1), settings("none", window=window, sinks=0), None)
+
+
+@needs_interpreter
 def test_without_a_state_and_with_slices():
     """No state is a state of zeros; tensors may be views."""
     *given, state = inputs(65, KV=2)

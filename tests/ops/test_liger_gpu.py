@@ -54,6 +54,15 @@ def test_gpu_window_without_documents(D, window):
     assert_is_the_window(given, fixed, rope(300, D), None, torch.bfloat16, 5e-3)
 
 
+@pytest.mark.parametrize("window", [65, 128, 200])
+@pytest.mark.parametrize("D", [16, 32, 64, 128])
+def test_gpu_longer_window(D, window):
+    given, fixed = inputs(400, B=2, D=D, **SHAPES["gqa"]), settings("none", D=D, window=window)
+    first = documents(400, [20, 23, 300], [64])
+    assert_is_the_window(given, fixed, rope(400, D), None, torch.bfloat16, 5e-3)
+    assert_is_the_window(given, fixed, rope(400, D), first, torch.bfloat16, 5e-3)
+
+
 @pytest.mark.parametrize("D", [16, 64, 128])
 def test_gpu_window_alone(D):
     first = documents(300, [20, 23, 100], [64])

@@ -49,6 +49,8 @@ def why_not_fused(
         return f"no kernel for gate {settings.gate}"
     if settings.feature_map not in FEATURES:
         return f"no kernel for feature map {settings.feature_map}"
+    if settings.window > 64:
+        return f"no kernel for both branches with a window of {settings.window}"
     return why_not_windowed(q, k, v, settings, first, rope)
 
 
@@ -59,7 +61,6 @@ def why_not_windowed(
     B, T, H, D = q.shape
     R = 0 if rope is None else rope[0].shape[-1]
     unsupported = {
-        f"a window of {settings.window}": settings.window > 64,
         f"a window of {settings.window} over packed documents": settings.window < 64 and first is not None,
         f"{settings.sinks} sinks": settings.sinks > 16,
         f"head size {D}": D > 128,

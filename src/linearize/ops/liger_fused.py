@@ -49,6 +49,8 @@ LAUNCHES: dict[str, dict[int, Launch]] = {
     "window_gradients": {16: Launch(4, 2), 32: Launch(4, 2), 64: Launch(4, 2), 128: Launch(4, 2)},
     "add_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "add_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "long_window": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 2), 128: Launch(8, 2)},
+    "long_window_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 2), 128: Launch(8, 1)},
     "window_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 2)},
     "window_key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "delta_solve": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
@@ -269,12 +271,19 @@ def kept(call: Call) -> list[Tensor]:
 def window(call: Call, output: Tensor, lse: Tensor | None = None) -> None:
     """Write (1 - w) · window to the output, and its log-sum-exp to `lse` `[B, H, T]`."""
     B, T, H, _ = call.q.shape
-    heads = H // call.k.shape[2] if fills(call) else 1
-    windows.window_kernel[(call.chunks, B * H // heads)](
+    given = (
         call.q, call.k, call.v, call.cos, call.sin, call.mixing, call.first, output, output if lse is None else lse, T,
-        call.rope_stride, call.scale, TURNS=heads, R=call.rotary, W=call.window, SINKS=call.sinks, PACKED=call.packed,
-        KEEP=lse is not None, **call.heads(), **launch("window", call),
+        call.rope_stride, call.scale,
     )  # fmt: skip
+    told = call.heads() | {
+        "R": call.rotary, "W": call.window, "SINKS": call.sinks, "PACKED": call.packed, "KEEP": lse is not None
+    }  # fmt: skip
+    if call.window > CHUNK:
+        windows.long_window_kernel[(call.chunks, B * H)](*given, **told, **launch("long_window", call))
+        return
+    heads = H // call.k.shape[2] if fills(call) else 1
+    kernel = windows.window_kernel[(call.chunks, B * H // heads)]
+    kernel(*given, TURNS=heads, **told, **launch("window", call))
 
 
 def run(call: Call, initial: Tensor) -> tuple[Tensor, Tensor]:

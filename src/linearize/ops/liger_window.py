@@ -7,7 +7,7 @@ from torch import Tensor
 
 from linearize.ops import liger_window_triton as windows
 from linearize.ops.liger import Rope, Settings
-from linearize.ops.liger_fused import Call, add_sink_gradients, call_of, launch, window
+from linearize.ops.liger_fused import CHUNK, Call, add_sink_gradients, call_of, launch, window
 
 
 def window_gradients(call: Call, lse: Tensor, doutput: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
@@ -19,10 +19,14 @@ def window_gradients(call: Call, lse: Tensor, doutput: Tensor) -> tuple[Tensor, 
     sinks = [lse.new_empty(B, H, call.chunks, call.sinks, D) for _ in range(2)]
     told = call.heads() | {"PACKED": call.packed}
     given = call.q, call.k, call.v, call.cos, call.sin, call.mixing, call.first, lse
-    windows.window_query_gradients_kernel[(call.chunks, B * H)](
-        *given, doutput, dq, delta, dmixing, *sinks, T, call.rope_stride, call.scale,
-        R=call.rotary, W=call.window, SINKS=call.sinks, TURNED=False, **told, **launch("window_query_gradients", call),
-    )  # fmt: skip
+    given_to_queries = (*given, doutput, dq, delta, dmixing, *sinks, T, call.rope_stride, call.scale)
+    told_queries = told | {"R": call.rotary, "W": call.window, "SINKS": call.sinks}
+    if call.window > CHUNK:
+        kernel = windows.long_window_query_gradients_kernel[(call.chunks, B * H)]
+        kernel(*given_to_queries, **told_queries, **launch("long_window_query_gradients", call))
+    else:
+        kernel = windows.window_query_gradients_kernel[(call.chunks, B * H)]
+        kernel(*given_to_queries, TURNED=False, **told_queries, **launch("window_query_gradients", call))
     windows.window_key_gradients_kernel[(call.chunks, call.pairs)](
         *given, delta, doutput, dk, dv, T, call.rope_stride, call.scale,
         R=call.rotary, W=call.window, **told, **launch("window_key_gradients", call),

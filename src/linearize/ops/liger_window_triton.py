@@ -150,6 +150,54 @@ def window_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "rope_stride"])
+def long_window_kernel(
+    q, k, v, cos, sin, mixing, first, output, lse, T, rope_stride, scale,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    SINKS: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """As `window_kernel`, for one query head and a window of more than a chunk: chunk after chunk of its keys, under a
+    running maximum."""
+    chunk, H = tl.program_id(0), KV * GROUPS
+    index = tl.program_id(1).to(tl.int64)  # of a query head among all sequences
+    batch, head = index // H, index % H
+    ours, theirs = (batch * T * H + head) * D, (batch * T * KV + head // GROUPS) * D
+    start = chunk * CHUNK
+    rows, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP)
+    first += batch * T
+    cos += batch * rope_stride * R
+    sin += batch * rope_stride * R
+    starts = load_first(first, rows, T, PACKED)
+    query = load_turned(q + ours, rows, columns, cos, sin, T, H * D, D, R)
+    largest = tl.full([CHUNK], -float("inf"), tl.float32)
+    weight, out = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
+    for back in range((W + CHUNK - 2) // CHUNK + 1):  # first its own chunk, where every query sees itself
+        keys = rows - back * CHUNK
+        key = load_turned(k + theirs, keys, columns, cos, sin, T, KV * D, D, R)
+        near = product(query, tl.trans(key), DTYPE)
+        near = tl.where(window_mask(rows, keys, starts, W), near, -float("inf"))
+        before, largest = largest, tl.maximum(largest, tl.max(near, 1))
+        near = tl.exp2((near - largest[:, None]) * (scale * LOG2_E))
+        fade = tl.exp2((before - largest) * (scale * LOG2_E))
+        weight = weight * fade + tl.sum(near, 1)
+        out = out * fade[:, None] + product(near, load_tile(v + theirs, keys, columns, T, KV * D, D), DTYPE)
+    if SINKS > 0:
+        chunk_first, sinks, sink_key, sink_values = load_sinks(
+            k + theirs, v + theirs, first, cos, sin, start, columns, T, KV * D, D, R, SINKS, PACKED
+        )
+        far = product(query, tl.trans(sink_key), DTYPE)
+        far = tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf"))
+        before, largest = largest, tl.maximum(largest, tl.max(far, 1))
+        far = tl.exp2((far - largest[:, None]) * (scale * LOG2_E))
+        fade = tl.exp2((before - largest) * (scale * LOG2_E))
+        weight = weight * fade + tl.sum(far, 1)
+        out = out * fade[:, None] + product(far, sink_values, DTYPE)
+    if KEEP:
+        tl.store(lse + index * T + rows, largest * scale + tl.log(weight), mask=rows < T)
+    out *= ((1.0 - tl.load(mixing + head)) / weight)[:, None]
+    store_tile(output + ours, rows, columns, out, T, H * D, D)
+
+
+@triton.jit(do_not_specialize=["T", "rope_stride"])
 def window_query_gradients_kernel(
     q, k, v, cos, sin, mixing, first, lse, doutput, dq, delta, dmixing, dsink_key, dsink_values, T, rope_stride, scale,
     KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
@@ -205,12 +253,72 @@ def window_query_gradients_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "rope_stride"])
+def long_window_query_gradients_kernel(
+    q, k, v, cos, sin, mixing, first, lse, doutput, dq, delta, dmixing, dsink_key, dsink_values, T, rope_stride, scale,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    SINKS: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """As `window_query_gradients_kernel`, for a window of more than a chunk: once through its keys for what queries
+    read, and once for their gradient."""
+    chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
+    index = tl.program_id(1).to(tl.int64)  # of a query head among all sequences
+    batch, query_head = index // H, index % H
+    ours, theirs = (batch * T * H + query_head) * D, (batch * T * KV + query_head // GROUPS) * D
+    start = chunk * CHUNK
+    rows, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP)
+    first += batch * T
+    cos += batch * rope_stride * R
+    sin += batch * rope_stride * R
+    starts = load_first(first, rows, T, PACKED)
+    w = tl.load(mixing + query_head)
+    share = (1.0 - w) * scale
+    norm = tl.load(lse + index * T + rows, mask=rows < T, other=0.0)[:, None]
+    query = load_turned(q + ours, rows, columns, cos, sin, T, H * D, D, R)
+    dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
+    read = tl.zeros([CHUNK], tl.float32)
+    for back in range((W + CHUNK - 2) // CHUNK + 1):
+        keys = rows - back * CHUNK
+        key = load_turned(k + theirs, keys, columns, cos, sin, T, KV * D, D, R)
+        near = product(query, tl.trans(key), DTYPE) * scale
+        near = exp(tl.where(window_mask(rows, keys, starts, W), near, -float("inf")) - norm)
+        dnear = product(dout, tl.trans(load_tile(v + theirs, keys, columns, T, KV * D, D)), DTYPE)
+        read += tl.sum(near * dnear, 1)
+    if SINKS > 0:
+        chunk_first, sinks, sink_key, sink_values = load_sinks(
+            k + theirs, v + theirs, first, cos, sin, start, columns, T, KV * D, D, R, SINKS, PACKED
+        )
+        far = product(query, tl.trans(sink_key), DTYPE) * scale
+        far = exp(tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf")) - norm)
+        dfar = product(dout, tl.trans(sink_values), DTYPE)
+        read += tl.sum(far * dfar, 1)
+    tl.store(delta + index * T + rows, read, mask=rows < T)
+    tl.store(dmixing + index * chunks + chunk, -tl.sum(tl.where(rows < T, read, 0.0), 0))
+    dquery = tl.zeros([CHUNK, DP], tl.float32)
+    for back in range((W + CHUNK - 2) // CHUNK + 1):
+        keys = rows - back * CHUNK
+        key = load_turned(k + theirs, keys, columns, cos, sin, T, KV * D, D, R)
+        near = product(query, tl.trans(key), DTYPE) * scale
+        near = exp(tl.where(window_mask(rows, keys, starts, W), near, -float("inf")) - norm)
+        dnear = product(dout, tl.trans(load_tile(v + theirs, keys, columns, T, KV * D, D)), DTYPE)
+        dquery += product(share * near * (dnear - read[:, None]), key, DTYPE)
+    if SINKS > 0:
+        dfar = share * far * (dfar - read[:, None])
+        dquery += product(dfar, sink_key, DTYPE)
+        at = (index * chunks + chunk) * SINKS * D
+        store_by_sink(dsink_key + at, dfar, query, columns, SINKS, D, DTYPE)
+        store_by_sink(dsink_values + at, (1.0 - w) * far, dout, columns, SINKS, D, DTYPE)
+    dquery = rotate_back(dquery, rows, columns, cos, sin, T, R)
+    store_tile(dq + ours, rows, columns, dquery, T, H * D, D)
+
+
+@triton.jit(do_not_specialize=["T", "rope_stride"])
 def window_key_gradients_kernel(
     q, k, v, cos, sin, mixing, first, lse, delta, doutput, dk, dv, T, rope_stride, scale,
     KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     PACKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a chunk's keys and values, from the window of its queries and the next chunk's; not of sinks."""
+    """The gradients of a chunk's keys and values, from the window of its queries and those of the chunks after it that
+    see it; not of sinks."""
     chunk, H = tl.program_id(0), KV * GROUPS
     pair = tl.program_id(1).to(tl.int64)
     batch, head = pair // KV, pair % KV
@@ -221,8 +329,8 @@ def window_key_gradients_kernel(
     key = load_turned(k + theirs, rows, columns, cos, sin, T, KV * D, D, R)
     values = load_tile(v + theirs, rows, columns, T, KV * D, D)
     dkey, dvalues = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
-    for n in range(2 * GROUPS):
-        query_head, times = head * GROUPS + n // 2, rows + n % 2 * CHUNK
+    for n in range(((W + CHUNK - 2) // CHUNK + 1) * GROUPS):
+        query_head, times = head * GROUPS + n % GROUPS, rows + n // GROUPS * CHUNK
         ours, sums = (batch * T * H + query_head) * D, (batch * H + query_head) * T + times
         query = load_turned(q + ours, times, columns, cos, sin, T, H * D, D, R)
         dout = load_tile(doutput + ours, times, columns, T, H * D, D)
