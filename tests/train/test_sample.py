@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import warnings
 from importlib import import_module
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from equation import needs_gpu
 
 from linearize import LinearizeError, Recipe, cli, convert
 from linearize import run as run_recipe
@@ -66,6 +68,39 @@ def test_documents_are_as_if_each_were_alone(family):
         assert alone(model, document.tolist(), by_kind[document[0]], stops) == document.tolist()
     assert sum(document[-1] == END for document in documents) > 4  # rows went on after a document's end
     assert {int(document[0]) for document in documents} == {5, 9}
+
+
+def test_places_that_are_empty_are_not_read():
+    """As a CUDA graph reads the cache: more of it than has been written."""
+    model = module._sampler(tiny.tiny())
+    tokens, start = torch.randint(5, 40, (3, 9)), torch.tensor([0, 0, 4])
+    exact, more = module.Step(model, 3, 9), module.Step(model, 3, 9)
+    more.run = lambda read: module.Step.run(more, min(read + 4, 9))
+    with torch.no_grad():
+        for time in range(9):
+            given = time, tokens[:, time], start.clamp(max=time)
+            assert torch.allclose(exact(*given), more(*given), atol=1e-5)
+
+
+def test_what_can_be_graphed():
+    assert module.can_be_graphed(tiny.tiny("llama"))
+    assert not any(module.can_be_graphed(tiny.tiny(family)) for family in ("mixtral", "gemma2", "gemma3_text"))
+
+
+@needs_gpu
+def test_a_graph_writes_the_same(monkeypatch):
+    monkeypatch.setattr(module, "GRAPHED", 16)
+    model = module._sampler(tiny.tiny(eos_token_id=END).cuda())
+    kinds, stops = (
+        [Script((5, 6, FREE, 8, FREE), (FREE, FREE, 7, FREE, END)), Script((9, FREE), (FREE, END))],
+        [1, 2, 3],
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        graphed = sample(model.float(), kinds, stops, 4, 60, GREEDY, seed=0)
+    monkeypatch.setattr(module, "can_be_graphed", lambda model: False)
+    plain = sample(model, kinds, stops, 4, 60, GREEDY, seed=0)
+    assert [x.tolist() for x in graphed] == [x.tolist() for x in plain]
 
 
 def test_the_teacher_keeps_its_own_attention():

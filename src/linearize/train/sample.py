@@ -11,6 +11,7 @@ import hashlib
 import json
 import lzma
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,8 +34,9 @@ from transformers.cache_utils import Cache
 from linearize.assets import cache_folder, resolve_model
 from linearize.checkpoint import load_pretrained
 from linearize.convert import attention_of, decoder, is_linearized
+from linearize.decoding import UNEVEN
 from linearize.errors import LinearizeError
-from linearize.families import Head
+from linearize.families import Head, base_model_type
 from linearize.files import check_writable, new_folder, verify_folder, write_bytes
 from linearize.train.trainer import shared_copy
 
@@ -43,6 +45,7 @@ SPEECH = "linearize"  # a user's words, to find their place in a chat template
 FREE = -1  # in a script: the model speaks
 MOST_ROWS = {"cuda": 2048, "cpu": 32}
 FREE_MEMORY = 0.6  # the share of a GPU's that rows may take
+GRAPHED = 256  # tokens for which one CUDA graph serves
 
 
 class Script(NamedTuple):
@@ -121,7 +124,7 @@ def sample(
     Row i has documents of the kind i modulo their number. `progress` hears of every `rows` tokens. The same arguments
     give the same documents on the same device.
     """
-    device, head = model.device, Head(model)
+    device, head, step = model.device, Head(model), Step(model, rows, length)
     kind = torch.arange(rows, device=device) % len(kinds)
     longest = max(len(script.tokens) for script in kinds)
     script, closing = (
@@ -130,32 +133,21 @@ def sample(
     )
     size = torch.tensor([len(one.tokens) for one in kinds], device=device)[kind]
     ends, draw = torch.tensor(stops, device=device), torch.Generator(device).manual_seed(seed)
-    cache = Cache(layers=[Reserved(length) for _ in range(model.config.num_hidden_layers)])
     tokens = torch.empty(rows, length, dtype=torch.long, device=device)
     begins = torch.zeros(rows, length, dtype=torch.bool, device=device)
     place, start = torch.zeros_like(kind), torch.zeros_like(kind)  # in the script; of the document in its row
     chosen = torch.full_like(kind, FREE)  # what the model says next
-    columns = torch.arange(length, device=device)
     for time in range(length):
         wanted = script.gather(1, place[:, None])[:, 0]
         stopped = (wanted == FREE) & torch.isin(chosen, ends)
         stand_in = closing.gather(1, place[:, None])[:, 0]
         tokens[:, time] = torch.where(stopped, stand_in, torch.where(wanted == FREE, chosen, wanted))
         begins[:, time] = start == time
-        positions = (time - start)[:, None]
-        seen = columns[: time + 1] >= start[:, None]  # nothing of the documents before
+        if time + 1 < length:
+            chosen = _drawn(head(step(time, tokens[:, time], start)), temperature, draw)
         place = place + ((wanted != FREE) | stopped)
         ended = place == size
         place, start = place.masked_fill(ended, 0), start.masked_fill(ended, time + 1)
-        if time + 1 < length:
-            hidden = decoder(model)(
-                input_ids=tokens[:, time : time + 1],
-                position_ids=positions,
-                attention_mask=seen,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, 0]
-            chosen = _drawn(head(hidden), temperature, draw)
         progress(rows)
     return _documents(tokens.cpu(), begins.cpu(), [one.dropped for one in kinds])
 
@@ -174,32 +166,101 @@ def _documents(tokens: Int[Tensor, "B T"], begins: Bool[Tensor, "B T"], dropped:
     return [document for document in found if len(document)]
 
 
-class Reserved(DynamicLayer):
-    """A cache layer whose room is there from the beginning: a new token is written, and nothing is copied."""
+class Step:
+    """The model's last hidden state after one more token of each row.
 
-    def __init__(self, length: int) -> None:
+    On a GPU a CUDA graph has the step, which else waits for Python to launch its kernels. A graph reads as many places
+    of the cache as there will be when it is made anew, `GRAPHED` tokens later; the mask hides those that are empty.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: int, length: int) -> None:
+        self.model, self.length, self.device = model, length, model.device
+        self.tokens, self.positions = torch.zeros(2, rows, 1, dtype=torch.long, device=self.device)
+        self.seen = torch.zeros(rows, length, dtype=torch.bool, device=self.device)
+        self.columns, self.place = torch.arange(length, device=self.device), torch.zeros_like(self.tokens[:1, 0])
+        self.layers = [Reserved(length, self.place) for _ in range(model.config.num_hidden_layers)]
+        self.cache = Cache(layers=list(self.layers))
+        self.graphed, self.read = self.device.type == "cuda" and can_be_graphed(model), 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.hidden = torch.empty(0)
+
+    def __call__(self, time: int, tokens: Tensor, start: Tensor) -> Tensor:
+        """Of `tokens` `[B]` at `time`, in documents that began at `start` `[B]`: `[B, hidden]`."""
+        self.tokens[:, 0], self.positions[:, 0] = tokens, time - start
+        self.seen.copy_((self.columns >= start[:, None]) & (self.columns <= time))  # nothing of the documents before
+        self.place.fill_(time)
+        if not self.graphed:
+            return self.run(time + 1)
+        if time >= self.read:
+            self.record(min(time + GRAPHED, self.length))
+        if self.graph is None:  # it cannot be recorded
+            return self.run(time + 1)
+        self.graph.replay()
+        return self.hidden
+
+    def run(self, read: int) -> Tensor:
+        """Without a graph, by the first `read` places of the cache."""
+        for layer in self.layers:
+            layer.used = read - 1
+        given = {"input_ids": self.tokens, "position_ids": self.positions, "attention_mask": self.seen[:, :read]}
+        return decoder(self.model)(**given, past_key_values=self.cache, use_cache=True).last_hidden_state[:, 0]
+
+    def record(self, read: int) -> None:
+        """A graph that reads the first `read` places; before it, a run in which libraries choose what they do."""
+        self.read, self.graph, self.hidden = read, None, torch.empty(0)  # which frees what the last one had
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.run(read)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.hidden = self.run(read)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.graphed = False
+            warnings.warn(f"sampling goes without a CUDA graph, several times slower: {error}", stacklevel=2)
+            return
+        self.graph = graph
+
+
+def can_be_graphed(model: PreTrainedModel) -> bool:
+    """Whether a step does the same for every text and place: experts do not, and sliding windows move."""
+    config = model.config
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    sliding = sliding or getattr(config, "sliding_window", None) is not None
+    return not sliding and base_model_type(config.model_type) not in UNEVEN
+
+
+class Reserved(DynamicLayer):
+    """A cache layer whose room is there from the beginning: a new token is written at `place` `[1]`, and nothing is
+    copied."""
+
+    def __init__(self, length: int, place: Tensor) -> None:
         super().__init__()
-        self.length, self.used = length, 0
+        self.length, self.place, self.used = length, place, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Room for `length` tokens of each row."""
+        """Room for `length` tokens of each row; zeros, since a mask does not hide what is not a number."""
         self.dtype, self.device = key_states.dtype, key_states.device
         shape = key_states.shape
-        self.keys = key_states.new_empty(*shape[:2], self.length, shape[3])
-        self.values = value_states.new_empty(*shape[:2], self.length, value_states.shape[3])
+        self.keys = key_states.new_zeros(*shape[:2], self.length, shape[3])
+        self.values = value_states.new_zeros(*shape[:2], self.length, value_states.shape[3])
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, KV, T, D]` of new tokens; all there are by now."""
+        """Keys and values `[B, KV, T, D]`: the new token's, and what is read besides, `used` places and one more."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        before, self.used = self.used, self.used + key_states.shape[2]
-        self.keys[:, :, before : self.used] = key_states
-        self.values[:, :, before : self.used] = value_states
+        self.keys.index_copy_(2, self.place, key_states)
+        self.values.index_copy_(2, self.place, value_states)
+        self.used += 1
         return self.keys[:, :, : self.used], self.values[:, :, : self.used]
 
     def get_seq_length(self) -> int:
-        """Tokens that are in."""
+        """Places before the new token's, as masks are made for."""
         return self.used
 
 
