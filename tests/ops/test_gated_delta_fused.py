@@ -74,9 +74,21 @@ def with_values(given: list[Tensor], V: int) -> list[Tensor]:
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("K", "V"), [(32, 12), (256, 20)])
+@pytest.mark.parametrize(("K", "V"), [(32, 12), (256, 20), (200, 64)])
 def test_values_of_another_size_than_keys(K, V):
     assert_is_the_equation(with_values(inputs(70, KV=2, D=K), V))
+
+
+@needs_interpreter
+def test_wide_keys_with_groups_and_documents():
+    assert_is_the_equation(with_values(inputs(130, B=2, groups=3, D=140), 24), documents(130, [20, 23, 100], [64]))
+
+
+@needs_interpreter
+def test_wide_keys_without_decay():
+    given = with_values(inputs(70, D=140), 24)
+    given[3] = torch.zeros_like(given[3])
+    assert_is_the_equation(given)
 
 
 @needs_interpreter

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from linearize.ops import liger_delta_backward_triton as gradients
 from linearize.ops import liger_delta_forward_triton as kernels
+from linearize.ops import liger_delta_wide_triton as wide
 from linearize.ops.liger_fused import (
     CHUNK,
     LAUNCHES,
@@ -144,11 +145,14 @@ def add_gradients(call: Call, made: Solved, doutput: Tensor, dfinal: Tensor, sum
     key, residual, left, solved, beta, log_g, states = made
     dread, dstates = torch.empty_like(states), torch.empty_like(states)
     dresidual, dkey, dsums = torch.empty_like(residual), torch.empty_like(key), torch.empty_like(log_g)
-    gradients.delta_query_gradients_kernel[grid](
-        call.q, key, residual, solved, call.mixing, call.first, log_g, states, doutput, sums.q, sums.mixing, dread,
-        dresidual, dkey, dsums, T,
-        **told, **heads(call), **fine(call), **launch("delta_query_gradients", call),
-    )  # fmt: skip
+    if call.k.shape[3] > 128:
+        wide_query_gradients(call, made, doutput, sums.q, dread, dresidual, dkey, dsums)
+    else:
+        gradients.delta_query_gradients_kernel[grid](
+            call.q, key, residual, solved, call.mixing, call.first, log_g, states, doutput, sums.q, sums.mixing, dread,
+            dresidual, dkey, dsums, T,
+            **told, **heads(call), **fine(call), **launch("delta_query_gradients", call),
+        )  # fmt: skip
     inputs, kernel = (key, left, call.first, beta, log_g, dread), gradients.delta_state_gradients_kernel
     dinitial = pass_over_states(call, "delta_state_gradients", kernel, inputs, dfinal, (dresidual, dstates))
     gradients.delta_key_gradients_kernel[grid](
@@ -157,6 +161,31 @@ def add_gradients(call: Call, made: Solved, doutput: Tensor, dfinal: Tensor, sum
         **told, **key_heads(call), **launch("delta_key_gradients", call),
     )  # fmt: skip
     return dinitial
+
+
+def wide_query_gradients(
+    call: Call,
+    made: Solved,
+    doutput: Tensor,
+    dq: Tensor,
+    dread: Tensor,
+    dresidual: Tensor,
+    dkey: Tensor,
+    dsums: Tensor,
+) -> None:
+    """As `delta_query_gradients_kernel`, of given gates and more than 128 channels of keys."""
+    B, T, H, D = call.q.shape
+    dscores = made.key.new_empty(B * H, call.chunks, CHUNK, CHUNK)
+    given, told = (call.first, made.log_g, made.states, doutput, dscores), heads(call) | {"GATED": gated(call)}
+    wide.delta_score_gradients_kernel[(call.chunks, call.pairs)](
+        call.q, made.key, made.residual, made.solved, *given, dresidual, dsums, T,
+        **told, **fine(call), **launch("delta_score_gradients", call),
+    )  # fmt: skip
+    block = LAUNCHES["delta_channel_gradients"][padded(D)].block
+    told = {name: value for name, value in told.items() if name != "DP"} | {"BLOCK": block}
+    wide.delta_channel_gradients_kernel[(call.chunks, call.pairs, triton.cdiv(D, block))](
+        call.q, made.key, *given, dq, dread, dkey, T, **told, **launch("delta_channel_gradients", call)
+    )
 
 
 def forward(call: Call, initial: Tensor, keep: bool = True) -> tuple[Tensor, Tensor, list[Tensor]]:

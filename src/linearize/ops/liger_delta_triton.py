@@ -33,6 +33,14 @@ def load_square(squares, place):
 
 
 @triton.jit
+def store_square(squares, place, values):
+    """As `load_square` reads it."""
+    i = tl.arange(0, CHUNK)
+    offsets = place * CHUNK * CHUNK + i[:, None] * CHUNK + i[None, :]
+    tl.store(squares + offsets, values.to(squares.dtype.element_ty))
+
+
+@triton.jit
 def load_matrix(states, place, channels, columns, D: tl.constexpr, V: tl.constexpr):
     """One state, or its gradient, `[DP, VP]`, 0 outside the head."""
     inside = (channels < D)[:, None] & (columns < V)[None, :]

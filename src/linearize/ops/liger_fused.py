@@ -58,11 +58,13 @@ LAUNCHES: dict[str, dict[int, Launch]] = {
     "delta_carry": {16: Launch(4, 2, 16), 32: Launch(4, 2, 16), 64: Launch(4, 3, 16), 128: Launch(8, 3, 16)},
     "delta_output": {16: Launch(1, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
     "delta_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
+    "delta_score_gradients": {256: Launch(8, 1)},
+    "delta_channel_gradients": {256: Launch(8, 1, 64)},
     "delta_state_gradients": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3, 32), 128: Launch(4, 2)},
     "delta_key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
 }
 # keys of up to 256 are for the delta rule with gates that are given, over values of up to 64
-for _kernel in ("delta_solve", "delta_output", "delta_query_gradients", "delta_key_gradients"):
+for _kernel in ("delta_solve", "delta_output", "delta_key_gradients"):
     LAUNCHES[_kernel][256] = Launch(8, 1)
 for _kernel in ("delta_states", "delta_state_gradients"):
     LAUNCHES[_kernel][256] = Launch(8, 2, 32)
