@@ -150,6 +150,31 @@ def by_length(name: str, against: str) -> str:
     return "\n".join([*lines, "", f"{note} {made_on(data)}."])
 
 
+def layers() -> str:
+    """Which layers have a recurrence, keys and windows of which size; beside a window of 64 and of equal memory."""
+    rows, data = rows_of("layers")
+    before = rows_of("together")[0]
+    plain, lengths = before["window"], list(data["teacher"]["late"])
+    rows = {"default": before["few-18-23-wide-4"], **rows}
+    lines = ["| row | change | T = " + " | T = ".join(f"{int(length):,}" for length in lengths) + " | early loss |"]
+    lines[0] += " closed of a window of 64 | of equal memory | needles at 128, 512 |"
+    lines.append("| --- | --- |" + " ---: |" * (len(lengths) + 4))
+
+    def shares(base: dict[str, Any] | None, row: dict[str, Any]) -> str:
+        if base is None:
+            return "–"
+        return ", ".join(f"{_closed(base, row, data, length).value:.0%}" for length in lengths)
+
+    for name, row in rows.items():
+        common = [*data["rows"]["from-6"]["set"][:-1], "mixer.window=64"]
+        own = "–" if name == "default" else ", ".join(f"`{_brief(x)}`" for x in row["set"] if x not in common)
+        losses = " | ".join(f"{np.mean(row['late'][length]):.4f}" for length in lengths)
+        closed_of = f"{shares(plain, row)} | {shares(rows.get(f'{name}-window'), row)}"
+        lines.append(f"| {name} | {own} | {losses} | {row['early_loss']:.4f} | {closed_of} | {_needles(row)} |")
+    note = "`default` and the window of 64 are rows of the table before (`few-18-23-wide-4`, `window`)."
+    return "\n".join([*lines, "", f"{note} {made_on(data)}."])
+
+
 def _brief(setting: str) -> str:
     """A setting whose value lists layers, by what few of them have."""
     key, _, value = setting.partition("=")
@@ -159,8 +184,10 @@ def _brief(setting: str) -> str:
     rare = min(set(values), key=values.count)
     if len(set(values)) != 2 or values.count(rare) == len(values) / 2:
         return setting
-    layers = [str(layer) for layer in range(LAYERS) if values[layer * len(values) // LAYERS] == rare]
-    return f"{key}={rare} in layers {', '.join(layers)}"
+    layers = [layer for layer in range(LAYERS) if values[layer * len(values) // LAYERS] == rare]
+    in_a_row = len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1))
+    named = f"{layers[0]} to {layers[-1]}" if in_a_row else ", ".join(map(str, layers))
+    return f"{key}={rare} in layers {named}"
 
 
 def gap() -> str:

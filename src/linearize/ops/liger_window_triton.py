@@ -2,7 +2,7 @@
 
 It reads q, k and v as they are and rotates them itself. The terms are those of `liger_triton`. A program has the keys
 of two chunks, which are rotated once for all heads that read them; a head's queries are loaded while those before them
-are at work.
+are at work. Of a window of more than a chunk it goes through the keys chunk by chunk.
 """
 
 import triton
