@@ -160,6 +160,13 @@ def test_a_part_of_the_suite_alone(part):
     assert sections == names[part]
 
 
+def test_windows_that_differ_from_layer_to_layer():
+    report = synthetic()
+    report.models.converted.narrowest_window, report.models.converted.window = 64, 128
+    assert "window of 64–128" in render(report)
+    assert "| 64–128 |" in table(report)
+
+
 def test_one_bucket():
     data = synthetic().model_dump()
     for result in data["models"].values():

@@ -153,7 +153,7 @@ def render(report: Report) -> str:
 def _header(report: Report, first: str, others: list[str]) -> str:
     made = f"{report.model} → {report.structure} + window"
     if report.models.converted.window:
-        made += f" of {report.models.converted.window}"
+        made += f" of {_window(report.models.converted)}"
     rest = f'<p class="lead">{escape(" ".join(others))}</p>' if others else ""
     return f'<header>\n<p class="eyebrow">{escape(made)}</p>\n<h1>{escape(first)}</h1>\n{rest}\n</header>'
 
