@@ -240,12 +240,14 @@ def with_recurrence(
     q, k, v, given, real = taken
     (B, H, D), KV = q.shape, k.shape[1]
     K = held.state.shape[-2]
-    query = _mapped(q, K, settings, beyond.maps and beyond.maps[:2])
+    query, maps = _mapped(q, settings, beyond.maps and beyond.maps[:2]), beyond.maps
     if settings.gate in DELTA:
-        key = _mapped(k, K, settings, beyond.maps and beyond.maps[2:])
-        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        both = torch.cat([query, _mapped(k, settings, maps and maps[2:])], dim=1)
+        both = products(both, K // D - 1) if settings.feature_map == "products" else both
+        query, key = F.normalize(both, dim=-1).split([H, KV], dim=1)
         gate = k.mean(-1, keepdim=True) if given is None else wide(given)
-        log_g = F.logsigmoid(gate[..., :1]) / settings.temperature * (settings.gate == "gated_deltanet")
+        log_g = F.logsigmoid(gate[..., :1])
+        log_g = log_g / settings.temperature if settings.gate == "gated_deltanet" else torch.zeros_like(log_g)
     else:
         key, log_g = (x[:, 0] for x in GATES[settings.gate](k[:, None], settings, decay))  # [B, KV, D or 1]
     if not (may_look(real) and bool(real.all())):
@@ -269,13 +271,13 @@ def with_recurrence(
     return torch.lerp(windowed, read.to(windowed.dtype), weights[..., None].to(windowed.dtype))
 
 
-def _mapped(x: Tensor, keys: int, settings: Settings, maps: tuple[Tensor, ...] | None) -> Tensor:
-    """x `[B, heads, D]` after the feature map, which makes `keys` of it."""
+def _mapped(x: Tensor, settings: Settings, maps: tuple[Tensor, ...] | None) -> Tensor:
+    """x `[B, heads, D]` after the feature map, but for the products that it may end with."""
     if maps is None:
         return FEATURES[settings.feature_map](x)
     down, up = (wide(weight).to(x.dtype) for weight in maps)
-    x = x + (x[:, :, None] @ down @ up)[:, :, 0]
-    return products(x, keys // x.shape[-1] - 1) if settings.feature_map == "products" else x
+    x = x.transpose(0, 1)
+    return torch.baddbmm(x, torch.bmm(x, down), up).transpose(0, 1)
 
 
 def past_of(clock: Clock, held: Held) -> tuple[Past, tuple[Tensor, Tensor]]:
