@@ -253,13 +253,15 @@ def with_recurrence(
     if not (may_look(real) and bool(real.all())):
         key, log_g = (x * real[:, None, None] for x in (key, log_g))
     state = wide(held.state)
-    state.mul_(log_g.exp()[..., None])
+    pairs = state.view(B * KV, K, D)
+    pairs.mul_(log_g.exp().reshape(B * KV, -1, 1))
+    key, v = key.reshape(B * KV, 1, K), v.reshape(B * KV, 1, D)
     if settings.gate in DELTA:
-        v = settings.strength * gate[..., -1:].sigmoid() * (v - (key[..., None, :] @ state)[..., 0, :])
-    state.addcmul_(key[..., None], v[..., None, :])
+        v = (settings.strength * gate[..., -1:].sigmoid()).view(B * KV, 1, 1) * (v - torch.bmm(key, pairs))
+    pairs.baddbmm_(key.mT, v)
     if state is not held.state:
         held.state.copy_(narrowed(state, held.state.dtype))
-    read = torch.bmm(query.reshape(B * KV, -1, K), state.view(B * KV, K, D)).view(B, H, D)
+    read = torch.bmm(query.reshape(B * KV, -1, K), pairs).view(B, H, D)
     if beyond.floor is not None:
         square = read.square().mean(-1, keepdim=True) + (beyond.epsilon or 0.0)
         read = read * (square + (2 * wide(beyond.floor)).exp()[:, None]).rsqrt()
