@@ -50,7 +50,7 @@ LAUNCHES: dict[str, dict[int, Launch]] = {
     "add_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "add_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "long_window": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 2), 128: Launch(8, 2)},
-    "long_window_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 2), 128: Launch(8, 1)},
+    "long_window_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 2), 128: Launch(4, 1)},
     "window_query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 2)},
     "window_key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "delta_solve": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
