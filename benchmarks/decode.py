@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Sta
 from benchmarks.results import provenance, write
 from benchmarks.timing import copy_speed, graphed, times
 from linearize import convert, revert
-from linearize.config import MixerSettings
+from linearize.config import MixerConfig, MixerSettings
 from linearize.decoding import Decoder
 from linearize.inspect import recurrent_bytes
 from linearize.ops import dispatch
@@ -134,12 +134,22 @@ def key_value_bytes(config: Any, tokens: int) -> int:
     return 4 * tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
 
+def layers_of(config: Any, settings: dict[str, Any]) -> list[MixerConfig]:
+    """Every layer's settings."""
+    mixer, count = MixerSettings(settings), config.num_hidden_layers
+    return [mixer.layer(index, count) for index in range(count)]
+
+
+def window_bytes(config: Any, settings: dict[str, Any]) -> int:
+    """Of one row's windows and sinks in bf16."""
+    tokens = sum(layer.window + layer.sinks for layer in layers_of(config, settings))
+    return 4 * tokens * config.num_key_value_heads * config.head_dim
+
+
 def state_bytes(config: Any, settings: dict[str, Any]) -> int:
     """Of one row's states."""
-    mixer = MixerSettings(settings)
-    layers = [mixer.layer(index, config.num_hidden_layers) for index in range(config.num_hidden_layers)]
     heads = config.num_attention_heads, config.num_key_value_heads
-    return sum(recurrent_bytes(layer, *heads, config.head_dim) for layer in layers)
+    return sum(recurrent_bytes(layer, *heads, config.head_dim) for layer in layers_of(config, settings))
 
 
 def timed(call: Callable[[], Any], budget: float = 0.6) -> list[float]:
@@ -216,7 +226,7 @@ def sizes(model: PreTrainedModel, settings: dict[str, Any], batch: int, context:
         "weights": weight_bytes(model),
         "weights_read": weight_bytes(model, read=True),
         "key_value": batch * key_value_bytes(config, context),
-        "window": batch * key_value_bytes(config, 64 + 4),
+        "window": batch * window_bytes(config, settings),
         "states": batch * state_bytes(config, settings),
     }
 

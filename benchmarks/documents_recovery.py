@@ -155,7 +155,8 @@ def layers() -> str:
     rows, data = rows_of("layers")
     before = rows_of("together")[0]
     plain, lengths = before["window"], list(data["teacher"]["late"])
-    rows = {"default": before["few-18-23-wide-4"], **rows}
+    common = {"mixer.window=64", *set.intersection(*(set(row["set"]) for row in rows.values()))}
+    rows = {**rows, "default": before["few-18-23-wide-4"]}
     lines = ["| row | change | T = " + " | T = ".join(f"{int(length):,}" for length in lengths) + " | early loss |"]
     lines[0] += " closed of a window of 64 | of equal memory | needles at 128, 512 |"
     lines.append("| --- | --- |" + " ---: |" * (len(lengths) + 4))
@@ -166,7 +167,6 @@ def layers() -> str:
         return ", ".join(f"{_closed(base, row, data, length).value:.0%}" for length in lengths)
 
     for name, row in rows.items():
-        common = [*data["rows"]["from-6"]["set"][:-1], "mixer.window=64"]
         own = "–" if name == "default" else ", ".join(f"`{_brief(x)}`" for x in row["set"] if x not in common)
         losses = " | ".join(f"{np.mean(row['late'][length]):.4f}" for length in lengths)
         closed_of = f"{shares(plain, row)} | {shares(rows.get(f'{name}-window'), row)}"

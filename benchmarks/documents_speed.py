@@ -132,7 +132,9 @@ def training(name: str) -> str:
     """Distillation: tokens per second, beside the window alone and the original attention, and the goals."""
     if (data := measured(name)) is None:
         return "Not measured yet."
-    lines = ["| student | batch × T | documents | step, ms | teacher's forward | tokens/s | GPU idle | peak, GiB |"]
+    lines = [
+        "| student | batch × T | documents in all | step, ms | teacher's forward | tokens/s | GPU idle | peak, GiB |"
+    ]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     rows = [row for row in data["rows"] if "error" not in row]
     for row in rows:
@@ -164,7 +166,7 @@ def _training_goals(rows: list[dict[str, Any]], length: int) -> Iterator[tuple[s
     if length == 32768:  # of one document, where softmax attention needs no mask and is at its fastest
         sides = {name: row for name, row in sides.items() if row["documents"] == 1}
     if not {"default", "window only", "original attention"} <= sides.keys():
-        yield f"{length:,} tokens: all of it", "not measured", False
+        yield f"{length:,} tokens{' in one document' if length == 32768 else ''}: all of it", "not measured", False
         return
     ours, window, original = (sides[name] for name in ("default", "window only", "original attention"))
     faster, least = _students(original) / _students(ours), 1 if length < 32768 else 4

@@ -89,6 +89,8 @@ def _in_turn(todo: list[Any], devices: int, workers: int) -> Iterator[tuple[str,
     for task in [*todo, *[None] * devices * workers]:
         tasks.put(task)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
+    if len(visible) < devices:
+        raise SystemExit(f"--devices {devices}, but CUDA_VISIBLE_DEVICES has {len(visible)}: {','.join(visible)}")
     for number in range(devices * workers):
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % devices]  # read when the process starts
         context.Process(target=_work_off, args=(tasks, found), daemon=True).start()

@@ -10,6 +10,8 @@ table, and timed alone; the median of many runs by device events. bf16, window 6
 than 4 x 8,192 tokens, and other gates than `gla`, if told so: `output` runs where there is no group of heads to share
 keys, with `--heads 32 32`, and `group_output` where there is one. What does not compile or does not fit is kept with
 its reason. Prints the table to paste.
+
+Kernels of windows and keys that the fused operator does not take are not tried.
 """
 
 import argparse

@@ -106,7 +106,6 @@ def by_kernels(fused, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "operators", "alone"),
     [
-        ({"structure": "gla"}, 6, 4),
         ({"structure": "lightning", "window": 20, "sinks": 0}, 8, 6),
         ({"structure": "gated_deltanet"}, 6, 4),
         ({"structure": "gated_deltanet", "gate_source": "learned", "feature_map": "none", "readout": "rms"}, 0, 6),

@@ -83,7 +83,7 @@ def test_passes_of_the_delta_rule_in_segments(monkeypatch):
     assert (told["num_warps"], told["num_stages"], told["STAGES"], told["BV"]) == (2, 4, 4, 8)
 
 
-@pytest.mark.parametrize("kernel", LAUNCHES)
+@pytest.mark.parametrize("kernel", [kernel for kernel, sizes in LAUNCHES.items() if 128 in sizes])
 def test_candidates_begin_with_the_table(kernel):
     found = tune.candidates(kernel, 128)
     assert found[0] == LAUNCHES[kernel][128]

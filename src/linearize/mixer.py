@@ -390,7 +390,8 @@ class LinearizedAttention(nn.Module):
             if rope is not None:
                 rope = F.pad(rope[0], (0, 0, before, 0), value=1.0), F.pad(rope[1], (0, 0, before, 0))
         q, k, v = (x.to(dtype) for x in (q, k, v))
-        if liger.why_not_windowed(q, k, v, settings, tokens.first, rope) is not None:
+        if (reason := liger.why_not_windowed(q, k, v, settings, tokens.first, rope)) is not None:
+            liger.warn_once(f"the window of Liger Attention runs without kernels, slower: {reason}")
             return None
         return liger.windowed(q, k, v, settings, rope, tokens.first)[:, before:]
 

@@ -74,7 +74,7 @@ def with_values(given: list[Tensor], V: int) -> list[Tensor]:
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("K", "V"), [(32, 12), (256, 20), (200, 64)])
+@pytest.mark.parametrize(("K", "V"), [(32, 12), (256, 20)])
 def test_values_of_another_size_than_keys(K, V):
     assert_is_the_equation(with_values(inputs(70, KV=2, D=K), V))
 

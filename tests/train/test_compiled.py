@@ -52,7 +52,6 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton
         (2, "align 3 lora default operations"),  # a norm and an MLP, the teacher's
         (3, "distill 3 lora lightning operations"),  # the teacher's layer; each mixer is another, and left out
         pytest.param(2, "distill 2 lora default kernels", marks=interpreted),
-        pytest.param(2, "distill 2 lora gla kernels", marks=interpreted),
     ],
 )
 def test_layers_share_graphs(expected, case):

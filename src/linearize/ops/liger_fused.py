@@ -34,9 +34,10 @@ class Launch(NamedTuple):
 
 
 # by padded head size; by reasoning about registers and shared memory, and tuned on a device at 128, but for passes over
-# the states, `group_output` and what steep chunks add, and in the stages of the delta rule's passes at 64. At 16,
-# `delta_output` of four warps is wrong on an H200 as Triton 3.6 compiles it, and of one warp right. With 168
-# registers `output`, `group_output` and `window` at 64 have three programs of four warps on a multiprocessor
+# the states, `group_output`, windows of more than a chunk and what steep chunks add, and in the stages of the delta
+# rule's passes at 64. At 16, `delta_output` of four warps is wrong on an H200 as Triton 3.6 compiles it, and of one
+# warp right. With 168 registers `output`, `group_output` and `window` at 64 have three programs of four warps on a
+# multiprocessor
 LAUNCHES: dict[str, dict[int, Launch]] = {
     "window": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1, registers=168), 128: Launch(4, 1)},
     "prepare": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1), 128: Launch(4, 1)},

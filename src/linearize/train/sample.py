@@ -191,11 +191,12 @@ class Step:
         self.place.fill_(time)
         if not self.graphed:
             return self.run(time + 1)
-        if time >= self.read:
-            self.record(min(time + GRAPHED, self.length))
-        if self.graph is None:  # it cannot be recorded
-            return self.run(time + 1)
-        self.graph.replay()
+        with torch.cuda.device_of(self.tokens):
+            if time >= self.read:
+                self.record(min(time + GRAPHED, self.length))
+            if self.graph is None:  # it cannot be recorded
+                return self.run(time + 1)
+            self.graph.replay()
         return self.hidden
 
     def run(self, read: int) -> Tensor:
