@@ -239,8 +239,8 @@ def with_recurrence(
     assert taken is not None
     q, k, v, given, real = taken
     (B, H, D), KV = q.shape, k.shape[1]
-    K = held.state.shape[-2]
-    query, maps = _mapped(q, settings, beyond.maps and beyond.maps[:2]), beyond.maps
+    K, maps = held.state.shape[-2], beyond.maps
+    query = _mapped(q, settings, maps and maps[:2])
     if settings.gate in DELTA:
         both = torch.cat([query, _mapped(k, settings, maps and maps[2:])], dim=1)
         both = products(both, K // D - 1) if settings.feature_map == "products" else both
