@@ -1,4 +1,5 @@
-"""The cache of one converted layer: window, sinks and states, of constant size from the first token on."""
+"""The cache of one converted layer: window, sinks and states, of constant size from the first token on but for heads
+that stay softmax attention."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +12,8 @@ from linearize.ops.local import Past
 
 RINGS = ("keys", "values", "valid", "positions", "late_gates")  # what there is of each token in the window
 REST = ("sink_keys", "sink_values", "sink_time", "real", "state", "recent")
-_TENSORS = (*RINGS, *REST)
+GROWS = ("grown_keys", "grown_values")  # with the text: of heads that stay softmax attention
+_TENSORS = (*RINGS, *REST, *GROWS)
 
 
 class Memory(NamedTuple):
@@ -30,6 +32,7 @@ class MixerCacheLayer(CacheLayerMixin):
     positions `[B, W]`: where RoPE had them, int32; None where no key is turned back as it leaves the window.
     sink_keys, sink_values `[B, S, KV, D]`, sink_time `[B, S]`: see `tokens.Tokens`. real `[B]`: real tokens seen.
     state, recent, late_gates: see `Memory`; None where there is none.
+    grown_keys, grown_values `[B, heads, tokens, D]`: all there were, of `heads.SoftmaxHeads`, if there are such heads.
     While a `decoding.Decoder` has the cache, it is the `lender`, all of them are parts of its buffers, and the window
     and what waits with it are rings: `settle` makes all as above again.
     """
@@ -48,6 +51,8 @@ class MixerCacheLayer(CacheLayerMixin):
     state: Any
     recent: Any
     late_gates: Any
+    grown_keys: Any
+    grown_values: Any
 
     def __init__(self) -> None:
         self.reset()
@@ -119,6 +124,13 @@ class MixerCacheLayer(CacheLayerMixin):
         self.seen += T
         self.is_initialized = True
         self.batch_size = B
+
+    def grow(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in k and v `[B, heads, T, D]` of heads that see all tokens; all of them so far."""
+        if self.grown_keys is not None:
+            k, v = torch.cat([self.grown_keys, k], dim=2), torch.cat([self.grown_values, v], dim=2)
+        self.grown_keys, self.grown_values = k, v
+        return k, v
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included."""

@@ -46,6 +46,9 @@ Suite = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(help="Items of each benchmark, and prompts, at most.")]
 SoftmaxEvery = Annotated[int | None, typer.Option(help="Leave every N-th layer as softmax attention.")]
+SoftmaxHeads = Annotated[
+    str | None, typer.Option(help="Key/value heads to leave as softmax attention, layer/head like 8/0,17/1-2.")
+]
 
 
 @app.command()
@@ -63,6 +66,7 @@ def run(
     mixing_weight: MixingWeight = None,
     layers: Layers = None,
     softmax_every: SoftmaxEvery = None,
+    softmax_heads: SoftmaxHeads = None,
     baseline: Baselines = [],  # noqa: B006 - typer's way of a repeated option
     no_baseline: NoBaseline = False,
     set_: Set = [],  # noqa: B006
@@ -92,6 +96,7 @@ def convert(
     mixing_weight: MixingWeight = None,
     layers: Layers = None,
     softmax_every: SoftmaxEvery = None,
+    softmax_heads: SoftmaxHeads = None,
     set_: Set = [],  # noqa: B006
 ) -> None:
     """Swap softmax attention for Liger Attention, without training.
@@ -312,7 +317,7 @@ def state_tracking(
 
 
 FLAGS = {  # of a recipe's keys: flag -> key
-    **{flag: flag for flag in ("model", "layers", "softmax_every", "baselines")},
+    **{flag: flag for flag in ("model", "layers", "softmax_every", "softmax_heads", "baselines")},
     **{
         flag: f"mixer.{flag}"
         for flag in ("structure", "window", "sinks", "gate_temperature", "mixing", "mixing_weight")

@@ -28,6 +28,7 @@ from linearize.config import MixerConfig, MixerSettings, validated
 from linearize.decoding import next_token
 from linearize.errors import LinearizeError
 from linearize.families import FAMILIES, LINEARIZED, base_classes, base_model_type, family_of, ropes
+from linearize.heads import Heads, heads_text, parse_heads
 from linearize.mixer import LinearizedAttention, parts
 from linearize.tokens import Tokens, describe, most_sinks
 
@@ -39,39 +40,62 @@ def convert(
     structure: str | list[str] = "gla",
     layers: Layers = "all",
     softmax_every: int | None = None,
+    softmax_heads: str | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
     """Replace the attention of the chosen `layers` ("all", "0-7,16", or indices) by Liger Attention; return `model`.
 
-    `softmax_every=8` leaves layers 7, 15, 23 ... as they are. `structure` and `settings` are those of `MixerConfig`,
-    each a value or a list by layer (`MixerSettings`). Its class and config change with the model, so that
+    `softmax_every=8` leaves layers 7, 15, 23 ... as they are, `softmax_heads="8/0,17/1-2"` key/value heads of layers
+    that are converted, with their query heads. `structure` and `settings` are those of `MixerConfig`, each a value or a
+    list by layer (`MixerSettings`). Its class and config change with the model, so that
     `save_pretrained` and `from_pretrained` give the same model again. No weight changes; new ones come with settings
     that are learned, such as `mixing="per_head"`, and start at the same values every time.
     Raises LinearizeError for an unknown family, setting or layer, and for a model that is converted already.
     """
     mixer = validated(MixerSettings, {"structure": structure, **settings}, "mixer")
-    chosen = check_convertible(model, mixer, layers, softmax_every)
+    chosen, heads = check_convertible(model, mixer, layers, softmax_every, softmax_heads)
     config_class, model_class = linearized_classes(model.config.model_type)
     model.config.__class__, model.__class__ = config_class, model_class
     model.config.linearize = {"layers": chosen, "mixer": mixer.model_dump(mode="json")}
+    if heads:
+        model.config.linearize["softmax_heads"] = heads_text(heads)
     _swap(model)
     return model
 
 
-def check_convertible(model: PreTrainedModel, mixer: MixerSettings, layers: Layers, every: int | None) -> list[int]:
-    """The layers that `convert` would convert; LinearizeError where it would refuse."""
+def check_convertible(
+    model: PreTrainedModel, mixer: MixerSettings, layers: Layers, every: int | None, softmax_heads: str | None = None
+) -> tuple[list[int], Heads]:
+    """The layers that `convert` would convert, and heads of them that it would not; LinearizeError where it would
+    refuse. A layer of which no head would be converted is left as it is."""
     _check_unwrapped(model)
     if is_linearized(model):
         raise LinearizeError("the model is linearized already; linearize.revert(model) undoes it")
     family_of(model.config)
-    chosen = choose_layers(layers, every, model.config.num_hidden_layers)
+    chosen, heads = choose_layers(layers, every, model.config.num_hidden_layers), {}
+    if softmax_heads is not None:
+        chosen, heads = _choose_heads(model, softmax_heads, chosen)
     for index in chosen:
         if not getattr(attention_of(model, index), "is_causal", True):
             raise LinearizeError(
                 f"layer {index} sees the tokens after its own (use_bidirectional_attention); valid: causal attention"
             )
         _check_layer(model, index, mixer.layer(index, model.config.num_hidden_layers))
-    return chosen
+    return chosen, heads
+
+
+def _choose_heads(model: PreTrainedModel, softmax_heads: str, layers: list[int]) -> tuple[list[int], Heads]:
+    """The layers of which some heads are converted, and the heads of them that are not."""
+    count, family = model.config.num_key_value_heads, family_of(model.config)
+    heads = parse_heads(softmax_heads, model.config.num_hidden_layers, count)
+    if outside := sorted(set(heads) - set(layers)):
+        raise LinearizeError(f"softmax_heads {softmax_heads!r} names layer {outside[0]}, which is not converted")
+    if special := family.softcap or family.null_logits:
+        raise LinearizeError(f"softmax_heads has no place for the {special} of {model.config.model_type}; valid: null")
+    whole = {layer for layer, chosen in heads.items() if len(chosen) == count}
+    if not (converted := [layer for layer in layers if layer not in whole]):
+        raise LinearizeError(f"softmax_heads {softmax_heads!r} leaves no head to convert")
+    return converted, {layer: chosen for layer, chosen in heads.items() if layer not in whole}
 
 
 def _check_layer(model: PreTrainedModel, index: int, config: MixerConfig) -> None:
@@ -245,26 +269,29 @@ def register() -> None:
 
 def _swap(model: PreTrainedModel) -> None:
     """Put mixers into the layers that the config lists, and the hook that describes tokens to them."""
-    layers, settings = _plan(model.config)
+    layers, settings, heads = _plan(model.config)
     family = family_of(model.config)
     for index in layers:
         attention = attention_of(model, index)
-        mixer = LinearizedAttention(attention, family, settings.layer(index, model.config.num_hidden_layers))
+        own = settings.layer(index, model.config.num_hidden_layers)
+        mixer = LinearizedAttention(attention, family, own, heads.get(index, ()))
         weight = next(attention.parameters())
-        for branch in (mixer.recurrence, mixer.mixing):
+        for branch in (mixer.recurrence, mixer.mixing, mixer.softmax_heads):
             if branch is not None:
                 branch.to(device=weight.device, dtype=weight.dtype)
         decoder(model).layers[index].self_attn = mixer
     decoder(model).register_forward_pre_hook(_prepare, with_kwargs=True)
 
 
-def _plan(config: PreTrainedConfig) -> tuple[list[int], MixerSettings]:
-    """The converted layers and their settings, out of a converted model's config."""
+def _plan(config: PreTrainedConfig) -> tuple[list[int], MixerSettings, Heads]:
+    """The converted layers, their settings and the heads of them that are not, out of a converted model's config."""
     plan = config.linearize
-    if not isinstance(plan, dict) or plan.keys() != {"layers", "mixer"}:
+    if not isinstance(plan, dict) or plan.keys() - {"softmax_heads"} != {"layers", "mixer"}:
         raise LinearizeError(f"a {config.model_type!r} config lacks its 'linearize' entry of layers and mixer")
     layers = choose_layers(plan["layers"], None, config.num_hidden_layers)
-    return layers, validated(MixerSettings, plan["mixer"], "mixer")
+    given = plan.get("softmax_heads")
+    heads = {} if given is None else parse_heads(given, config.num_hidden_layers, config.num_key_value_heads)
+    return layers, validated(MixerSettings, plan["mixer"], "mixer"), heads
 
 
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
@@ -300,7 +327,8 @@ def _prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         past = None
     kwargs["past_key_values"], kwargs["use_cache"] = past, past is not None
     kwargs["tokens"] = _with_ropes(tokens, module, inputs, positions, past)
-    if len(plan["layers"]) == config.num_hidden_layers:  # nobody needs the quadratic mask: a 4-D one is taken as it is
+    everything = len(plan["layers"]) == config.num_hidden_layers and "softmax_heads" not in plan
+    if everything:  # nobody needs the quadratic mask: a 4-D one is taken as it is
         kwargs["attention_mask"] = inputs.new_zeros(1, 1, 1, 1)
     elif tokens.document is not None:
         kwargs["attention_mask"] = document_masks(module, inputs, positions)

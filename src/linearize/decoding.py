@@ -95,6 +95,8 @@ def why_not(model: PreTrainedModel) -> str | None:
     layers: list[Any] = [layer.self_attn for layer in model.base_model.layers]
     if not all(isinstance(mixer, LinearizedAttention) for mixer in layers):
         return "some layers are softmax attention, whose cache grows"
+    if any(mixer.softmax_heads is not None for mixer in layers):
+        return "some heads are softmax attention, whose cache grows"
     if any(hasattr(module, "base_layer") for module in model.modules()):  # PEFT's
         return "LoRA is not merged into the weights (linearize merge)"
     if (name := base_model_type(model.config.model_type)) in UNEVEN:

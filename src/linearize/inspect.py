@@ -57,9 +57,11 @@ def inspect(model: PreTrainedModel) -> Inspection:
     layers = list(original)
     added = 0
     for mixer in mixers(model):
-        kept = 0 if mixer.config.local == "none" else (mixer.config.window + mixer.config.sinks) * token
-        heads = config.num_attention_heads, config.num_key_value_heads
-        layers[mixer.layer_idx] = Memory(0, kept, recurrent_bytes(mixer.config, *heads, head))
+        of_head, heads = token // config.num_key_value_heads, mixer.layer.num_key_value_heads
+        kept = 0 if mixer.config.local == "none" else (mixer.config.window + mixer.config.sinks) * of_head * heads
+        grows = of_head * (config.num_key_value_heads - heads)
+        states = recurrent_bytes(mixer.config, mixer.layer.num_heads, heads, head)
+        layers[mixer.layer_idx] = Memory(grows, kept, states)
         added += sum(p.numel() for name, p in mixer.named_parameters() if name.startswith(("mixing.", "recurrence.")))
     return Inspection(
         family=base_model_type(config.model_type),

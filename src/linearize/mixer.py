@@ -11,6 +11,7 @@ from linearize.cache import Memory, MixerCacheLayer
 from linearize.config import MixerConfig
 from linearize.errors import LinearizeError
 from linearize.families import Family, base_model_type, rotation
+from linearize.heads import SoftmaxHeads
 from linearize.mixing import MIXINGS, DataDependent
 from linearize.ops import liger
 from linearize.ops import step as stepping
@@ -59,10 +60,11 @@ class LinearizedAttention(nn.Module):
     """Takes an attention module's place and its submodules, under their names: nothing is copied.
 
     The module it replaces stays reachable as `original` (not registered, so that no parameter is counted twice).
-    What a conversion adds is in `recurrence` and `mixing`.
+    What a conversion adds is in `recurrence` and `mixing`. The key/value heads `kept`, with their query heads, stay
+    as they are: `softmax_heads`; all else is of the others.
     """
 
-    def __init__(self, attention: nn.Module, family: Family, config: MixerConfig) -> None:
+    def __init__(self, attention: nn.Module, family: Family, config: MixerConfig, kept: tuple[int, ...] = ()) -> None:
         super().__init__()
         base: Any = attention
         self.config, self.family, self._original = config, family, (attention,)
@@ -75,7 +77,9 @@ class LinearizedAttention(nn.Module):
         self.rotate = rotation(family, base_model_type(base.config.model_type))
         if config.rope == "none" or not getattr(base, "use_rope", True):  # SmolLM3 has layers without
             self.rotate = _unrotated
-        place = base.layer_idx, base.config.num_hidden_layers, self.num_heads, self.num_key_value_heads
+        self.softmax_heads = SoftmaxHeads(kept, base) if kept else None
+        groups, converted = self.num_heads // self.num_key_value_heads, self.num_key_value_heads - len(kept)
+        place = base.layer_idx, base.config.num_hidden_layers, groups * converted, converted
         layer = Layer(config, *place, base.head_dim, base.config.hidden_size)
         self.recurrence: nn.Module | None = None
         self.mixing: nn.Module | None = None  # None where there is one branch
@@ -90,6 +94,8 @@ class LinearizedAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """What the conversion adds, as it starts; parameters that were loaded keep their values."""
+        if self.softmax_heads is not None:
+            self.softmax_heads.place(next(self.parameters()).device)
         for branch in (self.recurrence, self.mixing):
             for module in () if branch is None else branch.modules():
                 if callable(reset := getattr(module, "reset_parameters", None)):
@@ -106,10 +112,11 @@ class LinearizedAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         past_key_values: Any = None,
         tokens: Tokens | list[Moment] | None = None,
+        attention_mask: Any = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states `[B, T, hidden]` to the same; `tokens` come from the hook that `convert` sets, or, for one
-        token whose step `decoding` runs, from there."""
+        token whose step `decoding` runs, from there; `attention_mask` is for heads that stay softmax attention."""
         if tokens is None:
             raise LinearizeError(
                 f"layer {self.layer_idx} ({type(self.original).__name__}) got no description of its tokens: "
@@ -126,6 +133,11 @@ class LinearizedAttention(nn.Module):
         memory: Memory | None = None if cache is None else cache.memory
         q, k, v = self.family.project(self, hidden_states)
         rotated: tuple[Tensor, Tensor] = self.rotate(q, k, *position_embeddings, unsqueeze_dim=2)
+        own = None
+        if self.softmax_heads is not None:
+            (turned_q, own_q), (turned_k, own_k), (v, own_v) = map(self.softmax_heads.split, (*rotated, v))
+            own = self.softmax_heads(own_q, own_k, own_v, attention_mask, cache)
+            (q, _), (k, _), rotated = *map(self.softmax_heads.split, (q, k)), (turned_q, turned_k)
         sinks = normalizer = None
         if self.config.local != "none":
             before = None if past is None or cache is None else (cache.sink_keys, cache.sink_values)
@@ -152,6 +164,8 @@ class LinearizedAttention(nn.Module):
             sinks_kept = *kept, tokens.sink_time
             cache.store(rotated[1], v, tokens.valid, positions, window, sinks_kept, tokens.real, carried)
         output = torch.zeros_like(q) if output is None else output
+        if self.softmax_heads is not None and own is not None:
+            output = self.softmax_heads.join(output, own)
         return output_projection(output.flatten(2).to(hidden_states.dtype)), None
 
     def _kernel(self, layer: Layer, known: Mapping[str, tuple[Any, ...]]) -> liger.Settings | str:
@@ -429,7 +443,7 @@ class LinearizedAttention(nn.Module):
     def mixing_weights(self) -> Tensor:
         """The recurrence's weight in each head, `[H]` on the CPU."""
         mixing: Any = self.mixing
-        return torch.ones(self.num_heads) if mixing is None else mixing.weights()
+        return torch.ones(self.layer.num_heads) if mixing is None else mixing.weights()
 
     def extra_repr(self) -> str:
         """The settings, in `print(model)`."""

@@ -142,6 +142,9 @@ class Recipe(Settings):
     model: str = Field("smollm2-135m", description="an embedded name, a folder, or a hub name owner/name")
     layers: Ranges = Field("all", description="to convert: all, or numbers and ranges like 0-7,16")
     softmax_every: int | None = Field(None, ge=1, description="leave every so many-th layer as it is")
+    softmax_heads: str | None = Field(
+        None, description="key/value heads of converted layers to leave as they are, layer/head like 8/0,17/1-2"
+    )
     mixer: MixerSettings = Field(MixerSettings({}), description="of the converted layers, see below")
     data: DataSettings = DataSettings()
     lora: LoraSettings | None = LoraSettings()

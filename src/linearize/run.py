@@ -145,7 +145,7 @@ def _continued(recipe: Recipe, before: Recipe, source: Path, trained: bool) -> R
 
     Only so is a baseline, which goes through all stages of one recipe, matched.
     """
-    shared = {"model", "layers", "softmax_every", "mixer"} | ({"lora", "seed", "data"} if trained else set())
+    shared = {"model", "layers", "softmax_every", "softmax_heads", "mixer"} | ({"lora", "seed", "data"} if trained else set())
     default = recipes.read("default")
     for key in sorted(shared):
         given, kept = getattr(recipe, key), getattr(before, key)
@@ -224,7 +224,8 @@ def load_base(recipe: Recipe, variants: Iterable[str] = (), train: bool = False,
         heldout_texts = heldout_documents(recipe.data.heldout, recipe.evaluation.articles, recipe.data.train)
     teacher, tokenizer = load_pretrained(resolve_model(recipe.model))
     for name in variants:
-        check_convertible(teacher, mixer_of(recipe, name, teacher), recipe.layers, recipe.softmax_every)
+        chosen = recipe.layers, recipe.softmax_every, recipe.softmax_heads
+        check_convertible(teacher, mixer_of(recipe, name, teacher), *chosen)
     sequences = _sequences(recipe, tokenizer, list(heldout_texts.values())) if heldout else None
     documents = _tokens(recipe, tokenizer, texts) if texts else []
     teacher.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -297,7 +298,8 @@ def _one(values: list[Any]) -> Any:
 def build(recipe: Recipe, mixer: MixerSettings, teacher: PreTrainedModel) -> PreTrainedModel:
     """An untrained conversion: on the teacher's own parameters, or on copies where all of them are to be trained."""
     student = shared_copy(teacher) if recipe.lora is not None else copy.deepcopy(teacher)
-    return convert(student, layers=recipe.layers, softmax_every=recipe.softmax_every, **mixer.root)
+    kept = {"softmax_every": recipe.softmax_every, "softmax_heads": recipe.softmax_heads}
+    return convert(student, layers=recipe.layers, **kept, **mixer.root)
 
 
 def train_variant(recipe: Recipe, name: str, base: Base, work: Path) -> Trained:

@@ -315,7 +315,7 @@ def select(
             "greedy has no meaning for align, which scores all layers at once; valid: late, recall, both"
         )
     started = time.perf_counter()
-    recipe = recipe.model_copy(update={"layers": "all", "softmax_every": None, "distill": None})
+    recipe = recipe.model_copy(update={"layers": "all", "softmax_every": None, "softmax_heads": None, "distill": None})
     recipe = recipe.model_copy(
         update={"align": (recipe.align or AlignSettings()).model_copy(update={"tokens": tokens})}
     )

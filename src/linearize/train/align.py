@@ -45,7 +45,7 @@ def layer_errors(
     for mixer in layers:
         kwargs, target = seen.pop(mixer.layer_idx)
         tokens = describe(shape, sinks, target.device, position_ids=batch["position_ids"], documents=documents)
-        inputs = (mixer, kwargs["hidden_states"], kwargs["position_embeddings"], tokens)
+        inputs = (mixer, kwargs["hidden_states"], kwargs["position_embeddings"], tokens, kwargs["attention_mask"])
         if checkpointing:
             output = checkpoint(_run, *inputs, use_reentrant=False)
         else:
@@ -57,8 +57,8 @@ def layer_errors(
     return errors
 
 
-def _run(mixer: LinearizedAttention, hidden: Tensor, rope: tuple[Tensor, Tensor], tokens: Any) -> Tensor:
-    return mixer(hidden, rope, tokens=tokens)[0]
+def _run(mixer: LinearizedAttention, hidden: Tensor, rope: tuple[Tensor, Tensor], tokens: Any, mask: Any) -> Tensor:
+    return mixer(hidden, rope, tokens=tokens, attention_mask=mask)[0]
 
 
 def _watch(teacher: PreTrainedModel, layers: list[int], batch: dict[str, Tensor]) -> dict[int, tuple[dict, Tensor]]:
