@@ -326,7 +326,7 @@ def selection() -> str:
     lines = ["| layers by | full layers | late loss | late gap closed | needles found | log-probability | seconds |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for name, row in data["rows"].items():
-        full = {"teacher": "all", "window": "none"}.get(name, ", ".join(map(str, row["layers"])))
+        full = {"teacher": "all", "window": "none"}.get(name, ", ".join(map(str, row.get("kept", row.get("layers")))))
         closed = (window["late_loss"] - row["late_loss"]) / (window["late_loss"] - teacher["late_loss"])
         seconds = data["selectors"].get(name.rpartition(" ")[0], {}).get("seconds")
         lines.append(

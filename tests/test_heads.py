@@ -1,4 +1,4 @@
-"""Heads that stay softmax attention in converted layers: what they see, what a cache keeps of them, how they are named."""
+"""Heads that stay softmax attention in converted layers: what they see, what a cache keeps of them, their names."""
 
 import pytest
 import torch

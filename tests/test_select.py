@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from tiny import TOLERANCE, assert_close, logits
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from linearize import LinearizeError, cli, convert
 from linearize import recipe as recipes
@@ -13,6 +14,7 @@ from linearize import select as module
 from linearize.config import MixerSettings
 from linearize.convert import choose_layers
 from linearize.evaluate.perplexity import score
+from linearize.heads import parse_heads
 from linearize.run import load_base
 from linearize.select import Candidates, Needles, Probes, by_alignment, by_gain, needles, probes, recall, spans, uniform
 from linearize.train.align import align_loss
@@ -36,10 +38,10 @@ def own_text(model, length: int = 64) -> torch.Tensor:
     return model.generate(tiny.ids(3, 4), max_new_tokens=length - 4, min_new_tokens=length - 4, do_sample=False)
 
 
-def candidates(model) -> Candidates:
+def candidates(model, heads: bool = False) -> Candidates:
     texts = own_text(model)
     asked = Needles(texts[:, :40], torch.zeros(3, dtype=torch.long), torch.tensor([5, 6, 7]))
-    return Candidates(model, WINDOW, Probes(texts, [asked]))
+    return Candidates(model, WINDOW, Probes(texts, [asked]), heads)
 
 
 def test_a_candidate_keeps_its_layers_and_shares_the_weights():
@@ -54,6 +56,57 @@ def test_a_candidate_keeps_its_layers_and_shares_the_weights():
     assert found.model(range(LAYERS)) is model
     assert torch.equal(logits(model, text), before)
     assert found.late_loss([1, 2]) == pytest.approx(score(expected, found.probes.sequences).loss[:, 32:].mean().item())
+
+
+def test_a_candidate_keeps_its_heads():
+    found, text = candidates(tiny.tiny(num_hidden_layers=LAYERS), heads=True), tiny.ids(1, 40)
+    assert list(found.units) == list(range(8))
+    assert [found.name(unit) for unit in (0, 3, 6)] == ["0/0", "1/1", "3/0"]
+    assert found.setting([3, 6, 7]) == ("softmax_heads", "1/1,3/0-1")
+    expected = convert(tiny.tiny(num_hidden_layers=LAYERS), softmax_heads="1/1,3/0-1", **WINDOW.root)
+    assert_close(logits(found.model([3, 6, 7]), text), logits(expected, text))
+    assert found.model(()).config.linearize.keys() == {"layers", "mixer"}
+    assert found.model(range(8)) is found.teacher
+
+
+@pytest.mark.parametrize("kept", [(), (3, 6, 7)])
+def test_the_gradient_is_that_of_a_share_of_full_attention(kept):
+    """Of shares that are autograd's own variables, in a model that knows all heads' full attention."""
+    found = candidates(tiny.tiny(num_hidden_layers=LAYERS).double(), heads=True)
+    whole = torch.zeros(LAYERS, 2, dtype=torch.float64)
+    whole.view(-1)[list(kept)] = 1
+    shares = whole.clone().requires_grad_()
+
+    def shared(module, q, k, v, mask, scaling, **_):
+        index = torch.arange(q.shape[2])
+        past = index[:, None] >= index
+        near = past & ((index[:, None] - index < 6) | (index < 2))
+        k, v = (x.repeat_interleave(3, dim=1) for x in (k, v))
+        full, window = ((q @ k.mT * scaling).masked_fill(~sees, -torch.inf).softmax(-1) @ v for sees in (past, near))
+        share = shares[module.layer_idx].repeat_interleave(3)[:, None, None]
+        return (share * full + (1 - share) * window).transpose(1, 2), None
+
+    given = found.gradient(kept)
+    ALL_ATTENTION_FUNCTIONS.register("shared", shared)
+    found.teacher.set_attn_implementation("shared")
+    texts = found.probes.sequences
+    losses = [torch.nn.functional.cross_entropy(found.teacher(ids[None]).logits[0, 31:-1], ids[32:]) for ids in texts]
+    (expected,) = torch.autograd.grad(sum(losses) / len(texts), shares)
+    others = [unit for unit in found.units if unit not in kept]
+    assert_close(torch.tensor([given[unit] for unit in others]), -expected.flatten()[others])
+    assert all(parameter.grad is None for parameter in found.teacher.parameters())
+
+
+def test_by_gradient_the_layer_that_matters_is_found():
+    found = candidates(teacher(matter=(2,)))
+    kept, (scores,) = by_gain(found, 1, "gradient", greedy=False)
+    assert kept == [2]
+    assert [unit for unit, gain in scores.items() if gain] == [2]
+    found = candidates(teacher(matter=(2,)), heads=True)
+    kept, rounds = by_gain(found, 2, "gradient", greedy=True)
+    assert set(kept) == {4, 5}
+    assert [len(scores) for scores in rounds] == [8, 7]
+    assert sum(rounds[0].values()) == pytest.approx(scores[2])
 
 
 def test_one_function_is_measured_once(monkeypatch):
@@ -103,7 +156,7 @@ def test_shares_of_a_gap_that_is_none_are_refused():
     texts = own_text(model)
     worst = logits(model, texts[:, :40])[:, -1].argmin(-1)
     asked = [Needles(texts[:, :40], worst, torch.arange(tiny.VOCAB))]
-    with pytest.raises(LinearizeError, match=r"valid selectors: late, recall, align"):
+    with pytest.raises(LinearizeError, match=r"valid selectors: late, recall, gradient, align"):
         module.both_gain(Candidates(model, WINDOW, Probes(texts, asked)), [1])
 
 
@@ -195,17 +248,28 @@ def test_the_command(folder, capsys, arguments):
     assert cli.main([*COMMAND.split(), *arguments.split(), "--out", "scores.json"]) == 0
     found = json.loads((folder / "scores.json").read_text())
     printed = capsys.readouterr().out
-    assert printed.endswith(f"layers: {found['layers']}\n")
-    assert sorted([*found["kept"], *choose_layers(found["layers"], None, 3)]) == [0, 1, 2]
+    assert printed.endswith(f"\nlayers: {found['value']}\n")
+    assert sorted([*map(int, found["kept"]), *choose_layers(found["value"], None, 3)]) == [0, 1, 2]
     assert found["measured"].keys() == {"teacher", "window", "chosen", "uniform"}
     assert found["window"] == 8
+
+
+def test_the_command_chooses_heads(folder, capsys):
+    assert cli.main([*COMMAND.split(), "--heads", "--keep", "3", "--selector", "gradient", "--out", "scores.json"]) == 0
+    found = json.loads((folder / "scores.json").read_text())
+    printed = capsys.readouterr().out
+    assert "full heads" in printed
+    assert printed.endswith(f"\nsoftmax_heads: {found['value']}\n")
+    assert sum(len(heads) for heads in parse_heads(found["value"], 3, 2).values()) == len(found["kept"]) == 3
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ("--keep 3", "keep is 3; valid for this model: 1-2"),
-        ("--selector best", "unknown selector 'best'; valid: align, both, late, recall"),
+        ("--keep 6 --heads", "keep is 6; valid for this model: 1-5"),
+        ("--heads --selector align", "align scores layers, not heads"),
+        ("--selector best", "unknown selector 'best'; valid: align, both, gradient, late, recall"),
         ("--selector align --greedy", "greedy has no meaning for align"),
         ("--tokens many", "'many' is no number of tokens"),
         ("--data gone.txt", "no file gone.txt"),

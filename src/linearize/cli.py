@@ -222,9 +222,10 @@ def inspect_(
 @app.command()
 def select(
     model: Annotated[str, typer.Argument(help="An embedded model's name, a folder, or a hub name owner/name.")],
-    keep: Annotated[int, typer.Option(min=1, help="Layers to leave as softmax attention.")] = 3,
-    selector: Annotated[str, typer.Option(metavar="NAME", help="late, recall, both, or align.")] = "late",
-    greedy: Annotated[bool, typer.Option("--greedy", help="Score a layer beside those already chosen.")] = False,
+    keep: Annotated[int, typer.Option(min=1, help="How many to leave as softmax attention.")] = 3,
+    heads: Annotated[bool, typer.Option("--heads", help="Choose key/value heads, not whole layers.")] = False,
+    selector: Annotated[str, typer.Option(metavar="NAME", help="late, recall, both, gradient, or align.")] = "late",
+    greedy: Annotated[bool, typer.Option("--greedy", help="Score each beside those already chosen.")] = False,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences that late loss is measured on.")] = 4,
     trials: Annotated[int, typer.Option(min=1, help="Needles of each length.")] = 8,
     tokens: Annotated[str, typer.Option(help="To align on, with align.")] = "32K",
@@ -235,10 +236,10 @@ def select(
     sinks: Sinks = None,
     set_: Set = [],  # noqa: B006
 ) -> None:
-    """Choose the layers to leave as softmax attention.
+    """Choose the layers or heads to leave as softmax attention.
 
-    By what leaving each of them full gains in an untrained conversion: late loss, a needle's recall, or both; or by
-    how badly it aligns. Prints scores and the `layers` that a recipe then converts.
+    By what leaving each of them full gains in an untrained conversion: late loss, a needle's recall, or both, or late
+    loss to first order; or by how badly a layer aligns. Prints scores and the key of a recipe that leaves them.
     """
     flags = locals()
     from linearize.files import check_writable, write_text
@@ -248,11 +249,12 @@ def select(
 
     if out is not None:
         check_writable(out)
-    chosen = choose(_recipe("default", set_, flags), keep, selector, greedy, sequences, trials, parse_tokens(tokens))
+    given = keep, selector, greedy, sequences, trials, parse_tokens(tokens), heads
+    chosen = choose(_recipe("default", set_, flags), *given)
     if out is not None:
         write_text(out, chosen.model_dump_json(indent=1) + "\n")
     print(table(chosen))
-    print(f"\nlayers: {chosen.layers}")
+    print(f"\n{chosen.key}: {chosen.value}")
 
 
 @app.command()

@@ -72,7 +72,8 @@ def check_convertible(
     if is_linearized(model):
         raise LinearizeError("the model is linearized already; linearize.revert(model) undoes it")
     family_of(model.config)
-    chosen, heads = choose_layers(layers, every, model.config.num_hidden_layers), {}
+    chosen = choose_layers(layers, every, model.config.num_hidden_layers)
+    heads: Heads = {}
     if softmax_heads is not None:
         chosen, heads = _choose_heads(model, softmax_heads, chosen)
     for index in chosen:

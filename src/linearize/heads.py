@@ -20,6 +20,12 @@ class SoftmaxHeads(nn.Module):
     `split` takes them out of all heads, in the model's order, and `join` puts both outputs together again.
     """
 
+    queries: Tensor
+    other_queries: Tensor
+    keys: Tensor
+    other_keys: Tensor
+    order: Tensor
+
     def __init__(self, chosen: Iterable[int], attention: Any) -> None:
         super().__init__()
         self.chosen, self.config = tuple(chosen), attention.config
@@ -70,9 +76,9 @@ def parse_heads(text: str, layers: int, heads: int) -> Heads:
     found: dict[int, set[int]] = {}
     try:
         for part in text.split(","):
-            layer, _, span = part.strip().partition("/")
+            number, _, span = part.strip().partition("/")
             first, _, last = span.partition("-")
-            found.setdefault(int(layer), set()).update(range(int(first), int(last or first) + 1))
+            found.setdefault(int(number), set()).update(range(int(first), int(last or first) + 1))
     except ValueError as error:
         raise LinearizeError(f"softmax_heads {text!r} is not valid; give layer/head as in '8/0,17/1-2'") from error
     for layer, chosen in found.items():

@@ -135,9 +135,10 @@ class LinearizedAttention(nn.Module):
         rotated: tuple[Tensor, Tensor] = self.rotate(q, k, *position_embeddings, unsqueeze_dim=2)
         own = None
         if self.softmax_heads is not None:
-            (turned_q, own_q), (turned_k, own_k), (v, own_v) = map(self.softmax_heads.split, (*rotated, v))
+            split = self.softmax_heads.split
+            (turned_q, own_q), (turned_k, own_k), (v, own_v) = split(rotated[0]), split(rotated[1]), split(v)
+            q, k, rotated = split(q)[0], split(k)[0], (turned_q, turned_k)
             own = self.softmax_heads(own_q, own_k, own_v, attention_mask, cache)
-            (q, _), (k, _), rotated = *map(self.softmax_heads.split, (q, k)), (turned_q, turned_k)
         sinks = normalizer = None
         if self.config.local != "none":
             before = None if past is None or cache is None else (cache.sink_keys, cache.sink_values)

@@ -145,7 +145,8 @@ def _continued(recipe: Recipe, before: Recipe, source: Path, trained: bool) -> R
 
     Only so is a baseline, which goes through all stages of one recipe, matched.
     """
-    shared = {"model", "layers", "softmax_every", "softmax_heads", "mixer"} | ({"lora", "seed", "data"} if trained else set())
+    shared = {"model", "layers", "softmax_every", "softmax_heads", "mixer"}
+    shared |= {"lora", "seed", "data"} if trained else set()
     default = recipes.read("default")
     for key in sorted(shared):
         given, kept = getattr(recipe, key), getattr(before, key)
@@ -298,8 +299,8 @@ def _one(values: list[Any]) -> Any:
 def build(recipe: Recipe, mixer: MixerSettings, teacher: PreTrainedModel) -> PreTrainedModel:
     """An untrained conversion: on the teacher's own parameters, or on copies where all of them are to be trained."""
     student = shared_copy(teacher) if recipe.lora is not None else copy.deepcopy(teacher)
-    kept = {"softmax_every": recipe.softmax_every, "softmax_heads": recipe.softmax_heads}
-    return convert(student, layers=recipe.layers, **kept, **mixer.root)
+    every, heads = recipe.softmax_every, recipe.softmax_heads
+    return convert(student, layers=recipe.layers, softmax_every=every, softmax_heads=heads, **mixer.root)
 
 
 def train_variant(recipe: Recipe, name: str, base: Base, work: Path) -> Trained:

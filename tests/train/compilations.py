@@ -21,7 +21,9 @@ from linearize.train.trainer import shared_copy, with_lora
 
 DEFAULT = {"structure": "gated_deltanet", "feature_map": "linear", "gate_source": "learned", "readout": "rms"}
 DEFAULT |= {"mixing": "data_dependent", "mixing_weight": 0.4, "window": 4, "behind": True, "rope": "both"}
-SETTINGS = {"default": DEFAULT, "gla": {"structure": "gla"}, "lightning": {"structure": "lightning", "window": 4}}
+HEADS = DEFAULT | {"softmax_heads": "0/0,1/1"}
+LIGHTNING = {"structure": "lightning", "window": 4}
+SETTINGS = {"default": DEFAULT, "heads": HEADS, "gla": {"structure": "gla"}, "lightning": LIGHTNING}
 LOSSES = {"align": align_loss, "distill": distill_loss}
 
 

@@ -49,6 +49,7 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton
     ("expected", "case"),
     [
         (2, "distill 3 all default operations"),  # the teacher's layer, and the student's
+        (3, "distill 3 all heads operations"),  # and that of a layer without softmax heads
         (2, "align 3 lora default operations"),  # a norm and an MLP, the teacher's
         (3, "distill 3 lora lightning operations"),  # the teacher's layer; each mixer is another, and left out
         pytest.param(2, "distill 2 lora default kernels", marks=interpreted),

@@ -20,6 +20,7 @@ SETTINGS = [
     {"structure": "lightning", "mixing": "data_dependent"},
     {"structure": "gsa", "convolution": 4},
     {"structure": "none"},
+    {"structure": "gated_deltanet", "mixing": "data_dependent", "softmax_heads": "0/1,2/0"},
 ]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
