@@ -79,19 +79,13 @@ def test_values_of_another_size_than_keys(K, V):
     assert_is_the_equation(with_values(inputs(70, KV=2, D=K), V))
 
 
-@pytest.fixture
-def in_blocks(monkeypatch):
-    """Gradients of wide keys in blocks of channels."""
-    monkeypatch.setattr("linearize.ops.liger_delta.IN_BLOCKS", True)
-
-
 @needs_interpreter
-def test_wide_keys_with_groups_and_documents(in_blocks):
+def test_wide_keys_with_groups_and_documents():
     assert_is_the_equation(with_values(inputs(130, B=2, groups=3, D=140), 24), documents(130, [20, 23, 100], [64]))
 
 
 @needs_interpreter
-def test_wide_keys_without_decay(in_blocks):
+def test_wide_keys_without_decay():
     given = with_values(inputs(70, D=140), 24)
     given[3] = torch.zeros_like(given[3])
     assert_is_the_equation(given)
@@ -248,7 +242,7 @@ def test_gpu_values_of_another_size_than_keys(K, V):
 
 @needs_gpu
 @pytest.mark.parametrize(("K", "V"), [(256, 64), (200, 48)])
-def test_gpu_wide_keys_in_blocks(in_blocks, K, V):
+def test_gpu_wide_keys(K, V):
     given = with_values(inputs(300, B=2, KV=2, groups=3, D=K), V)
     assert_is_the_equation(given, documents(300, [20, 23, 100], [64]), torch.bfloat16, 5e-3)
 

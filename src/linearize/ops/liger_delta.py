@@ -24,10 +24,6 @@ from linearize.ops.liger_fused import (
 )
 from linearize.ops.liger_window import window_gradients
 
-# whether gradients of queries of more than 128 channels are made in blocks of these: right in Triton's interpreter, and
-# not run on a GPU yet, where `delta_query_gradients_kernel` is right and slow
-IN_BLOCKS = False
-
 
 class Solved(NamedTuple):
     """What the forward pass makes of keys and values; the names are those of `liger_delta_forward_triton`."""
@@ -149,7 +145,7 @@ def add_gradients(call: Call, made: Solved, doutput: Tensor, dfinal: Tensor, sum
     key, residual, left, solved, beta, log_g, states = made
     dread, dstates = torch.empty_like(states), torch.empty_like(states)
     dresidual, dkey, dsums = torch.empty_like(residual), torch.empty_like(key), torch.empty_like(log_g)
-    if call.k.shape[3] > 128 and IN_BLOCKS:
+    if call.k.shape[3] > 128:
         wide_query_gradients(call, made, doutput, sums.q, dread, dresidual, dkey, dsums)
     else:
         gradients.delta_query_gradients_kernel[grid](

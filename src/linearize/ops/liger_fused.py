@@ -65,7 +65,7 @@ LAUNCHES: dict[str, dict[int, Launch]] = {
     "delta_key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
 }
 # keys of up to 256 are for the delta rule with gates that are given, over values of up to 64
-for _kernel in ("delta_solve", "delta_output", "delta_query_gradients", "delta_key_gradients"):
+for _kernel in ("delta_solve", "delta_output", "delta_key_gradients"):
     LAUNCHES[_kernel][256] = Launch(8, 1)
 for _kernel in ("delta_states", "delta_state_gradients"):
     LAUNCHES[_kernel][256] = Launch(8, 2, 32)
