@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from linearize.cache import REST, RINGS, Memory, MixerCacheLayer
 from linearize.families import Head, base_model_type, ropes, separate
+from linearize.graphs import RecordingError, on_the_side, record
 from linearize.mixer import LinearizedAttention, Moment
 from linearize.ops.dispatch import may_look
 from linearize.ops.liger import Rope, warn_once
@@ -171,24 +172,13 @@ class Decoder:
         return all(isinstance(layer, MixerCacheLayer) and layer.lender is self for layer in cache.layers)
 
     def capture(self) -> None:
-        """Run the step twice, as what compiles or allocates does so then, and make the graph."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+        """Run the step, as what compiles or allocates does so then, and make the graph."""
+        on_the_side(self.run)
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.logits = self.run()
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
+            self.graph, self.logits = record(self.run, errors="thread_local")
+        except RecordingError as error:
             self.clock.marks.clear()
             warn_once(f"decoding steps are not one CUDA graph, several times slower: {error}")
-            return
-        self.graph = graph
 
     def step(self, ids: Tensor, position: Tensor | int, valid: Tensor | None) -> Tensor:
         """Logits `[B, 1, vocab]` after `ids` `[B, 1]`, at `position` (`[B or 1, 1]`, or one for all rows); rows that

@@ -24,6 +24,7 @@ from linearize.convert import convert
 from linearize.errors import LinearizeError
 from linearize.evaluate.tasks import TASKS, Task
 from linearize.files import disk_error
+from linearize.graphs import RecordingError, on_the_side, record
 
 FORMATS = ("direct", "scratchpad")
 IGNORED = -100  # cross_entropy's mark of a place without a target
@@ -217,11 +218,7 @@ class Step:
             self._capture(self.stream, tokens, targets)
         if self.graph is None:
             self.eager += 1
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                loss = self._step(tokens, targets)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return loss
+            return on_the_side(lambda: self._step(tokens, targets), times=1, stream=self.stream)
         assert self.static is not None
         self.static[0].copy_(tokens)
         self.static[1].copy_(targets)
@@ -243,16 +240,12 @@ class Step:
         return loss.detach()
 
     def _capture(self, stream: torch.cuda.Stream, tokens: Tensor, targets: Tensor) -> None:
-        self.static, graph = (tokens.clone(), targets.clone()), torch.cuda.CUDAGraph()
+        static = self.static = tokens.clone(), targets.clone()
         self.optimizer.zero_grad(set_to_none=True)
-        before = torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, stream=stream):  # records; nothing runs
-                self.loss = self._step(*self.static)
-            self.graph = graph
-        except RuntimeError as error:
+            self.graph, self.loss = record(lambda: self._step(*static), stream)
+        except RecordingError as error:
             tqdm.write(f"no CUDA graph, so steps take longer: {str(error).splitlines()[0]}")
-            torch.cuda.set_stream(before)  # which a failed capture does not leave as it was
             self.stream = None
             self.optimizer.zero_grad(set_to_none=True)
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearize.graphs import RecordingError, on_the_side, record
+
 Batch = dict[str, Tensor]
-WARM_UP = 2  # runs before the recording: kernels are compiled and libraries choose their algorithms
 
 
 class Graphed:
@@ -50,25 +51,16 @@ class Graphed:
     def _record(self, batch: Batch) -> None:
         kept = {name: value.clone() for name, value in batch.items()}
         with _recast(), torch.enable_grad():
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    self._run_compiled(kept)
-            torch.cuda.current_stream().wait_stream(side)
+            on_the_side(lambda: self._run_compiled(kept))
             gc.collect()
             torch.cuda.empty_cache()
-            graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph):
-                    self.result, self.gradients = self._run(kept)
-            except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
+                self.graph, (self.result, self.gradients) = record(lambda: self._run(kept))
+            except RecordingError as error:
                 self.failed = True
                 warnings.warn(f"training steps are not one CUDA graph and take longer: {error}", stacklevel=2)
                 return
-        self.graph, self.batch = graph, kept
+        self.batch = kept
 
     def _run_compiled(self, batch: Batch) -> None:
         """For what cannot be compiled here there is the way without."""

@@ -38,6 +38,7 @@ from linearize.decoding import UNEVEN
 from linearize.errors import LinearizeError
 from linearize.families import Head, base_model_type
 from linearize.files import check_writable, new_folder, verify_folder, write_bytes
+from linearize.graphs import RecordingError, on_the_side, record
 from linearize.train.trainer import shared_copy
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")  # of documents in pretraining; a chat model's own ends are of turns
@@ -209,22 +210,12 @@ class Step:
     def record(self, read: int) -> None:
         """A graph that reads the first `read` places; before it, a run in which libraries choose what they do."""
         self.read, self.graph, self.hidden = read, None, torch.empty(0)  # which frees what the last one had
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.run(read)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+        on_the_side(lambda: self.run(read), times=1)
         try:
-            with torch.cuda.graph(graph):
-                self.hidden = self.run(read)
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
+            self.graph, self.hidden = record(lambda: self.run(read))
+        except RecordingError as error:
             self.graphed = False
             warnings.warn(f"sampling goes without a CUDA graph, several times slower: {error}", stacklevel=2)
-            return
-        self.graph = graph
 
 
 def can_be_graphed(model: PreTrainedModel) -> bool:
