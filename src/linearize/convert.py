@@ -1,7 +1,6 @@
 """Swap the softmax attention of a loaded model for mixers, in place, and back; classes that save and load it."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache, wraps
 from typing import Any
@@ -15,13 +14,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     initialization,
-    masking_utils,
 )
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.masking_utils import create_masks_for_generate
 
 from linearize.cache import adopt
 from linearize.config import MixerConfig, MixerSettings, validated
@@ -30,6 +27,7 @@ from linearize.errors import LinearizeError
 from linearize.families import FAMILIES, LINEARIZED, base_classes, base_model_type, family_of, ropes
 from linearize.heads import Heads, heads_text, parse_heads
 from linearize.mixer import LinearizedAttention, parts
+from linearize.packing import document_masks
 from linearize.tokens import Tokens, describe, most_sinks
 
 Layers = str | int | Iterable[int]
@@ -334,47 +332,6 @@ def _prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     elif tokens.document is not None:
         kwargs["attention_mask"] = document_masks(module, inputs, positions)
     return (), kwargs
-
-
-def document_masks(model: PreTrainedModel, inputs: torch.Tensor, positions: torch.Tensor | None) -> Any:
-    """The attention masks that keep packed documents apart, for softmax layers of a family that makes none itself.
-
-    `inputs` is `[B, T, ...]`, ids or embeddings; `model` may be the decoder alone. None where nothing is to be done.
-    """
-    if positions is None or family_of(model.config).separates_documents:
-        return None
-    like = model.get_input_embeddings().weight.new_empty(*inputs.shape[:2], 0)  # of which only shape and type count
-    given = {"inputs_embeds": like, "attention_mask": None, "past_key_values": None, "position_ids": positions}
-    return create_masks_for_generate(model.config, **given)
-
-
-@contextmanager
-def packing(documents: int | None) -> Iterator[None]:
-    """Inside, transformers makes masks for up to so many documents in a row, whatever it would see; None: as it sees.
-
-    It looks for documents in position ids and makes no mask where there are none; but while a CUDA graph is recorded
-    it cannot look and makes one, and the layers that were compiled without would be compiled again in the recording.
-    """
-    if documents is None:
-        yield
-        return
-    told = {
-        "find_packed_sequence_indices": _documents if documents > 1 else lambda positions: None,
-        "is_tracing": lambda *_: False,  # there is nothing more to look at
-    }
-    kept = {name: getattr(masking_utils, name) for name in told}
-    try:
-        for name, function in told.items():
-            setattr(masking_utils, name, function)
-        yield
-    finally:
-        for name, function in kept.items():
-            setattr(masking_utils, name, function)
-
-
-def _documents(positions: torch.Tensor) -> torch.Tensor:
-    """The number of each token's document in its row, both `[B, T]`."""
-    return (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(-1)
 
 
 def _with_ropes(tokens: Tokens, module: Any, inputs: torch.Tensor, positions: torch.Tensor | None, past: Any) -> Tokens:

@@ -8,8 +8,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_cuda_stream_capturing
 
-from linearize.convert import attention_of, decoder, document_masks, mixers, packing
+from linearize.convert import attention_of, decoder, mixers
 from linearize.mixer import LinearizedAttention
+from linearize.packing import document_masks, packing
 from linearize.tokens import describe, most_sinks
 from linearize.train.losses import relative_error
 

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearize.convert import decoder, document_masks, is_linearized, packing
+from linearize.convert import decoder, is_linearized
 from linearize.families import Head
+from linearize.packing import document_masks, packing
 from linearize.train.losses import distillation_loss
 
 
