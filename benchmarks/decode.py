@@ -33,6 +33,7 @@ from benchmarks.results import provenance, write
 from benchmarks.timing import copy_speed, graphed, times
 from linearize import convert, revert
 from linearize.config import MixerConfig, MixerSettings
+from linearize.convert import choose_layers
 from linearize.decoding import Decoder
 from linearize.inspect import recurrent_bytes
 from linearize.ops import dispatch
@@ -61,6 +62,7 @@ CONVERTED: dict[str, dict[str, Any]] = {  # what the converted side may be
     "gla": {"structure": "gla"},
     "default": DEFAULT,
     "gated_deltanet_gated": DEFAULT | {"readout": "gated"},
+    "hybrid": DEFAULT | {"softmax_every": 10},  # every tenth layer stays softmax attention
 }
 BATCHES, CONTEXTS = (1, 16, 64, 256), (1024, 4096, 16384, 65536)
 TELLING = ((1, 16384), (16, 16384), (1, 1024), (256, 16384))  # batch and context; first, for every model
@@ -135,15 +137,22 @@ def key_value_bytes(config: Any, tokens: int) -> int:
 
 
 def layers_of(config: Any, settings: dict[str, Any]) -> list[MixerConfig]:
-    """Every layer's settings."""
-    mixer, count = MixerSettings(settings), config.num_hidden_layers
-    return [mixer.layer(index, count) for index in range(count)]
+    """The settings of every layer that is converted."""
+    mixer = MixerSettings({name: value for name, value in settings.items() if name != "softmax_every"})
+    count = config.num_hidden_layers
+    return [mixer.layer(index, count) for index in choose_layers("all", settings.get("softmax_every"), count)]
 
 
 def window_bytes(config: Any, settings: dict[str, Any]) -> int:
     """Of one row's windows and sinks in bf16."""
     tokens = sum(layer.window + layer.sinks for layer in layers_of(config, settings))
     return 4 * tokens * config.num_key_value_heads * config.head_dim
+
+
+def growing_bytes(config: Any, settings: dict[str, Any], tokens: int) -> int:
+    """Of one row's keys and values of all tokens in layers that are not converted, in bf16."""
+    kept = config.num_hidden_layers - len(layers_of(config, settings))
+    return key_value_bytes(config, tokens) * kept // config.num_hidden_layers
 
 
 def state_bytes(config: Any, settings: dict[str, Any]) -> int:
@@ -227,7 +236,7 @@ def sizes(model: PreTrainedModel, settings: dict[str, Any], batch: int, context:
         "weights_read": weight_bytes(model, read=True),
         "key_value": batch * key_value_bytes(config, context),
         "window": batch * window_bytes(config, settings),
-        "states": batch * state_bytes(config, settings),
+        "states": batch * (state_bytes(config, settings) + growing_bytes(config, settings, context)),
     }
 
 
@@ -260,6 +269,13 @@ def converted_steps(
 
 def fill(decoder: Decoder, context: int) -> None:
     """Random values, as after `context` tokens."""
+    if decoder.grows:
+        decoder.reserve(context)
+        decoder.seen.fill_(True)
+        for kept in decoder.growing:
+            if kept is not None:
+                kept.keys.normal_()
+                kept.values.normal_()
     decoder.position.fill_(context)
     decoder.clock.time.fill_(context)
     decoder.clock.real.fill_(context)

@@ -1,7 +1,8 @@
-"""Ways to choose what stays softmax attention, against each other: late loss and recall of what they chose.
+r"""Ways to choose what stays softmax attention, against each other: late loss and recall of what they chose.
 
     python -m benchmarks.selection --data TEXT --heldout ARTICLES --out docs/results/selection.json
-    python -m benchmarks.selection --heads --data TEXT --heldout ARTICLES --out docs/results/selection_heads.json
+    python -m benchmarks.selection --heads --data TEXT --heldout ARTICLES --articles 1-20 \
+        --out docs/results/selection_heads.json
 
 Layers, or key/value heads, are chosen on the training text; the chosen ones, left full in an untrained conversion to
 window and sinks, are measured on other texts, as are evenly spaced ones, those given by `--sets`, the window alone and
@@ -22,7 +23,7 @@ from linearize import recipe as recipes
 from linearize.convert import choose_layers
 from linearize.run import load_base, mixer_of
 from linearize.select import Candidates, by_alignment, by_gain, probes, uniform
-from linearize.train.documents import load_documents
+from linearize.train.documents import heldout_documents, load_documents
 
 KEEP = (1, 3, 4)
 KEEP_HEADS = (3, 9, 18)
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--heldout-sequences", type=int, default=20)
     parser.add_argument("--heldout-trials", type=int, default=50)
     parser.add_argument("--align-tokens", type=int, default=32_768, help="0: do not align")
+    parser.add_argument("--articles", help="held-out documents by their numbers, like 1-20; else all")
     parser.add_argument("--heads", action="store_true", help="choose key/value heads, not layers")
     parser.add_argument("--window", type=int, default=64, help="in all layers")
     parser.add_argument("--selectors", nargs="+", choices=SELECTORS, default=list(SELECTORS))
@@ -127,7 +129,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Candidates, Candidates, Call
         arguments.heads,
     )
     other = arguments.seed + 1  # of needles and their places
-    texts = load_documents(arguments.heldout, "heldout")
+    texts = list(heldout_documents(arguments.heldout, arguments.articles, arguments.data).values())
     counts = arguments.heldout_sequences, arguments.heldout_trials
     measured = Candidates(
         base.teacher,

@@ -344,7 +344,8 @@ def test_a_model_is_saved_trained_and_copied_as_before(settings, tmp_path, steps
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"layers": "0,2"}, "some layers are softmax attention, whose cache grows"),
+        ({"layers": "0,2", "family": "phi"}, "some of phi stays softmax attention"),
+        ({"softmax_heads": "0/1", "family": "olmo2"}, "some of olmo2 stays softmax attention"),
         ({"family": "mixtral"}, "the experts of mixtral do a different amount of work for every text"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
@@ -353,7 +354,7 @@ def test_a_model_is_saved_trained_and_copied_as_before(settings, tmp_path, steps
     ],
 )
 def test_models_without_a_decoder_say_why(settings, reason):
-    assert decoding.why_not(converted(**settings)) == reason
+    assert str(decoding.why_not(converted(**settings))).startswith(reason)
 
 
 def test_hooks_are_called(steps):

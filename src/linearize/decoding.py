@@ -3,7 +3,8 @@ kernels of the model's step.
 
 `next_token` stands before the forward of every converted model. A call with one new token for each row, a cache and no
 gradients is its; what it cannot do goes on to the ordinary forward. A cache that it serves is lent to a `Decoder`,
-whose buffers its layers show from then on, until something else needs it (`MixerCacheLayer.settle`).
+whose buffers its layers show from then on, until something else needs it (`MixerCacheLayer.settle`). What stays softmax
+attention keeps all tokens (`growing`): a graph reads as many as there is room for, and is made anew where it is full.
 """
 
 import weakref
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from linearize.cache import REST, RINGS, Memory, MixerCacheLayer
-from linearize.families import Head, base_model_type, ropes, separate
+from linearize.cache import GROWS, REST, RINGS, Memory, MixerCacheLayer
+from linearize.families import Head, base_model_type, family_of, ropes, rotation, separate
 from linearize.graphs import RecordingError, on_the_side, record
+from linearize.growing import Growing, room_for, unrotated
 from linearize.mixer import LinearizedAttention, Moment
 from linearize.ops.dispatch import may_look
 from linearize.ops.liger import Rope, warn_once
@@ -56,7 +58,7 @@ def next_token(model: PreTrainedModel, given: Mapping[str, Any]) -> CausalLMOutp
     decoder = _decoders.get(model)
     if decoder is None or not decoder.holds(cache):
         with torch.inference_mode(False), torch.no_grad():  # buffers outlive the caller's mode
-            decoder = _lend(model, cache, batch)
+            decoder = _lend(model, cache, batch, mask)
     if decoder is None:
         return None
     valid = None if mask is None else mask[:, -1]
@@ -73,7 +75,7 @@ def _ordinary(model: PreTrainedModel, given: Mapping[str, Any]) -> bool:
     return plain and not others and config.return_dict and not (config.output_hidden_states or config.output_attentions)
 
 
-def _lend(model: PreTrainedModel, cache: Cache, batch: int) -> "Decoder | None":
+def _lend(model: PreTrainedModel, cache: Cache, batch: int, mask: Tensor | None) -> "Decoder | None":
     """The decoder that has the cache now; None where there is none for this model."""
     decoder, reason = _decoders.get(model), why_not(model)
     if decoder is not None:
@@ -87,26 +89,28 @@ def _lend(model: PreTrainedModel, cache: Cache, batch: int) -> "Decoder | None":
         return None
     if decoder is None:
         decoder = _decoders[model] = Decoder(model, batch)
-    decoder.take(cache)
+    decoder.take(cache, mask)
     return decoder
 
 
 def why_not(model: PreTrainedModel) -> str | None:
     """Why there is no `Decoder` for a converted model; None if there is."""
     layers: list[Any] = [layer.self_attn for layer in model.base_model.layers]
-    if not all(isinstance(mixer, LinearizedAttention) for mixer in layers):
-        return "some layers are softmax attention, whose cache grows"
-    if any(mixer.softmax_heads is not None for mixer in layers):
-        return "some heads are softmax attention, whose cache grows"
+    mixers = [attention for attention in layers if isinstance(attention, LinearizedAttention)]
     if any(hasattr(module, "base_layer") for module in model.modules()):  # PEFT's
         return "LoRA is not merged into the weights (linearize merge)"
+    if len(mixers) < len(layers) or any(mixer.softmax_heads is not None for mixer in mixers):
+        if not is_plain(model.base_model):
+            return f"some of {base_model_type(model.config.model_type)} stays softmax attention; valid: {PLAIN}"
+        if any(getattr(holder, "sliding_window", None) is not None for holder in (model.config, *layers)):
+            return "what stays softmax attention has a sliding window of its own"
     if (name := base_model_type(model.config.model_type)) in UNEVEN:
         return f"the experts of {name} do a different amount of work for every text"
     rope_types = getattr(model.base_model.rotary_emb, "rope_type", "default")
     rope_types = rope_types.values() if isinstance(rope_types, dict) else [rope_types]
     if moving := [name for name in rope_types if name in MOVING]:
         return f"the frequencies of {moving[0]} RoPE depend on the length"
-    if any(mixer.ablated for mixer in layers):
+    if any(mixer.ablated for mixer in mixers):
         return "a branch is left out"
     devices = {parameter.device.type for parameter in model.parameters()}
     if len({parameter.device for parameter in model.parameters()}) > 1 or "meta" in devices:
@@ -130,7 +134,8 @@ class Decoder:
         config: Any = model.config
         self.stack: Any = model.base_model
         self.head, self.limit = Head(model), config.max_position_embeddings
-        self.mixers: list[LinearizedAttention] = [layer.self_attn for layer in self.stack.layers]
+        attentions: list[Any] = [layer.self_attn for layer in self.stack.layers]
+        self.mixers = [attention for attention in attentions if isinstance(attention, LinearizedAttention)]
         weight = self.stack.get_input_embeddings().weight
         sinks = most_sinks(config.linearize)
         like = {"device": weight.device, "dtype": torch.long}
@@ -152,33 +157,60 @@ class Decoder:
         self.moments = [mixer.moment(self.clock, held) for mixer, held in zip(self.mixers, empty, strict=True)]
         pairs = zip(self.mixers, self.moments, strict=True)
         self.by_operations = not all(mixer.is_whole(moment.settings) for mixer, moment in pairs)
+        self.growing = [_growing(attention, weight.new_empty(batch, 0, attention.head_dim)) for attention in attentions]
+        self.grows, self.time = any(kept is not None for kept in self.growing), 0
+        self.seen = torch.zeros(batch, 0, dtype=torch.bool, device=weight.device)
         self.layers: list[PlainLayer] | None = None
         if is_plain(self.stack):
-            self.layers = [PlainLayer(*pair) for pair in zip(self.stack.layers, self.moments, strict=True)]
-        self.lent: list[weakref.ref[MixerCacheLayer]] = []
+            moments = iter(self.moments)
+            self.layers = [
+                PlainLayer(layer, next(moments) if isinstance(layer.self_attn, LinearizedAttention) else None, kept)
+                for layer, kept in zip(self.stack.layers, self.growing, strict=True)
+            ]
+        self.lent: list[weakref.ref[Any]] = []  # the cache's layers
         self.signature = _signature(model)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None
-        if weight.is_cuda:
-            with torch.cuda.device_of(weight):
-                self.capture()
+        if not self.grows:
+            self.capture()
 
     def fits(self, model: PreTrainedModel, batch: int) -> bool:
         """Whether it is for as many rows and for the weights that the model has now."""
         return self.ids.shape[0] == batch and self.signature == _signature(model)
 
     def holds(self, cache: Cache) -> bool:
-        """Whether the cache's layers show these buffers."""
-        return all(isinstance(layer, MixerCacheLayer) and layer.lender is self for layer in cache.layers)
+        """Whether the cache's layers show these buffers, and there is room for another token."""
+        if self.grows and self.time >= self.seen.shape[1]:
+            return False
+        return all(
+            layer.lender is self if isinstance(layer, MixerCacheLayer) else kept is not None and kept.holds(layer.keys)
+            for layer, kept in zip(cache.layers, self.growing, strict=True)
+        )
+
+    def reserve(self, tokens: int) -> None:
+        """Room for one more than so many tokens where all are kept, and the graph that reads it; what was in buffers is
+        gone."""
+        if room_for(tokens) == self.seen.shape[1]:
+            return
+        self.graph, self.logits = None, None  # whose memory is free then
+        self.seen = self.seen.new_zeros(len(self.seen), room_for(tokens))
+        for kept in self.growing:
+            if kept is not None:
+                kept.reserve(room_for(tokens))
+        self.clock.time.zero_()
+        self.capture()
 
     def capture(self) -> None:
-        """Run the step, as what compiles or allocates does so then, and make the graph."""
-        on_the_side(self.run)
-        try:
-            self.graph, self.logits = record(self.run, errors="thread_local")
-        except RecordingError as error:
-            self.clock.marks.clear()
-            warn_once(f"decoding steps are not one CUDA graph, several times slower: {error}")
+        """On a GPU, run the step, as what compiles or allocates does so then, and make the graph."""
+        if not self.ids.is_cuda:
+            return
+        with torch.cuda.device_of(self.ids):
+            on_the_side(self.run)
+            try:
+                self.graph, self.logits = record(self.run, errors="thread_local")
+            except RecordingError as error:
+                self.clock.marks.clear()
+                warn_once(f"decoding steps are not one CUDA graph, several times slower: {error}")
 
     def step(self, ids: Tensor, position: Tensor | int, valid: Tensor | None) -> Tensor:
         """Logits `[B, 1, vocab]` after `ids` `[B, 1]`, at `position` (`[B or 1, 1]`, or one for all rows); rows that
@@ -186,9 +218,13 @@ class Decoder:
         self.ids.copy_(ids)
         self.position.copy_(position) if isinstance(position, Tensor) else self.position.fill_(position)
         self.clock.valid.fill_(True) if valid is None else self.clock.valid.copy_(valid)
-        for reference in self.lent:
+        self.time += 1
+        for reference, kept in zip(self.lent, self.growing if self.lent else (), strict=True):
             if (layer := reference()) is not None:
-                layer.seen += 1
+                if isinstance(layer, MixerCacheLayer):
+                    layer.seen += 1
+                if kept is not None:
+                    _show_growing(layer, kept, self.time)
         if self.graph is None:
             return self.run()
         assert self.logits is not None
@@ -199,7 +235,11 @@ class Decoder:
     @torch.no_grad()
     def run(self) -> Tensor:
         """The step itself: it reads `ids` and `position`, moves `clock` and `held` on, and gives the logits."""
+        if self.grows:
+            self.seen.index_fill_(1, self.clock.time, True)  # padding sees itself, so that it is a number
         logits = self.through_layers() if self.layers is None else self.through_plain_layers()
+        if self.grows:
+            self.seen.index_copy_(1, self.clock.time, self.clock.valid[:, None])
         for window, ring in self.positions.items():
             ring.index_copy_(1, self.clock.time % window, self.position.int())
         advance(self.clock)
@@ -216,8 +256,9 @@ class Decoder:
         cos, sin = self.stack.rotary_emb(hidden, position_ids=positions)
         rope, *others = zip(cos.unbind(1), sin.unbind(1), strict=True)
         back, sinks = dict(zip(leaving, others, strict=False)), others[len(leaving) :]
-        for layer, moment in zip(self.layers, self.now(sinks * len(self.layers), self.each(back)), strict=True):
-            layer(hidden, rope, moment)
+        moments = iter(self.now(sinks * len(self.mixers), self.each(back)))
+        for layer in self.layers:
+            layer(hidden, rope, self.clock.time, self.seen, next(moments) if layer.mixer is not None else None)
         return self.head(normed(hidden, norm_of(self.stack.norm)))[:, None]
 
     def clamped(self) -> Tensor:
@@ -257,26 +298,36 @@ class Decoder:
         each = zip(self.moments, sinks or [None] * len(self.moments), back, strict=True)
         return [moment._replace(sink_rope=sink, leaving_rope=rope, tokens=tokens) for moment, sink, rope in each]
 
-    def take(self, cache: Cache) -> None:
-        """The cache's tokens come into the buffers, and its layers show these from now on."""
-        layers: list[MixerCacheLayer] = list(cache.layers)
-        self.clock.time.fill_(layers[0].seen)
+    def take(self, cache: Cache, mask: Tensor | None = None) -> None:
+        """The cache's tokens come into the buffers, and its layers show these from now on; `mask` `[B, tokens]` is 0 at
+        padding."""
+        layers: list[MixerCacheLayer] = [layer for layer in cache.layers if isinstance(layer, MixerCacheLayer)]
+        self.time = layers[0].seen
+        if self.grows:
+            self.reserve(self.time)
+            self.seen.zero_()
+            self.seen[:, : self.time] = True if mask is None else mask[:, : self.time].bool()
+        for layer, kept in zip(cache.layers, self.growing, strict=True):
+            if kept is not None:
+                kept.take(*(getattr(layer, name) for name in _growing_names(layer)))
+                _show_growing(layer, kept, self.time)
+        self.clock.time.fill_(self.time)
         self.clock.real.copy_(layers[0].real)
         self.clock.sink_time.copy_(layers[0].sink_time)
         for layer, (_, held, *_) in zip(layers, self.moments, strict=True):
             M, back = layer.sink_keys.shape[1], layer.seen % max(layer.keys.shape[1], 1)
-            for kept, sinks, ring in (
+            for whole, sinks, ring in (
                 (held.keys, layer.sink_keys, layer.keys),
                 (held.values, layer.sink_values, layer.values),
             ):
-                kept[:, :, :M].copy_(sinks.transpose(1, 2))
-                kept[:, :, M:].copy_(ring.roll(back, 1).transpose(1, 2))
+                whole[:, :, :M].copy_(sinks.transpose(1, 2))
+                whole[:, :, M:].copy_(ring.roll(back, 1).transpose(1, 2))
             for name in ("valid", "positions", *Memory._fields):
                 if (x := getattr(layer, name)) is not None:
                     getattr(held, name).copy_(x.roll(back, 1) if name in RINGS else x)
             self._show(layer, held)
             layer.lender = self
-        self.lent = [weakref.ref(layer) for layer in layers]
+        self.lent = [weakref.ref(layer) for layer in cache.layers]
 
     def _show(self, layer: MixerCacheLayer, held: Held) -> None:
         parts = layer.sink_keys.shape[1], layer.keys.shape[1]
@@ -289,8 +340,13 @@ class Decoder:
 
     def release(self) -> None:
         """The layers that show these buffers get tensors of their own again, in the cache's order."""
-        for reference in self.lent:
-            if (layer := reference()) is not None and layer.lender is self:
+        for reference, kept in zip(self.lent, self.growing if self.lent else (), strict=True):
+            layer = reference()
+            names = () if layer is None or kept is None else _growing_names(layer)
+            if kept is not None and names and kept.holds(getattr(layer, names[0])):
+                for name in names:
+                    setattr(layer, name, getattr(layer, name).clone(memory_format=torch.contiguous_format))
+            if isinstance(layer, MixerCacheLayer) and layer.lender is self:
                 back = -(layer.seen % max(layer.keys.shape[1], 1))
                 for name in (*RINGS, *REST):
                     if (x := getattr(layer, name)) is not None:
@@ -306,12 +362,41 @@ def _window(mixer: LinearizedAttention) -> int:
     return 0 if mixer.config.local == "none" else mixer.config.window
 
 
+def _growing(attention: Any, like: Tensor) -> Growing | None:
+    """What a layer keeps of all tokens, if it keeps anything; `like` `[B, 0, D]`."""
+    original = _original(attention)
+    config = original.config
+    heads = config.num_key_value_heads
+    if isinstance(attention, LinearizedAttention):
+        heads = 0 if attention.softmax_heads is None else len(attention.softmax_heads.chosen)
+    if not heads:
+        return None
+    rotate: Any = rotation(family_of(config), base_model_type(config.model_type))
+    groups, rotates = config.num_attention_heads // config.num_key_value_heads, getattr(original, "use_rope", True)
+    return Growing((groups * heads, heads), rotate if rotates else unrotated, attention.scaling, like)
+
+
+def _original(attention: Any) -> Any:
+    """The model's own attention module, converted or not."""
+    return attention.original if isinstance(attention, LinearizedAttention) else attention
+
+
+def _growing_names(layer: Any) -> tuple[str, str]:
+    """Where a cache's layer has keys and values of all tokens."""
+    return GROWS if isinstance(layer, MixerCacheLayer) else ("keys", "values")
+
+
+def _show_growing(layer: Any, kept: Growing, tokens: int) -> None:
+    for name, x in zip(_growing_names(layer), kept.shown(tokens), strict=True):
+        setattr(layer, name, x)
+
+
 def _empty(
     mixer: LinearizedAttention, valid: Tensor, positions: Tensor | None, sinks: int, weight: Tensor, tokens: Tokens
 ) -> Held:
     """Buffers of one layer before the first token; `valid` and `positions` are those of all layers of its window."""
     batch, window = valid.shape
-    shape = batch, mixer.num_key_value_heads, sinks + window if window else 0, mixer.head_dim
+    shape = batch, mixer.layer.num_key_value_heads, sinks + window if window else 0, mixer.head_dim
     keys, values = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
     memory = mixer.no_memory(weight, tokens) or [torch.zeros(0, device=weight.device)]
     return Held(keys, values, valid, *memory)._replace(positions=positions if mixer.config.turns_back else None)
@@ -340,31 +425,40 @@ def is_plain(stack: Any) -> bool:
     return all(type(linear) is nn.Linear for linear in linears)  # not a quantised one
 
 
-def _projections(mixer: LinearizedAttention) -> list[nn.Linear]:
-    return [getattr(mixer, name) for name in mixer.family.projections]
+def _projections(attention: Any) -> list[nn.Linear]:
+    return [getattr(attention, name) for name in family_of(_original(attention).config).projections]
 
 
 class PlainLayer:
     """A decoder layer in place: norms, residuals and SwiGLU are done by the matrix products (`ops.products`), and
     products of one input are one."""
 
-    def __init__(self, layer: Any, moment: Moment) -> None:
-        self.mixer: LinearizedAttention = layer.self_attn
-        *projections, output = _projections(self.mixer)
+    def __init__(self, layer: Any, moment: Moment | None, growing: Growing | None) -> None:
+        """Of a converted layer with its `moment`, or of one that stays softmax attention, `growing`."""
+        self.attention: Any = layer.self_attn
+        self.mixer, self.growing = (self.attention if moment is not None else None), growing
+        self.split = family_of(_original(self.attention).config).project
+        *projections, output = _projections(self.attention)
         self.norm, self.mlp_norm = norm_of(layer.input_layernorm), norm_of(layer.post_attention_layernorm)
-        self.together = self.mixer.family.project is separate
+        self.together = self.split is separate
         if self.together:
-            self.qkv = joined(projections, moment.inputs)
+            others = moment.inputs if moment is not None else []
+            self.qkv = joined(projections, others)
             self.width = sum(linear.out_features for linear in projections)
-            self.inputs = sum(len(weight) for weight in moment.inputs)
-        self.unseen = self.together and self.mixer.is_whole(moment.settings)
+            self.inputs = sum(len(weight) for weight in others)
+        self.unseen = self.together and (moment is None or self.attention.is_whole(moment.settings))
         self.gate_up, self.size = joined([layer.mlp.gate_proj, layer.mlp.up_proj]), layer.mlp.up_proj.out_features
         self.output, self.down = (output.weight, output.bias), (layer.mlp.down_proj.weight, layer.mlp.down_proj.bias)
 
-    def __call__(self, hidden: Tensor, rope: Rope, moment: Moment) -> None:
-        """hidden `[B, hidden]` becomes what the layer makes of it."""
+    def __call__(self, hidden: Tensor, rope: Rope, time: Tensor, seen: Tensor, moment: Moment | None) -> None:
+        """hidden `[B, hidden]` becomes what the layer makes of it; `time` and `seen` as `Growing.attend` has them."""
         x, heads, made = self.project(hidden)
-        read = self.mixer.step(x[:, None], heads, rope, moment, made)
+        if moment is None:
+            assert self.growing is not None
+            read = self.growing.attend(heads, rope, time, seen)
+        else:
+            here = moment._replace(growing=self.growing, seen=seen)
+            read = self.attention.step(x[:, None], heads, rope, here, made)
         add_product(hidden, read.flatten(1), self.output)
         add_product(hidden, normed_swiglu(hidden, self.mlp_norm, self.gate_up, self.size), self.down)
 
@@ -373,11 +467,11 @@ class PlainLayer:
         `[B, H + 2 KV, D]`; and its products with the moment's `inputs`, where they are made together."""
         if not self.together:
             x = normed(hidden, self.norm)
-            return x, torch.cat(self.mixer.family.project(self.mixer, x[:, None]), dim=2)[:, 0], None
+            return x, torch.cat(self.split(self.attention, x[:, None]), dim=2)[:, 0], None
         x = hidden if self.unseen else normed(hidden, self.norm)
         product = normed_product(hidden, self.norm, self.qkv) if self.unseen else F.linear(x, *self.qkv)
         heads, made, _ = product.tensor_split([self.width, self.width + self.inputs], dim=1)
-        return x, heads.unflatten(1, (-1, self.mixer.head_dim)), made
+        return x, heads.unflatten(1, (-1, self.attention.head_dim)), made
 
 
 def norm_of(module: Any) -> Norm:

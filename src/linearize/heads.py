@@ -25,6 +25,8 @@ class SoftmaxHeads(nn.Module):
     keys: Tensor
     other_keys: Tensor
     order: Tensor
+    of_step: Tensor
+    others_of_step: Tensor
 
     def __init__(self, chosen: Iterable[int], attention: Any) -> None:
         super().__init__()
@@ -45,12 +47,19 @@ class SoftmaxHeads(nn.Module):
         self.register_buffer("keys", torch.tensor(chosen, device=device), persistent=False)
         self.register_buffer("other_keys", torch.tensor(others, device=device), persistent=False)
         self.register_buffer("order", torch.cat([other_queries, queries]).argsort(), persistent=False)
+        H, KV = self.num_heads, self.num_key_value_heads  # of one token, q, k and v follow one another
+        for name, own in (("of_step", (queries, self.keys)), ("others_of_step", (other_queries, self.other_keys))):
+            self.register_buffer(name, torch.cat([own[0], H + own[1], H + KV + own[1]]), persistent=False)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Queries `[B, T, H, D]`, or keys or values `[B, T, KV, D]`, to the other heads' and these."""
         whole = x.shape[2] == self.num_heads
         others, own = (self.other_queries, self.queries) if whole else (self.other_keys, self.keys)
         return x.index_select(2, others), x.index_select(2, own)
+
+    def split_step(self, heads: Tensor) -> tuple[Tensor, Tensor]:
+        """One token's q, k and v, `[B, H + 2 KV, D]`, as `split` does."""
+        return heads.index_select(1, self.others_of_step), heads.index_select(1, self.of_step)
 
     def join(self, others: Tensor, own: Tensor) -> Tensor:
         """Outputs of the other heads and of these to `[B, T, H, D]`."""

@@ -11,6 +11,7 @@ from linearize.cache import Memory, MixerCacheLayer
 from linearize.config import MixerConfig
 from linearize.errors import LinearizeError
 from linearize.families import Family, base_model_type, rotation
+from linearize.growing import Growing, unrotated
 from linearize.heads import SoftmaxHeads
 from linearize.mixing import MIXINGS, DataDependent
 from linearize.ops import liger
@@ -33,10 +34,6 @@ DELTA_STEP = STEP | {"gate_source": ("k", "learned")}
 BEHIND_STEP = STEP | {"behind": (True,), "gate_source": ("learned",), "rope": ("local", "both", "none")}
 
 
-def _unrotated(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    return q, k
-
-
 class Moment(NamedTuple):
     """A decoding step as one layer knows it."""
 
@@ -49,6 +46,8 @@ class Moment(NamedTuple):
     sink_rope: liger.Rope | None = None  # cos and sin `[B, R]` with which queries meet the sinks
     leaving_rope: liger.Rope | None = None  # those of the token that leaves the window, if its key is turned back
     tokens: Tokens | None = None  # the token of each row, for layers that `ops.step` does not serve alone
+    growing: Growing | None = None  # where there are heads that stay softmax attention
+    seen: Tensor | None = None  # [B, room]: the tokens that these see
 
 
 def parts(attention: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
@@ -76,7 +75,7 @@ class LinearizedAttention(nn.Module):
         self.softcap = None if family.softcap is None else getattr(base, family.softcap)
         self.rotate = rotation(family, base_model_type(base.config.model_type))
         if config.rope == "none" or not getattr(base, "use_rope", True):  # SmolLM3 has layers without
-            self.rotate = _unrotated
+            self.rotate = unrotated
         self.softmax_heads = SoftmaxHeads(kept, base) if kept else None
         groups, converted = self.num_heads // self.num_key_value_heads, self.num_key_value_heads - len(kept)
         place = base.layer_idx, base.config.num_hidden_layers, groups * converted, converted
@@ -201,7 +200,7 @@ class LinearizedAttention(nn.Module):
         operator's; of one that goes on from a cache, the window is another's."""
         if self.recurrence is None or self.ablated:
             return None, None
-        settings, rope = self.kernel, None if self.rotate is _unrotated else angles
+        settings, rope = self.kernel, None if self.rotate is unrotated else angles
         reason = settings if isinstance(settings, str) else liger.why_not_fused(q, k, v, settings, tokens.first, rope)
         if isinstance(settings, str) or reason is not None:
             if q.is_cuda:
@@ -245,7 +244,8 @@ class LinearizedAttention(nn.Module):
     def moment(self, clock: stepping.Clock, held: stepping.Held) -> Moment:
         """With this layer's constants, at fixed addresses."""
         mixing: Any = self.mixing
-        settings, decay, weights, device = self.step_settings(), None, torch.zeros(self.num_heads), held.keys.device
+        settings, decay, device = self.step_settings(), None, held.keys.device
+        weights = torch.zeros(self.layer.num_heads)
         inputs: list[nn.Parameter] = []
         if settings is not None and settings.gate != "none":
             weights = mixing.bias if isinstance(mixing, DataDependent) else getattr(mixing, "weight", mixing.weights())
@@ -272,7 +272,7 @@ class LinearizedAttention(nn.Module):
         if isinstance(self.mixing, DataDependent):
             mixing = next(parts)
         if self.config.gate_source == "learned":
-            gate = recurrence.gate.learned.after(next(parts)).unflatten(1, (self.num_key_value_heads, -1))
+            gate = recurrence.gate.learned.after(next(parts)).unflatten(1, (self.layer.num_key_value_heads, -1))
         if isinstance(recurrence.readout, Gated):
             opening = next(parts), recurrence.readout.gate.up
         if isinstance(recurrence.readout, SoftRMS):
@@ -285,14 +285,26 @@ class LinearizedAttention(nn.Module):
         """Both branches for one token of each row: `[B, H, D]`, of the layer's input `[B, 1, hidden]` and `heads`
         `[B, H + 2 KV, D]`, its q, k and v. By `ops.step` as far as that goes, and by the forward's own operations.
         `made` `[B, ...]` are the products of the input with the moment's `inputs`, where they are known."""
-        clock, held, settings, mixing, decay, inputs, sink_rope, leaving_rope, tokens = moment
+        if self.softmax_heads is None:
+            return self.step_of_others(hidden, heads, rope, moment, made)
+        heads, own = self.softmax_heads.split_step(heads)
+        others = self.step_of_others(hidden, heads, rope, moment, made)
+        growing: Any = moment.growing
+        kept = growing.attend(own, rope, moment.clock.time, moment.seen)
+        return self.softmax_heads.join(others[:, None], kept[:, None])[:, 0]
+
+    def step_of_others(
+        self, hidden: Tensor, heads: Tensor, rope: liger.Rope, moment: Moment, made: Tensor | None
+    ) -> Tensor:
+        """As `step`, of the heads that do not stay softmax attention."""
+        clock, held, settings, mixing, decay, inputs, sink_rope, leaving_rope, tokens, *_ = moment
         output = normalizer = past = before = None
         late = self.config.is_behind and not self.is_whole(settings)  # the window's oldest token is wanted as well
         if self.config.local != "none" and (settings is None or late):
             past, before = stepping.past_of(clock, held)
         if settings is not None:
-            unrotated = self.rotate is _unrotated
-            near, far, back = (None, None, None) if unrotated else (rope, sink_rope, leaving_rope)
+            plain = self.rotate is unrotated
+            near, far, back = (None, None, None) if plain else (rope, sink_rope, leaving_rope)
             beyond = stepping.NOTHING
             if settings.gate != "none":
                 if made is None:
@@ -303,7 +315,7 @@ class LinearizedAttention(nn.Module):
                 return output
             output = output[:, None]
         assert tokens is not None
-        q, k, v = heads[:, None].split([self.num_heads, *2 * [self.num_key_value_heads]], dim=2)
+        q, k, v = heads[:, None].split([self.layer.num_heads, *2 * [self.layer.num_key_value_heads]], dim=2)
         rotated: tuple[Tensor, Tensor] = q, k
         if settings is None or self.config.rope == "both":  # else nobody looks at them
             rotated = self.rotate(q, k, *(x[:, None] for x in rope), unsqueeze_dim=2)
@@ -338,9 +350,9 @@ class LinearizedAttention(nn.Module):
         if self.recurrence is None:
             return None
         assert tokens.valid is not None
-        batch, KV = len(tokens.valid), self.num_key_value_heads
+        batch, KV = len(tokens.valid), self.layer.num_key_value_heads
         hidden = like.new_zeros(batch, 1, self.layer.hidden_size)
-        q, k, v = (like.new_zeros(batch, 1, heads, self.head_dim) for heads in (self.num_heads, KV, KV))
+        q, k, v = (like.new_zeros(batch, 1, heads, self.head_dim) for heads in (self.layer.num_heads, KV, KV))
         _, memory = self.recurrence(hidden, q, k, v, (q, k), tokens, None, None)
         return Memory._make(None if x is None else torch.zeros_like(x) for x in self.carried(memory))
 
@@ -393,7 +405,7 @@ class LinearizedAttention(nn.Module):
     ) -> Tensor | None:
         """The softmax branch by a kernel of its own, from q and k before RoPE: on a GPU, for a text from its beginning
         or one that goes on as `window_is_full` says; else nothing."""
-        settings, dtype, rope = self.plain_window(), kernel_dtype(v), None if self.rotate is _unrotated else angles
+        settings, dtype, rope = self.plain_window(), kernel_dtype(v), None if self.rotate is unrotated else angles
         if settings is None or dtype is None or tokens.sink_rope is not None:
             return None
         before = 0

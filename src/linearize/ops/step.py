@@ -37,7 +37,7 @@ class Clock(NamedTuple):
     real: Tensor  # [B], int64: real tokens seen
     valid: Tensor  # [B], bool: False where the next token is padding
     sink_time: Tensor  # [B, M], int64: the index of each sink, `NEVER` of those still to come
-    marks: dict[tuple[int, int], Marks]  # of this step, by window and sinks
+    marks: dict[tuple[int, int, int], Marks]  # of this step, by window, sinks and key/value heads
 
 
 class Held(NamedTuple):
@@ -313,7 +313,7 @@ def _order(clock: Clock, window: int) -> Tensor:
 
 def keep(near_k: Tensor, v: Tensor, window: int, sinks: int, clock: Clock, held: Held) -> Marks:
     """The window and the sinks take in the token: its value and, near_k `[B, KV, D]`, its key after RoPE."""
-    marks = clock.marks.get((window, sinks)) or _marks(clock, held, window, sinks)
+    marks = clock.marks.get((window, sinks, held.keys.shape[1])) or _marks(clock, held, window, sinks)
     M = clock.sink_time.shape[1]
     for kept, x in ((held.keys, near_k[:, :, None]), (held.values, v[:, :, None])):
         kept.index_copy_(2, marks.place, x)
@@ -343,6 +343,7 @@ def _marks(clock: Clock, held: Held, window: int, own_sinks: int) -> Marks:
     sink: Tensor | None = ((sinks == clock.real[:, None]) & clock.valid[:, None])[:, None, :, None]
     if may_look(clock.time):
         sink = sink if bool((clock.real < M).any()) else None
-    mask = mask.repeat_interleave(held.keys.shape[1], dim=0)[:, None]
-    made = clock.marks[window, own_sinks] = Marks(slot + M, mask, sink)
+    heads = held.keys.shape[1]
+    mask = mask.repeat_interleave(heads, dim=0)[:, None]
+    made = clock.marks[window, own_sinks, heads] = Marks(slot + M, mask, sink)
     return made

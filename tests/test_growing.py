@@ -1,0 +1,141 @@
+"""Steps by fixed addresses of models that leave layers or heads softmax attention, whose caches grow."""
+
+import copy
+
+import pytest
+import torch
+from test_cache import LENGTH, in_parts, one_by_one
+from test_decoding import DEVICE, GPU, UNFUSED, WHOLE, learned, steps  # noqa: F401 - a fixture
+from tiny import assert_close, ids, logits
+
+from linearize import decoding, growing
+from linearize.cache import cache_bytes
+from linearize.decoding import PLAIN
+
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in UNFUSED]  # on a GPU, in fp32
+KEPT = [{"layers": "1"}, {"layers": "0,2"}, {"softmax_heads": "0/1,2/0"}, {"layers": "0-1", "softmax_heads": "1/0"}]
+PUBLISHED, DEFAULT = {}, WHOLE[4]
+
+
+@pytest.fixture(autouse=True)
+def little_room(monkeypatch):
+    """So that it is full now and then."""
+    monkeypatch.setattr(growing, "STEP", 4)
+
+
+@pytest.mark.parametrize("prompt", [1, 9, 12])
+@pytest.mark.parametrize("kept", KEPT, ids=str)
+@pytest.mark.parametrize("settings", [PUBLISHED, DEFAULT], ids=["published", "default"])
+def test_steps_are_the_full_forward(settings, kept, prompt, steps):  # noqa: F811
+    model, tokens = learned(settings | kept), ids(2, LENGTH).to(DEVICE)
+    full = logits(model, tokens, use_cache=False)
+    found, cache = in_parts(model, tokens, one_by_one(prompt))
+    assert_close(found, full)
+    assert len(steps) == LENGTH - prompt
+    assert len(set(steps)) == 1
+    assert cache.get_seq_length() == LENGTH
+
+
+@pytest.mark.parametrize("family", [family for family in PLAIN if family != "llama"])
+@pytest.mark.parametrize("kept", [KEPT[0], KEPT[2]], ids=str)
+def test_every_plain_family(family, kept, steps):  # noqa: F811
+    model, tokens = learned(DEFAULT | kept, family), ids(2, LENGTH).to(DEVICE)
+    full = logits(model, tokens, use_cache=False)
+    assert_close(in_parts(model, tokens, one_by_one(9))[0], full)
+    assert len(steps) == LENGTH - 9
+
+
+@pytest.mark.parametrize("kept", KEPT, ids=str)
+def test_padding_on_the_left_and_between(kept, steps):  # noqa: F811
+    """A row that has seen nothing but padding is a number, too."""
+    model, tokens = learned(DEFAULT | kept), ids(3, LENGTH).to(DEVICE)
+    mask = torch.ones(3, LENGTH, dtype=torch.long, device=DEVICE)
+    mask[1, :7], mask[2, :11] = 0, 0
+    found, _ = in_parts(model, tokens, one_by_one(9), mask)
+    for row, first in enumerate((0, 7, 11)):
+        assert_close(found[[row], first:], logits(model, tokens[[row], first:], use_cache=False))
+    assert len(steps) == LENGTH - 9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", KEPT, ids=str)
+def test_two_caches_in_turn_and_chunks_between(kept, steps):  # noqa: F811
+    model, first, second = learned(DEFAULT | kept), *ids(4, LENGTH).to(DEVICE).split(2)
+    caches, outputs, begin = [in_parts(model, x[:, :6], [6])[1] for x in (first, second)], [[], []], 6
+    for size in (1, 1, 1, 4, 1, 1, 3, 1, 5):
+        for tokens, cache, output in zip((first, second), caches, outputs, strict=True):
+            output.append(model(tokens[:, begin : begin + size], past_key_values=cache).logits)
+        begin += size
+    for tokens, output in zip((first, second), outputs, strict=True):
+        assert_close(torch.cat(output, 1), logits(model, tokens[:, :begin], use_cache=False)[:, 6:])
+    assert len(steps) == 12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda cache: cache.reset(), None),
+    ],
+    ids=["reorder", "select", "repeat", "reset"],
+)
+@pytest.mark.parametrize("kept", KEPT, ids=str)
+def test_rows_that_move(kept, change, rows, steps):  # noqa: F811
+    model, tokens = learned(DEFAULT | kept), ids(3, LENGTH).to(DEVICE)
+    _, cache = in_parts(model, tokens[:, :12], one_by_one(9)[:4])
+    change(cache)
+    if rows is None:
+        rows, begin = [0, 1, 2], 0
+        parts = [logits(model, tokens[:, :5], past_key_values=cache)]
+        parts += [logits(model, tokens[:, [t]], past_key_values=cache) for t in range(5, LENGTH)]
+    else:
+        begin = 12
+        parts = [logits(model, tokens[rows][:, [t]], past_key_values=cache) for t in range(12, LENGTH)]
+    assert_close(torch.cat(parts, 1), logits(model, tokens[rows], use_cache=False)[:, begin:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", KEPT, ids=str)
+def test_copies_go_ways_of_their_own_and_weigh_what_was_read(kept):
+    model, tokens = learned(DEFAULT | kept), ids(2, LENGTH).to(DEVICE)
+    _, cache = in_parts(model, tokens[:, :12], one_by_one(9)[:4])
+    other = copy.deepcopy(cache)
+    for t in range(12, 17):
+        ours = model(tokens[:, [t]], past_key_values=cache).logits
+        theirs = model(tokens[:, [t + 3]], past_key_values=other).logits
+    assert_close(ours, logits(model, tokens[:, :17], use_cache=False)[:, -1:])
+    others = torch.cat([tokens[:, :12], tokens[:, 15:20]], 1)
+    assert_close(theirs, logits(model, others, use_cache=False)[:, -1:])
+    assert cache_bytes(cache) == cache_bytes(in_parts(model, tokens[:, :17], [17])[1])
+
+
+def test_room_grows_by_eighths():
+    sizes = [growing.room_for(tokens) for tokens in (0, 3, 4, 63, 64, 100, 1000)]
+    assert sizes == [4, 4, 8, 64, 72, 108, 1116]
+    assert all(growing.room_for(tokens) > tokens for tokens in range(2000))
+
+
+def test_generation_by_beams_uses_it(steps):  # noqa: F811
+    model = learned(DEFAULT | KEPT[2])
+    given = {"max_new_tokens": 9, "do_sample": False, "num_beams": 3}
+    with_it = model.generate(ids(2, 9).to(DEVICE), **given)
+    assert len(steps) == 8
+    assert torch.equal(with_it, model.generate(ids(2, 9).to(DEVICE), use_cache=False, **given))
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("kept", KEPT, ids=str)
+def test_sixteen_bits_on_a_gpu(kept, steps):  # noqa: F811
+    model, tokens = learned(DEFAULT | kept).bfloat16(), ids(2, LENGTH).to(DEVICE)
+    full = logits(model, tokens, use_cache=False)
+    assert_close(in_parts(model, tokens, one_by_one(9))[0], full, 3e-2)
+    assert all(decoder.graph is not None for decoder in steps)
+
+
+def test_what_slides_by_itself_has_no_decoder():
+    model = learned(DEFAULT | {"layers": "0,2"}, "mistral")
+    model.config.sliding_window = 100
+    assert "a sliding window of its own" in str(decoding.why_not(model))
