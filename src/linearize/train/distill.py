@@ -24,13 +24,13 @@ def distill_loss(
     `documents` is how many are packed into a row at most, where that is known.
     """
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-    told = {"documents": documents} if is_linearized(student) else {}
     teacher_hidden = None
     with packing(documents):
+        masks = {"attention_mask": document_masks(teacher, batch["input_ids"], batch["position_ids"])}
+        told = {"documents": documents} if is_linearized(student) else masks
         if kl_weight > 0:
             with torch.no_grad():
-                masks = document_masks(teacher, batch["input_ids"], batch["position_ids"])
-                teacher_hidden = decoder(teacher)(**inputs, attention_mask=masks).last_hidden_state.flatten(0, 1)
+                teacher_hidden = decoder(teacher)(**inputs, **masks).last_hidden_state.flatten(0, 1)
         student_hidden = decoder(student)(**inputs, **told).last_hidden_state.flatten(0, 1)
     weights = ((batch["position_ids"].flatten() + 1) / ramp).clamp(max=1) if ramp > 0 else None
     heads = Head(student), Head(teacher)
