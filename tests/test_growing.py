@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from test_cache import LENGTH, in_parts, one_by_one
-from test_decoding import DEVICE, GPU, UNFUSED, WHOLE, learned, steps  # noqa: F401 - a fixture
+from test_decoding import BY_OPERATIONS, DEVICE, GPU, UNFUSED, WHOLE, learned, steps  # noqa: F401 - a fixture
 from tiny import assert_close, ids, logits
 
 from linearize import decoding, growing
@@ -25,7 +25,7 @@ def little_room(monkeypatch):
 
 @pytest.mark.parametrize("prompt", [1, 9, 12])
 @pytest.mark.parametrize("kept", KEPT, ids=str)
-@pytest.mark.parametrize("settings", [PUBLISHED, DEFAULT], ids=["published", "default"])
+@pytest.mark.parametrize("settings", [PUBLISHED, DEFAULT, *BY_OPERATIONS[11:14]], ids=str)
 def test_steps_are_the_full_forward(settings, kept, prompt, steps):  # noqa: F811
     model, tokens = learned(settings | kept), ids(2, LENGTH).to(DEVICE)
     full = logits(model, tokens, use_cache=False)
@@ -116,6 +116,14 @@ def test_room_grows_by_eighths():
     sizes = [growing.room_for(tokens) for tokens in (0, 3, 4, 63, 64, 100, 1000)]
     assert sizes == [4, 4, 8, 64, 72, 108, 1116]
     assert all(growing.room_for(tokens) > tokens for tokens in range(2000))
+
+
+def test_beyond_the_length_the_model_was_trained_at(steps):  # noqa: F811
+    """Where queries meet the sinks at another distance than they meet tokens at."""
+    model, tokens = learned(BY_OPERATIONS[13] | KEPT[0]), ids(1, 270).to(DEVICE)
+    full = logits(model, tokens, use_cache=False)
+    assert_close(in_parts(model, tokens, [250] + [1] * 20)[0], full)
+    assert len(steps) == 20
 
 
 def test_generation_by_beams_uses_it(steps):  # noqa: F811

@@ -19,9 +19,9 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from linearize.cache import GROWS, REST, RINGS, Memory, MixerCacheLayer
-from linearize.families import Head, base_model_type, family_of, ropes, rotation, separate
+from linearize.families import Head, base_model_type, family_of, ropes, rotation_of, separate
 from linearize.graphs import RecordingError, on_the_side, record
-from linearize.growing import Growing, room_for, unrotated
+from linearize.growing import Growing, room_for
 from linearize.mixer import LinearizedAttention, Moment
 from linearize.ops.dispatch import may_look
 from linearize.ops.liger import Rope, warn_once
@@ -293,10 +293,17 @@ class Decoder:
         are, and for turning back the key that leaves its window, or None."""
         tokens = None
         if self.by_operations:
-            far, leaving = ([rope and tuple(x[:, None] for x in rope) for rope in given] for given in (sinks, back))
-            tokens = of_step(self.clock, far or None, leaving)
+            far, leaving = map(self.of_layers, (sinks, back))
+            tokens = of_step(self.clock, far if sinks else None, leaving)
         each = zip(self.moments, sinks or [None] * len(self.moments), back, strict=True)
         return [moment._replace(sink_rope=sink, leaving_rope=rope, tokens=tokens) for moment, sink, rope in each]
+
+    def of_layers(self, ropes: list[Any]) -> list[Any]:
+        """Of each converted layer to each layer, `[B, R]` to `[B, 1, R]`."""
+        found: list[Any] = [None] * len(self.growing)
+        for mixer, rope in zip(self.mixers, ropes, strict=False):
+            found[mixer.layer_idx] = rope and tuple(x[:, None] for x in rope)
+        return found
 
     def take(self, cache: Cache, mask: Tensor | None = None) -> None:
         """The cache's tokens come into the buffers, and its layers show these from now on; `mask` `[B, tokens]` is 0 at
@@ -371,9 +378,8 @@ def _growing(attention: Any, like: Tensor) -> Growing | None:
         heads = 0 if attention.softmax_heads is None else len(attention.softmax_heads.chosen)
     if not heads:
         return None
-    rotate: Any = rotation(family_of(config), base_model_type(config.model_type))
-    groups, rotates = config.num_attention_heads // config.num_key_value_heads, getattr(original, "use_rope", True)
-    return Growing((groups * heads, heads), rotate if rotates else unrotated, attention.scaling, like)
+    groups = config.num_attention_heads // config.num_key_value_heads
+    return Growing((groups * heads, heads), rotation_of(original), attention.scaling, like)
 
 
 def _original(attention: Any) -> Any:

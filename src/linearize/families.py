@@ -167,6 +167,18 @@ def rotation(family: Family, model_type: str) -> Callable[..., tuple[Tensor, Ten
     return partial(_rotate_first, rotate) if family.rotates_first else rotate
 
 
+def rotation_of(attention: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """As an attention module of a model rotates its q and k: `rotation`, or not at all (SmolLM3 has such layers)."""
+    if not getattr(attention, "use_rope", True):
+        return unrotated
+    return rotation(family_of(attention.config), base_model_type(attention.config.model_type))
+
+
+def unrotated(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    """What sees no positions."""
+    return q, k
+
+
 def _rotate_first(
     rotate: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int
 ) -> tuple[Tensor, Tensor]:

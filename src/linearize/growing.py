@@ -1,7 +1,6 @@
 """Softmax attention in decoding steps: all tokens so far at fixed addresses, with room for more."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,8 +57,3 @@ def room_for(tokens: int) -> int:
     """Tokens to reserve for one more than so many."""
     step = max(STEP, tokens // (8 * STEP) * STEP)
     return (tokens // step + 1) * step
-
-
-def unrotated(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    """For layers without positions."""
-    return q, k

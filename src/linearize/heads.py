@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from linearize.errors import LinearizeError
+from linearize.families import rotation_of
 
 Heads = Mapping[int, tuple[int, ...]]  # key/value heads by layer
 
@@ -33,7 +34,7 @@ class SoftmaxHeads(nn.Module):
         self.chosen, self.config = tuple(chosen), attention.config
         self.num_heads, self.num_key_value_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads  # transformers' functions look for it
-        self.scaling, self.is_causal = attention.scaling, True
+        self.scaling, self.is_causal, self.rotate = attention.scaling, True, rotation_of(attention)
         self.place(None)
 
     def place(self, device: torch.device | None) -> None:
@@ -65,9 +66,10 @@ class SoftmaxHeads(nn.Module):
         """Outputs of the other heads and of these to `[B, T, H, D]`."""
         return torch.cat([others, own.to(others.dtype)], dim=2).index_select(2, self.order)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, cache: Any) -> Tensor:
-        """Of these heads, after RoPE; `mask` as transformers makes it for the model's own layers, `cache` a
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], mask: Any, cache: Any) -> Tensor:
+        """Of these heads, before RoPE; `mask` as transformers makes it for the model's own layers, `cache` a
         `MixerCacheLayer` or None."""
+        q, k = self.rotate(q, k, *rope, unsqueeze_dim=2)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if cache is not None:
             k, v = cache.grow(k, v)

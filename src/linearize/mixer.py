@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from linearize.cache import Memory, MixerCacheLayer
 from linearize.config import MixerConfig
 from linearize.errors import LinearizeError
-from linearize.families import Family, base_model_type, rotation
-from linearize.growing import Growing, unrotated
+from linearize.families import Family, rotation_of, unrotated
+from linearize.growing import Growing
 from linearize.heads import SoftmaxHeads
 from linearize.mixing import MIXINGS, DataDependent
 from linearize.ops import liger
@@ -73,9 +73,7 @@ class LinearizedAttention(nn.Module):
         self.num_heads = base.config.num_attention_heads
         self.num_key_value_heads = base.config.num_key_value_heads
         self.softcap = None if family.softcap is None else getattr(base, family.softcap)
-        self.rotate = rotation(family, base_model_type(base.config.model_type))
-        if config.rope == "none" or not getattr(base, "use_rope", True):  # SmolLM3 has layers without
-            self.rotate = unrotated
+        self.rotate = unrotated if config.rope == "none" else rotation_of(base)
         self.softmax_heads = SoftmaxHeads(kept, base) if kept else None
         groups, converted = self.num_heads // self.num_key_value_heads, self.num_key_value_heads - len(kept)
         place = base.layer_idx, base.config.num_hidden_layers, groups * converted, converted
@@ -131,13 +129,11 @@ class LinearizedAttention(nn.Module):
         past: Past | None = None if cache is None else cache.past()
         memory: Memory | None = None if cache is None else cache.memory
         q, k, v = self.family.project(self, hidden_states)
-        rotated: tuple[Tensor, Tensor] = self.rotate(q, k, *position_embeddings, unsqueeze_dim=2)
         own = None
         if self.softmax_heads is not None:
-            split = self.softmax_heads.split
-            (turned_q, own_q), (turned_k, own_k), (v, own_v) = split(rotated[0]), split(rotated[1]), split(v)
-            q, k, rotated = split(q)[0], split(k)[0], (turned_q, turned_k)
-            own = self.softmax_heads(own_q, own_k, own_v, attention_mask, cache)
+            (q, own_q), (k, own_k), (v, own_v) = map(self.softmax_heads.split, (q, k, v))
+            own = self.softmax_heads(own_q, own_k, own_v, position_embeddings, attention_mask, cache)
+        rotated: tuple[Tensor, Tensor] = self.rotate(q, k, *position_embeddings, unsqueeze_dim=2)
         sinks = normalizer = None
         if self.config.local != "none":
             before = None if past is None or cache is None else (cache.sink_keys, cache.sink_values)

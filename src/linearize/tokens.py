@@ -33,7 +33,7 @@ class Tokens:
     start: int  # time of the first token of this call
     length: int  # tokens of this call, T
     sinks: int  # slots of a document
-    sink_rope: Sequence[tuple[Tensor, Tensor]] | None = None  # where distances are clamped: each layer's cos and sin
+    sink_rope: Sequence[Any] | None = None  # where distances are clamped: cos and sin of each converted layer
     rope_position: Int[Tensor, "B T"] | None = None  # where RoPE has them; None without a cache
     # cos and sin of the tokens that leave the window in this call, of each layer that turns their keys back
     leaving_rope: Sequence[tuple[Tensor, Tensor] | None] | None = None
@@ -147,7 +147,7 @@ def _describe(
 
 def of_step(
     clock: Clock,
-    sink_rope: Sequence[tuple[Tensor, Tensor]] | None = None,
+    sink_rope: Sequence[Any] | None = None,
     leaving_rope: Sequence[tuple[Tensor, Tensor] | None] | None = None,
 ) -> Tokens:
     """The one token of each row that `clock` is at; times are counted from it."""
