@@ -1,4 +1,4 @@
-"""Parts of the documents about claims: the default recipe and what it was before, with three full layers, on tasks."""
+"""Parts of the documents about claims: the default recipe and what it was before, the hybrids, tasks."""
 
 import math
 from typing import Any
@@ -18,6 +18,7 @@ SEEDS = (0, 1)
 ORDER = ("teacher", "window_only", "window_equal_memory", "converted", "recurrence_off", "window_off")
 BASELINES = ("window_only", "window_equal_memory")
 PLAIN = "window_64"  # results of a window of 64 tokens in all layers
+HYBRIDS = {"three full layers": "three_layers_h200", "nine full heads": "heads_h200"}
 PARAMETERS = 134_515_008  # of SmolLM2-135M
 ROWS = {"window_only": "window", "window_equal_memory": "equal-memory", "converted": "converted"}  # of claim.yaml
 
@@ -28,10 +29,12 @@ def demo_table() -> str:
     return f"{table(report)}\n\n{verdict(report)}\n\n{report_made_on(report)}"
 
 
-def claim(name: str) -> str:
-    """Late losses of a recipe and its baselines by length, over the seeds, and the shares closed."""
+def claim(name: str, kept: str = "") -> str:
+    """Late losses of a recipe and its baselines by length, over the seeds, and the shares closed; `kept` is what all
+    of them leave softmax attention."""
     gaps = _claimed(name)
-    lines = _by_length(gaps, LABELS)
+    beside = f", {kept}" if kept else ""
+    lines = _by_length(gaps, {key: label if key == "teacher" else label + beside for key, label in LABELS.items()})
     if name != PLAIN:
         losses = [_losses_of_plain(gap.length) for gap in gaps]
         lines.insert(4, "| window of 64 in all layers | " + " | ".join(f"{np.mean(x):.4f}" for x in losses) + " |")
@@ -188,9 +191,7 @@ def _larger_steps() -> list[LateGap]:
 
 def goals() -> str:
     """What was to be reached, and what is, at each length."""
-    plain, ours, hybrid = (_claimed(name) for name in (PLAIN, "claim", "three_layers_h200"))
-    without = rows_of("narrow")[0]["window-0"]["late"]
-    full = [closed([without[str(x.length)]], x.losses["converted"], x.losses["teacher"], x.articles) for x in hybrid]
+    plain, ours = (_claimed(name) for name in (PLAIN, "claim"))
     equal = "window_equal_memory"
     lines = ["| goal | least | " + " | ".join(f"T = {x.length:,}" for x in ours) + " |", "| --- | ---: |"]
     lines[1] += " ---: |" * len(ours)
@@ -203,10 +204,11 @@ def goals() -> str:
     add("the same, at equal memory", 0.25, [x.closed[equal] for x in plain])
     add("the default: of what a window of 64 leaves", 0.63, [_closed_of_plain(x) for x in ours])
     add("the same, at equal memory", 0.25, [x.closed[equal] for x in ours])
-    add("three full layers: of what a window of 64 without them leaves", 0.85, full)
-    add("the same, beside these layers with a window of equal memory", 0.25, [x.closed[equal] for x in hybrid])
+    for kept, name in HYBRIDS.items():
+        gaps = _claimed(name)
+        add(f"{kept}: of what a window of 64 without them leaves", 0.85, [_closed_of_plain(x) for x in gaps])
+        add("the same, beside these with a window of equal memory", 0.25, [x.closed[equal] for x in gaps])
     teacher, found = (_needle("claim", model) for model in ("teacher", "converted"))
-    kept, alone = (_needle("three_layers_h200", model) for model in ("converted", "window_only"))
     mean = _mean_difference(_rows_of_tasks("tasks_h200"))
     new = rows_of("claim")[0]["converted-0"]["new_parameters"] / PARAMETERS
     lines += [
@@ -214,15 +216,21 @@ def goals() -> str:
         "| goal | reached | met |",
         "| --- | ---: | :-: |",
         f"| the default: 35 % of needles at 512 tokens | {found:.0%} | {_mark(found >= 0.35)} |",
-        f"| three full layers: nine tenths of the needles at 512 that the teacher finds ({teacher:.0%}) | {kept:.0%} | "
-        f"{_mark(kept >= 0.9 * teacher)} |",
-        f"| the same: more than these layers find without a recurrence ({alone:.0%}) | {kept:.0%} | "
-        f"{_mark(kept > alone)} |",
+        *(line for kept, name in HYBRIDS.items() for line in _needles_kept(kept, name, teacher)),
         f"| five short tasks: the interval includes the teacher | {_points(mean)} | "
         f"{_mark(mean['low'] <= 0 <= mean['high'])} |",
         f"| new parameters below 1 % | {new:.2%} | {_mark(new < 0.01)} |",
     ]
     return "\n".join(lines)
+
+
+def _needles_kept(kept: str, name: str, teacher: float) -> list[str]:
+    found, alone = (_needle(name, model) for model in ("converted", "window_only"))
+    return [
+        f"| {kept}: nine tenths of the needles at 512 that the teacher finds ({teacher:.0%}) | {found:.0%} | "
+        f"{_mark(found >= 0.9 * teacher)} |",
+        f"| the same: more than these find without a recurrence ({alone:.0%}) | {found:.0%} | {_mark(found > alone)} |",
+    ]
 
 
 def _rows_of_tasks(name: str) -> list[dict[str, Any]]:
@@ -259,22 +267,6 @@ def recovered() -> str:
     return "\n".join([*lines, "", f"{made_on(rows_of('claim')[1])}."])
 
 
-def three_layers() -> str:
-    """With three layers left as softmax attention: beside the same three alone, and beside no full layer."""
-    ours, plain = _claimed("three_layers_h200"), rows_of("narrow")[0]
-    names = {name: label if name == "teacher" else f"{label}, three full layers" for name, label in LABELS.items()}
-    lines = _by_length(ours, names)
-    for base in BASELINES:
-        cells = []
-        for gap in ours:
-            losses = plain[f"{ROWS[base]}-0"]["late"][str(gap.length)]
-            found = closed([losses], gap.losses["converted"], gap.losses["teacher"], gap.articles)
-            assert found is not None
-            cells.append(interval(found))
-        lines.append(f"| closed of the gap of {LABELS[base]}, no full layer | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"{made_on(rows_of('three_layers_h200')[1])}."])
-
-
 def _by_length(gaps: list[LateGap], names: dict[str, str]) -> list[str]:
     lines = ["| | " + " | ".join(f"T = {gap.length:,}" for gap in gaps) + " |", "| --- |" + " ---: |" * len(gaps)]
     texts = [f"{len(gap.articles)} ({len(set(gap.articles))})" for gap in gaps]
@@ -288,9 +280,9 @@ def _by_length(gaps: list[LateGap], names: dict[str, str]) -> list[str]:
 
 
 def recalled() -> str:
-    """Answers found by distance, without a full layer and with three."""
+    """Answers found by distance, with nothing left full, with three layers and with nine heads."""
     shown: dict[str, list[RecallScore]] = {}
-    for kind, name in (("no full layer", "claim"), ("three full layers", "three_layers_h200")):
+    for kind, name in {"no full layer": "claim", **HYBRIDS}.items():
         recall = _claimed_recall(name)
         shown |= {LABELS["teacher"]: recall["teacher"]} if not shown else {}
         shown |= {f"{LABELS[model]}, {kind}": recall[model] for model in ORDER[1:4]}
@@ -345,10 +337,10 @@ def _points(found: dict[str, float]) -> str:
 def pictures() -> dict[str, Figure]:
     """Recall by distance, of models that were asked for all of it."""
     found = {}
-    for picture, name, window in (("recall", "claim", 128), ("recall_three_layers", "three_layers_h200", 64)):
+    for picture, name in (("recall", "claim"), ("recall_hybrid", "heads_h200")):
         recall = _claimed_recall(name)
         asked = {model: scores for model, scores in recall.items() if len(scores) == len(recall["teacher"])}
-        figure = by_distance(asked, window)
+        figure = by_distance(asked, 128)
         assert figure is not None
         found[picture] = figure
     return found

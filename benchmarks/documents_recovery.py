@@ -318,12 +318,12 @@ def recurrences() -> str:
     return "\n".join([*lines, "", f"All rows: {', '.join(f'`{setting}`' for setting in common)}. {made}."])
 
 
-def selection() -> str:
-    """What the layers that each selector chose can do, left full in an untrained conversion."""
-    if (data := measured("selection")) is None:
+def selection(name: str, what: str) -> str:
+    """What the layers or heads that each selector chose can do, left full in an untrained conversion."""
+    if (data := measured(name)) is None:
         return "Not measured yet."
     window, teacher = data["rows"]["window"], data["rows"]["teacher"]
-    lines = ["| layers by | full layers | late loss | late gap closed | needles found | log-probability | seconds |"]
+    lines = [f"| {what} by | full {what} | late loss | late gap closed | needles found | log-probability | seconds |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for name, row in data["rows"].items():
         full = {"teacher": "all", "window": "none"}.get(name, ", ".join(map(str, row.get("kept", row.get("layers")))))

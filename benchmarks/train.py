@@ -26,8 +26,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer
 
 from benchmarks.results import provenance, write
 from linearize import convert, recipe
-from linearize.convert import decoder, document_masks
+from linearize.convert import decoder
 from linearize.mixer import LinearizedAttention
+from linearize.packing import document_masks, packing
 from linearize.recipe import DistillSettings, LoraSettings
 from linearize.train import trainer
 from linearize.train.compiled import compiled_layers
@@ -194,8 +195,9 @@ def _teacher_seconds(teacher: PreTrainedModel, sequences: list[dict[str, Tensor]
     with torch.no_grad(), cast, compiled_layers(teacher):
         for _ in range(WARM + steps):
             start = time.perf_counter()
-            masks = document_masks(teacher, ids, positions)
-            decoder(teacher)(input_ids=ids, position_ids=positions, attention_mask=masks, use_cache=False)
+            with packing(int((positions[0] == 0).sum())):
+                masks = document_masks(teacher, ids, positions)
+                decoder(teacher)(input_ids=ids, position_ids=positions, attention_mask=masks, use_cache=False)
             if gpu:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_cache import LENGTH, in_parts, one_by_one
 from test_decoding import BY_OPERATIONS, DEVICE, GPU, UNFUSED, WHOLE, learned, steps  # noqa: F401 - a fixture
-from tiny import assert_close, ids, logits
+from tiny import assert_close, ids, logits, relative
 
 from linearize import decoding, growing
 from linearize.cache import cache_bytes
@@ -78,23 +78,25 @@ def test_two_caches_in_turn_and_chunks_between(kept, steps):  # noqa: F811
         (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
         (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
         (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
-        (lambda cache: cache.reset(), None),
     ],
-    ids=["reorder", "select", "repeat", "reset"],
+    ids=["reorder", "select", "repeat"],
 )
 @pytest.mark.parametrize("kept", KEPT, ids=str)
 def test_rows_that_move(kept, change, rows, steps):  # noqa: F811
     model, tokens = learned(DEFAULT | kept), ids(3, LENGTH).to(DEVICE)
     _, cache = in_parts(model, tokens[:, :12], one_by_one(9)[:4])
     change(cache)
-    if rows is None:
-        rows, begin = [0, 1, 2], 0
-        parts = [logits(model, tokens[:, :5], past_key_values=cache)]
-        parts += [logits(model, tokens[:, [t]], past_key_values=cache) for t in range(5, LENGTH)]
-    else:
-        begin = 12
-        parts = [logits(model, tokens[rows][:, [t]], past_key_values=cache) for t in range(12, LENGTH)]
-    assert_close(torch.cat(parts, 1), logits(model, tokens[rows], use_cache=False)[:, begin:])
+    parts = [logits(model, tokens[rows][:, [t]], past_key_values=cache) for t in range(12, LENGTH)]
+    assert_close(torch.cat(parts, 1), logits(model, tokens[rows], use_cache=False)[:, 12:])
+
+
+@torch.no_grad()
+def test_a_cache_that_is_reset():
+    model, tokens = learned(DEFAULT | KEPT[2]), ids(2, LENGTH).to(DEVICE)
+    _, cache = in_parts(model, tokens, one_by_one(9))
+    cache.reset()
+    parts = [logits(model, part, past_key_values=cache) for part in tokens.split(one_by_one(20), 1)]
+    assert_close(torch.cat(parts, 1), logits(model, tokens, use_cache=False))
 
 
 @torch.no_grad()
@@ -137,9 +139,11 @@ def test_generation_by_beams_uses_it(steps):  # noqa: F811
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("kept", KEPT, ids=str)
 def test_sixteen_bits_on_a_gpu(kept, steps):  # noqa: F811
+    """No further from the same weights in fp32 than the whole text is, but for chance."""
     model, tokens = learned(DEFAULT | kept).bfloat16(), ids(2, LENGTH).to(DEVICE)
-    full = logits(model, tokens, use_cache=False)
-    assert_close(in_parts(model, tokens, one_by_one(9))[0], full, 3e-2)
+    full, found = logits(model, tokens, use_cache=False), in_parts(model, tokens, one_by_one(9))[0]
+    truth = logits(model.float(), tokens, use_cache=False)
+    assert relative(found, truth) < 1.5 * relative(full, truth)
     assert all(decoder.graph is not None for decoder in steps)
 
 

@@ -23,6 +23,7 @@ SETTINGS = [
     {"structure": "gated_deltanet", "mixing": "data_dependent", "softmax_heads": "0/1,2/0"},
 ]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.filterwarnings("ignore:Liger Attention runs unfused", "ignore:the window of Liger Attention")
 
 
 @pytest.mark.parametrize("documents", [4, 7])

@@ -60,11 +60,7 @@ def why_not_windowed(
     """As `why_not_fused`, for the window alone."""
     B, T, H, D = q.shape
     R = 0 if rope is None else rope[0].shape[-1]
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     unsupported = {
-        # at heads of 128 that of queries was wrong on an H200, as Triton 3.6 compiles it in eight warps; four, which
-        # the table of launches has, were not tried on a device
-        f"gradients of a window of {settings.window} with heads of {D}": trains and settings.window > 64 and D > 64,
         f"a window of {settings.window} over packed documents": settings.window < 64 and first is not None,
         f"{settings.sinks} sinks": settings.sinks > 16,
         f"head size {D}": D > 128,
