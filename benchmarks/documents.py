@@ -316,6 +316,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "decoding-default": partial(speed.decoding, "decode_default_h100"),
     "decoding-both": partial(speed.decoding, "decode_both_h200"),
     "decoding-default-h200": partial(speed.decoding, "decode_default_h200"),
+    "decoding-hybrid": partial(speed.decoding, "decode_hybrid_h200"),
     "decoding-at-16k": speed.decoding_at_16k,
     "generation": speed.generation,
     "products": speed.products,

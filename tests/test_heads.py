@@ -9,7 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from linearize import LinearizeError, convert, revert
 from linearize.cache import cache_bytes
-from linearize.convert import mixers
+from linearize.convert import kept_softmax, mixers
 from linearize.heads import heads_text, parse_heads
 from linearize.inspect import inspect
 from linearize.recipe import LoraSettings
@@ -132,6 +132,13 @@ def test_a_cache_grows_by_them_alone():
     found = inspect(model.to(torch.bfloat16))
     assert [layer.per_token for layer in found.layers] == [2 * 8 * 2, 0, 2 * 8 * 2]
     assert found.cache_bytes(50) - found.cache_bytes(30) == 20 * 2 * 2 * 8 * 2
+
+
+def test_what_stays_is_said():
+    assert kept_softmax(convert(tiny(), **SETTINGS)) == "2 of 6 key/value heads"
+    both = convert(tiny(), **SETTINGS | {"layers": "0-1", "softmax_heads": "0/1"})
+    assert kept_softmax(both) == "1 of 3 layers and 1 of 6 key/value heads"
+    assert kept_softmax(convert(tiny())) is None
 
 
 def test_rows_move_with_them():

@@ -167,6 +167,12 @@ def test_windows_that_differ_from_layer_to_layer():
     assert "| 64–128 |" in table(report)
 
 
+def test_a_hybrid_says_what_it_kept():
+    report = synthetic().model_copy(update={"kept": "9 of 90 key/value heads"})
+    assert "; 9 of 90 key/value heads stay as they are" in render(report)
+    assert "9 of 90 key/value heads stay softmax attention, whose cache grows" in model_card(report, "a/b")
+
+
 def test_one_bucket():
     data = synthetic().model_dump()
     for result in data["models"].values():

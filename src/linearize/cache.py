@@ -1,5 +1,4 @@
-"""The cache of one converted layer: window, sinks and states, of constant size from the first token on but for heads
-that stay softmax attention."""
+"""The cache of one converted layer: window, sinks and states, of constant size; heads that stay softmax grow."""
 
 from typing import Any, NamedTuple
 

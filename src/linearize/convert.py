@@ -149,6 +149,17 @@ def _check_unwrapped(model: Any) -> None:
         )
 
 
+def kept_softmax(model: PreTrainedModel) -> str | None:
+    """What a converted model leaves softmax attention, in words; None if nothing."""
+    config, converted = model.config, mixers(model)
+    layers = config.num_hidden_layers - len(converted)
+    heads = sum(len(mixer.softmax_heads.chosen) for mixer in converted if mixer.softmax_heads is not None)
+    every = config.num_hidden_layers * config.num_key_value_heads
+    parts = [f"{layers} of {config.num_hidden_layers} layers"] * (layers > 0)
+    parts += [f"{heads} of {every} key/value heads"] * (heads > 0)
+    return " and ".join(parts) or None
+
+
 def is_linearized(model: nn.Module) -> bool:
     """Whether a model went through `convert`, in this process or before it was saved."""
     return getattr(getattr(model, "config", None), "linearize", None) is not None

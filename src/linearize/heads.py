@@ -1,5 +1,4 @@
-"""Heads of a converted layer that stay softmax attention over the whole text: DuoAttention's retrieval heads (arXiv
-2410.10819)."""
+"""Heads of a converted layer that stay softmax attention, as DuoAttention's retrieval heads do (arXiv 2410.10819)."""
 
 from collections.abc import Iterable, Mapping
 from itertools import groupby

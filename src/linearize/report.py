@@ -93,13 +93,16 @@ def model_card(report: Report, base_model: str) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):  # the hub refuses anything else, such as a local path
         front["base_model"] = base_model
     base, structure = _code(base_model), _code(report.structure)
+    size = "keeps a cache of constant size"
+    if report.kept:
+        size += f"; {report.kept} stay softmax attention, whose cache grows"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
 
 # {_code(report.model)} as a gated linear recurrence
 
 Converted from {base} by `linearize`: every converted layer is a {structure} recurrence beside a short softmax window, \
-and keeps a cache of constant size.
+and {size}.
 
 {verdict(report)}
 
@@ -154,6 +157,8 @@ def _header(report: Report, first: str, others: list[str]) -> str:
     made = f"{report.model} → {report.structure} + window"
     if report.models.converted.window:
         made += f" of {_window(report.models.converted)}"
+    if report.kept:
+        made += f"; {report.kept} stay as they are"
     rest = f'<p class="lead">{escape(" ".join(others))}</p>' if others else ""
     return f'<header>\n<p class="eyebrow">{escape(made)}</p>\n<h1>{escape(first)}</h1>\n{rest}\n</header>'
 

@@ -100,6 +100,7 @@ class Report(Schema):
 
     model: str
     structure: str
+    kept: str | None = Field(None, description="what the conversion left softmax attention, in words; null: nothing")
     sequence_length: int = Field(gt=0, description="T, of the held-out sequences")
     bucket: int = Field(gt=0, description="positions for each point of loss_by_position")
     eval_tokens: int = Field(description="held-out tokens that were scored")

@@ -9,7 +9,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from linearize.checkpoint import unwrapped
 from linearize.config import MixerSettings
+from linearize.convert import kept_softmax
 from linearize.evaluate.ablation import ablations, recurrence_off, window_off
 from linearize.evaluate.decoding import as_merged, decode_parity, decode_speed
 from linearize.evaluate.layers import layer_statistics
@@ -60,6 +62,7 @@ def evaluate(
     return Report(
         model=recipe.model,
         structure=", ".join(recipe.mixer.values("structure")),
+        kept=kept_softmax(unwrapped(ours)),
         sequence_length=settings.sequence_length,
         bucket=bucket,
         eval_tokens=heldout.shape[0] * (heldout.shape[1] - 1),
