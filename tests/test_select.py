@@ -255,9 +255,10 @@ def test_the_command(folder, capsys, arguments):
 
 
 def test_the_command_chooses_heads(folder, capsys):
-    assert cli.main([*COMMAND.split(), "--heads", "--keep", "3", "--selector", "gradient", "--out", "scores.json"]) == 0
+    assert cli.main([*COMMAND.split(), "--heads", "--keep", "3", "--out", "scores.json"]) == 0
     found = json.loads((folder / "scores.json").read_text())
     printed = capsys.readouterr().out
+    assert found["selector"] == "gradient"
     assert "full heads" in printed
     assert printed.endswith(f"\nsoftmax_heads: {found['value']}\n")
     assert sum(len(heads) for heads in parse_heads(found["value"], 3, 2).values()) == len(found["kept"]) == 3

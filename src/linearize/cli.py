@@ -224,7 +224,10 @@ def select(
     model: Annotated[str, typer.Argument(help="An embedded model's name, a folder, or a hub name owner/name.")],
     keep: Annotated[int, typer.Option(min=1, help="How many to leave as softmax attention.")] = 3,
     heads: Annotated[bool, typer.Option("--heads", help="Choose key/value heads, not whole layers.")] = False,
-    selector: Annotated[str, typer.Option(metavar="NAME", help="late, recall, both, gradient, or align.")] = "late",
+    selector: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="late, recall, both, gradient or align; else late, of heads gradient."),
+    ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Score each beside those already chosen.")] = False,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences that late loss is measured on.")] = 4,
     trials: Annotated[int, typer.Option(min=1, help="Needles of each length.")] = 8,

@@ -169,7 +169,7 @@ class Candidates:
         half, head = sequences.shape[1] // 2, Head(model)
         embed, count = model.get_input_embeddings(), self.teacher.config.num_key_value_heads
         gains = torch.zeros(len(decoder(model).layers), count, dtype=torch.float64)
-        for ids in sequences.split(1):
+        for ids in tqdm(sequences.split(1), desc="select gradient", unit="sequence"):
             ids = ids.to(model.device)
             with FullShares(mixers(model)) as shares:
                 embedded = embed(ids).detach().requires_grad_()
@@ -390,7 +390,7 @@ def recall(model: PreTrainedModel, needles: Iterable[Needles], rows: int = 8) ->
 def select(
     recipe: Recipe,
     keep: int,
-    selector: str = "late",
+    selector: str | None = None,
     greedy: bool = False,
     sequences: int = 4,
     trials: int = 8,
@@ -400,11 +400,13 @@ def select(
     """Choose `keep` layers, or key/value heads, of the recipe's model to leave as softmax attention, on its training
     text.
 
-    `late`, `recall`, `both` and `gradient` (see `by_gain`) look at `sequences` of the recipe's length and at `trials`
-    needles of each length, in untrained conversions to the recipe's window without a recurrence; `align` (see
-    `by_alignment`) trains on `tokens`. Raises LinearizeError for an unknown selector, a `keep` that leaves nothing to
-    convert, and what else is wrong with the recipe.
+    Without a `selector` by `late` or, of heads, of which there are many, by `gradient`. These, `recall` and `both` (see
+    `by_gain`) look at `sequences` of the recipe's length and at `trials` needles of each length, in untrained
+    conversions to the recipe's window without a recurrence; `align` (see `by_alignment`) trains on `tokens`. Raises
+    LinearizeError for an unknown selector, a `keep` that leaves nothing to convert, and what else is wrong with the
+    recipe.
     """
+    selector = ("gradient" if heads else "late") if selector is None else selector
     if selector not in SELECTORS:
         raise unknown("selector", selector, SELECTORS)
     if greedy and selector == "align":
