@@ -114,6 +114,20 @@ def test_copies_go_ways_of_their_own_and_weigh_what_was_read(kept):
     assert cache_bytes(cache) == cache_bytes(in_parts(model, tokens[:, :17], [17])[1])
 
 
+@pytest.mark.skipif(GPU, reason="the kernel's fp32 is the interpreter's")
+@pytest.mark.parametrize("kept", [KEPT[1], KEPT[2]], ids=str)
+def test_with_the_keys_in_parts(kept, steps, monkeypatch):  # noqa: F811
+    pytest.importorskip("triton", reason="the kernels are Triton's")
+    import interpreted  # noqa: F401
+
+    monkeypatch.setattr(growing, "IN_PARTS", True)
+    monkeypatch.setattr(growing, "why_not_in_parts", lambda *_: None)
+    model, tokens = learned(DEFAULT | kept), ids(2, LENGTH)
+    full = logits(model, tokens, use_cache=False)
+    assert_close(in_parts(model, tokens, one_by_one(LENGTH - 4))[0], full)
+    assert len(steps) == 4
+
+
 def test_room_grows_by_eighths():
     sizes = [growing.room_for(tokens) for tokens in (0, 3, 4, 63, 64, 100, 1000)]
     assert sizes == [4, 4, 8, 64, 72, 108, 1116]

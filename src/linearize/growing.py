@@ -5,9 +5,11 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from linearize.ops.dispatch import why_no_kernel
 from linearize.ops.liger import Rope
 
 STEP = 256  # tokens of room at once, or an eighth of those that there are
+IN_PARTS = False  # by `ops.growing_triton`: right in Triton's interpreter, and not run on a GPU yet
 
 
 class Growing:
@@ -47,10 +49,24 @@ class Growing:
         self.keys.index_copy_(2, time, k.transpose(1, 2).to(self.keys.dtype))
         self.values.index_copy_(2, time, v.transpose(1, 2).to(self.values.dtype))
         grouped = q.reshape(B, KV, H // KV, D)
+        if IN_PARTS and why_not_in_parts(grouped, self.keys) is None:
+            from linearize.ops.growing_triton import attend
+
+            return attend(grouped.contiguous(), self.keys, self.values, seen, time, self.scaling).reshape(B, H, D)
         output = F.scaled_dot_product_attention(
             grouped, self.keys, self.values, attn_mask=seen[:, None, None], scale=self.scaling
         )
         return output.reshape(B, H, D)
+
+
+def why_not_in_parts(q: Tensor, keys: Tensor) -> str | None:
+    """Why there is no kernel for q `[B, KV, G, D]` and these keys; None if there is."""
+    unsupported = {
+        f"head size {q.shape[-1]}": q.shape[-1] > 256,
+        f"{q.shape[2]} query heads to a key/value head": q.shape[2] > 64,
+        f"{q.dtype} and keys in {keys.dtype}": q.dtype != keys.dtype,
+    }
+    return why_no_kernel(q, unsupported)
 
 
 def room_for(tokens: int) -> int:
