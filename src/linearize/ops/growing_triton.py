@@ -82,8 +82,8 @@ def together_kernel(
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, time: Tensor, scale: float) -> Tensor:
-    """Of q `[B, KV, G, D]`, as q is; of keys and values `[B, KV, room, D]` those up to `time` `[1]` that are `seen` `[B,
-    room]`, one at least."""
+    """Of q `[B, KV, G, D]`, as q is; of keys and values `[B, KV, room, D]` those up to `time` `[1]` that are `seen`
+    `[B, room]`, one at least."""
     B, KV, G, D = q.shape
     room, rows, width = keys.shape[2], max(LEAST, triton.next_power_of_2(G)), max(16, triton.next_power_of_2(D))
     blocks = triton.cdiv(room, BLOCK)
