@@ -61,6 +61,7 @@ UNFUSED = "ignore:Liger Attention runs unfused", "ignore:decoding goes without",
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in UNFUSED]  # on a GPU, in fp32
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+GROWS = "what stays softmax attention grows, for which layers must be as in llama, mistral, qwen2, qwen3, smollm3"
 
 
 def converted(family: str = "llama", rope_parameters=None, **settings):
@@ -344,8 +345,8 @@ def test_a_model_is_saved_trained_and_copied_as_before(settings, tmp_path, steps
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"layers": "0,2", "family": "phi"}, "some of phi stays softmax attention"),
-        ({"softmax_heads": "0/1", "family": "olmo2"}, "some of olmo2 stays softmax attention"),
+        ({"layers": "0,2", "family": "phi"}, GROWS),
+        ({"softmax_heads": "0/1", "family": "olmo2"}, GROWS),
         ({"family": "mixtral"}, "the experts of mixtral do a different amount of work for every text"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
@@ -354,7 +355,7 @@ def test_a_model_is_saved_trained_and_copied_as_before(settings, tmp_path, steps
     ],
 )
 def test_models_without_a_decoder_say_why(settings, reason):
-    assert str(decoding.why_not(converted(**settings))).startswith(reason)
+    assert decoding.why_not(converted(**settings)) == reason
 
 
 def test_hooks_are_called(steps):

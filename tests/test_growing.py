@@ -7,6 +7,8 @@ import torch
 from test_cache import LENGTH, in_parts, one_by_one
 from test_decoding import BY_OPERATIONS, DEVICE, GPU, UNFUSED, WHOLE, learned, steps  # noqa: F401 - a fixture
 from tiny import assert_close, ids, logits, relative
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from linearize import decoding, growing
 from linearize.cache import cache_bytes
@@ -126,6 +128,51 @@ def test_with_the_keys_in_parts(kept, steps, monkeypatch):  # noqa: F811
     full = logits(model, tokens, use_cache=False)
     assert_close(in_parts(model, tokens, one_by_one(LENGTH - 4))[0], full)
     assert len(steps) == 4
+
+
+@torch.no_grad()
+def test_nothing_is_left_of_a_text_before():
+    """Not even what is no number, which a mask does not hide."""
+    model, tokens = learned(DEFAULT | KEPT[2]), ids(2, LENGTH).to(DEVICE)
+    broken, other = (in_parts(model, tokens[:, :n], [n])[1] for n in (11, 8))
+    broken.layers[0].grown_values[:, :, -1] = torch.nan
+    logits(model, tokens[:, [11]], past_key_values=broken)
+    found = [logits(model, tokens[:, [t]], past_key_values=other) for t in range(8, 11)]
+    assert_close(torch.cat(found, 1), logits(model, tokens[:, :11], use_cache=False)[:, 8:])
+
+
+def test_room_is_free_when_the_cache_is_gone():
+    model, tokens = learned(DEFAULT | KEPT[2]), ids(2, LENGTH).to(DEVICE)
+    _, cache = in_parts(model, tokens, one_by_one(9))
+    decoder = decoding._decoders[model]
+    assert decoder.seen.shape[1] > 0
+    del cache
+    assert decoder.seen.shape[1] == 0
+    assert_close(in_parts(model, tokens, one_by_one(9))[0], logits(model, tokens, use_cache=False))
+
+
+class Elsewhere(DynamicLayer):
+    """A layer whose `keys` are not what attention sees."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.whole = key_states[:, :, :0], value_states[:, :, :0]
+            self.lazy_initialization(key_states, value_states)
+        self.whole = tuple(torch.cat(pair, dim=2) for pair in zip(self.whole, (key_states, value_states), strict=True))
+        return self.whole
+
+    def get_seq_length(self, *_):
+        return self.whole[0].shape[2] if self.is_initialized else 0
+
+
+@torch.no_grad()
+def test_layers_of_another_kind_go_the_ordinary_way(steps):  # noqa: F811
+    model, tokens = learned(DEFAULT | KEPT[1]), ids(2, LENGTH).to(DEVICE)
+    cache = DynamicCache(config=model.config)
+    cache.layers[1] = Elsewhere()
+    parts = [model(part, past_key_values=cache).logits for part in tokens.split(one_by_one(9), 1)]
+    assert_close(torch.cat(parts, 1), logits(model, tokens, use_cache=False))
+    assert not steps
 
 
 def test_room_grows_by_eighths():

@@ -5,6 +5,8 @@ import torch
 from test_cache import LENGTH, SPLITS, in_parts
 from tiny import FAMILIES, assert_close, ids, logits, tiny
 from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from linearize import LinearizeError, convert, revert
@@ -19,7 +21,7 @@ from linearize.train.trainer import shared_copy, with_lora
 
 HEADS = "0/1,2/0"
 SETTINGS = {"window": 5, "sinks": 3, "mixing_weight": 0.4, "softmax_heads": HEADS}
-PLAIN = [name for name in FAMILIES if name not in ("gemma2", "gpt_oss")]
+PLAIN = [name for name in FAMILIES if name not in ("gemma2", "gemma3_text", "gpt_oss", "olmo3")]
 DEFAULT = {"structure": "gated_deltanet", "feature_map": "linear", "gate_source": "learned", "readout": "soft_rms",
            "behind": True, "mixing": "data_dependent"}  # fmt: skip
 
@@ -186,6 +188,35 @@ def test_names_are_read_as_they_are_written():
 def test_what_is_no_head_is_told(settings, told):
     with pytest.raises(LinearizeError, match=told):
         convert(tiny(), **settings)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_layers_that_slide_by_themselves_are_told(family):
+    model = tiny(family, **({"sliding_window": 8} if family == "mistral" else {}))
+    with pytest.raises(LinearizeError, match="which has a sliding window of its own"):
+        convert(model, softmax_heads="0/1", window=4)
+
+
+def test_what_is_passed_on_reaches_them():
+    seen = []
+
+    def listening(module, q, k, v, mask, **given):
+        seen.append(given.get("position_ids"))
+        return sdpa_attention_forward(module, q, k, v, mask, **given)
+
+    ALL_ATTENTION_FUNCTIONS.register("listening", listening)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("listening", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model, positions = convert(tiny(), **SETTINGS), torch.arange(30)[None]
+    model.set_attn_implementation("listening")
+    found = logits(model, ids(1, 30), position_ids=positions, use_cache=False)
+    assert_close(found, logits(convert(tiny(), **SETTINGS), ids(1, 30), use_cache=False))
+    assert all(x is not None and x.equal(positions) for x in seen)
+    assert len(seen) == 2
+
+
+def test_a_range_without_end_is_told_at_once():
+    with pytest.raises(LinearizeError, match="of layer 0 that there are not"):
+        parse_heads("0/0-99999999999", 3, 2)
 
 
 @pytest.mark.parametrize(("family", "what"), [("gemma2", "attn_logit_softcapping"), ("gpt_oss", "sinks")])

@@ -101,6 +101,27 @@ def test_transformers_loads_it(done):
     assert tokenizer("a text")["input_ids"] == AutoTokenizer.from_pretrained(done)("a text")["input_ids"]
 
 
+def test_heads_stay_through_the_whole_job(recipe, tmp_path):
+    """With the adapter beside the weights; and stage by stage, where the checkpoint knows which they are."""
+    plain = ["window_only"]
+    whole = changed(recipe, softmax_heads="0/1,2/0", adapter="separate", baselines=plain)
+    job.run(whole, tmp_path / "whole")
+    report = read_report(tmp_path / "whole")
+    assert report.kept == "2 of 6 key/value heads"
+    assert [row.kept for row in report.layers] == [[1], [], [0]]
+    assert {len(row.mixing) for row in report.layers} == {3, 6}
+    assert "2 of 6 key/value heads stay as they are" in (tmp_path / "whole" / "report.html").read_text(encoding="utf-8")
+    job.convert_only(changed(recipe, softmax_heads="0/1,2/0"), tmp_path / "converted")
+    for stage, source in (("align", "converted"), ("distill", "align")):
+        job.stage_only(stage, tmp_path / source, changed(recipe, baselines=plain), tmp_path / stage)
+    assert read_recipe(tmp_path / "distill").softmax_heads == "0/1,2/0"
+    again = job.evaluate_only(tmp_path / "distill", read_recipe(tmp_path / "distill"))
+    assert again.kept == report.kept
+    assert again.models.window_only is not None
+    chosen = [mixer.softmax_heads and mixer.softmax_heads.chosen for mixer in mixers(load(tmp_path / "distill")[0])]
+    assert chosen == [(1,), None, (0,)]
+
+
 def test_the_report(done, recipe):
     report = read_report(done)
     models = report.models

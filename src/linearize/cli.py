@@ -199,7 +199,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Generate text, word by word, in constant memory."""
+    """Generate text, word by word, in memory that grows by what stays softmax attention alone."""
     from linearize.generate import generate as stream
 
     stream(checkpoint, prompt, chat, max_new_tokens, temperature, seed)

@@ -91,6 +91,11 @@ def _choose_heads(model: PreTrainedModel, softmax_heads: str, layers: list[int])
         raise LinearizeError(f"softmax_heads {softmax_heads!r} names layer {outside[0]}, which is not converted")
     if special := family.softcap or family.null_logits:
         raise LinearizeError(f"softmax_heads has no place for the {special} of {model.config.model_type}; valid: null")
+    if sliding := [layer for layer in heads if native_window(model, layer) is not None]:
+        raise LinearizeError(
+            f"softmax_heads {softmax_heads!r} names layer {sliding[0]}, which has a sliding window of its own; "
+            "valid: layers that see all tokens"
+        )
     whole = {layer for layer, chosen in heads.items() if len(chosen) == count}
     if not (converted := [layer for layer in layers if layer not in whole]):
         raise LinearizeError(f"softmax_heads {softmax_heads!r} leaves no head to convert")

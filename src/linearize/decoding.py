@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from linearize.cache import GROWS, REST, RINGS, Memory, MixerCacheLayer
@@ -48,6 +49,8 @@ def next_token(model: PreTrainedModel, given: Mapping[str, Any]) -> CausalLMOutp
     converted = any(isinstance(layer, MixerCacheLayer) for layer in cache.layers)
     if not converted or not all(layer.is_initialized for layer in cache.layers):
         return None
+    if getattr(cache, "offloading", False) or any(type(x) not in (MixerCacheLayer, DynamicLayer) for x in cache.layers):
+        return None  # as quantised ones, whose keys are elsewhere
     seen, batch = cache.get_seq_length(), ids.shape[0]
     if torch.is_grad_enabled() or model.training or torch.is_autocast_enabled(ids.device.type):
         return None
@@ -101,7 +104,7 @@ def why_not(model: PreTrainedModel) -> str | None:
         return "LoRA is not merged into the weights (linearize merge)"
     if len(mixers) < len(layers) or any(mixer.softmax_heads is not None for mixer in mixers):
         if not is_plain(model.base_model):
-            return f"some of {base_model_type(model.config.model_type)} stays softmax attention; valid: {PLAIN}"
+            return f"what stays softmax attention grows, for which layers must be as in {', '.join(PLAIN)}"
         if any(getattr(holder, "sliding_window", None) is not None for holder in (model.config, *layers)):
             return "what stays softmax attention has a sliding window of its own"
     if (name := base_model_type(model.config.model_type)) in UNEVEN:
@@ -334,7 +337,13 @@ class Decoder:
                     getattr(held, name).copy_(x.roll(back, 1) if name in RINGS else x)
             self._show(layer, held)
             layer.lender = self
-        self.lent = [weakref.ref(layer) for layer in cache.layers]
+        own = weakref.ref(self)
+
+        def gone(_: Any) -> None:
+            if (decoder := own()) is not None:
+                decoder.forget()
+
+        self.lent = [weakref.ref(layer, gone) for layer in cache.layers]
 
     def _show(self, layer: MixerCacheLayer, held: Held) -> None:
         parts = layer.sink_keys.shape[1], layer.keys.shape[1]
@@ -344,6 +353,15 @@ class Decoder:
         for name in ("valid", "positions", *Memory._fields):
             if getattr(layer, name) is not None:
                 setattr(layer, name, getattr(held, name))
+
+    def forget(self) -> None:
+        """The cache that was lent is gone: what grew with it is free."""
+        if self.grows:
+            self.graph, self.logits, self.lent = None, None, []
+            self.seen = self.seen.new_zeros(len(self.seen), 0)
+            for kept in self.growing:
+                if kept is not None:
+                    kept.reserve(0)
 
     def release(self) -> None:
         """The layers that show these buffers get tensors of their own again, in the cache's order."""

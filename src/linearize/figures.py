@@ -337,9 +337,17 @@ BLUES = LinearSegmentedColormap.from_list("weight", ["#eef3f7", "#8fc3e3", "#007
 
 
 def _grid(report: Report, field: str) -> np.ndarray:
-    """Heads down, layers across; NaN where a layer has no such head."""
-    rows = {row.layer: getattr(row, field) for row in report.layers}
-    grid = np.full((max(map(len, rows.values()), default=0), max(rows, default=-1) + 1), np.nan)
-    for layer, values in rows.items():
+    """Heads down, layers across; NaN where a layer has no such head, or it is not converted."""
+    columns = {row.layer: _spread(getattr(row, field), len(row.decay_tokens), row.kept) for row in report.layers}
+    grid = np.full((max(map(len, columns.values()), default=0), max(columns, default=-1) + 1), np.nan)
+    for layer, values in columns.items():
         grid[: len(values), layer] = values
     return np.where(np.isfinite(grid), grid, np.nan)
+
+
+def _spread(values: list[float], converted: int, kept: list[int]) -> list[float]:
+    """One value for each head, NaN for those of the key/value heads that are `kept`; so many are `converted`."""
+    size = len(values) // max(converted, 1)  # heads of a group, or 1
+    groups = iter([values[begin : begin + size] for begin in range(0, len(values), max(size, 1))])
+    every = converted + len(kept)
+    return [x for head in range(every) for x in ([math.nan] * size if head in kept else next(groups, []))]

@@ -12,8 +12,8 @@ from linearize.errors import LinearizeError
 
 
 def generate(checkpoint: Path, prompt: str, chat: bool, max_new_tokens: int, temperature: float, seed: int) -> None:
-    """Stream a continuation of `prompt` to stdout; the cache is of one size however long prompt and answer are. On a
-    GPU in bf16, which the kernels are for, else in fp32.
+    """Stream a continuation of `prompt` to stdout; the cache is of one size however long prompt and answer are, but for
+    what stays softmax attention. On a GPU in bf16, which the kernels are for, else in fp32.
 
     Raises LinearizeError for an empty prompt, and for `chat` where the tokenizer has no chat template.
     """

@@ -31,6 +31,7 @@ class Growing:
         """The tokens of a cache, `[B, KV, T, D]`."""
         for kept, given in ((self.keys, keys), (self.values, values)):
             kept[:, :, : given.shape[2]].copy_(given)
+            kept[:, :, given.shape[2] :].zero_()  # of a text before this
 
     def shown(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first tokens, as a cache has them."""

@@ -65,16 +65,18 @@ class SoftmaxHeads(nn.Module):
         """Outputs of the other heads and of these to `[B, T, H, D]`."""
         return torch.cat([others, own.to(others.dtype)], dim=2).index_select(2, self.order)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], mask: Any, cache: Any) -> Tensor:
-        """Of these heads, before RoPE; `mask` as transformers makes it for the model's own layers, `cache` a
-        `MixerCacheLayer` or None."""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], mask: Any, cache: Any, **others: Any
+    ) -> Tensor:
+        """Of these heads, before RoPE; `mask` and what `others` there are as transformers gives them to the model's own
+        layers, `cache` a `MixerCacheLayer` or None."""
         q, k = self.rotate(q, k, *rope, unsqueeze_dim=2)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if cache is not None:
             k, v = cache.grow(k, v)
         name = self.config._attn_implementation
         attend: Any = ALL_ATTENTION_FUNCTIONS["sdpa" if name == "eager" else name]  # both take eager's masks
-        return attend(self, q, k, v, mask, scaling=self.scaling, dropout=0.0)[0]
+        return attend(self, q, k, v, mask, scaling=self.scaling, dropout=0.0, **others)[0]
 
     def extra_repr(self) -> str:
         """Which, in `print(model)`."""
@@ -88,7 +90,8 @@ def parse_heads(text: str, layers: int, heads: int) -> Heads:
         for part in text.split(","):
             number, _, span = part.strip().partition("/")
             first, _, last = span.partition("-")
-            found.setdefault(int(number), set()).update(range(int(first), int(last or first) + 1))
+            end = min(int(last or first), heads)  # one too many is told below
+            found.setdefault(int(number), set()).update(range(int(first), end + 1))
     except ValueError as error:
         raise LinearizeError(f"softmax_heads {text!r} is not valid; give layer/head as in '8/0,17/1-2'") from error
     for layer, chosen in found.items():

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from linearize.assets import resolve_model
 from linearize.checkpoint import load, load_pretrained, unwrapped
 from linearize.config import MixerConfig
-from linearize.convert import attention_of, is_linearized, mixers, native_window
+from linearize.convert import attention_of, is_linearized, kept_softmax, mixers, native_window
 from linearize.families import base_model_type
 from linearize.features import feature_size
 from linearize.files import MARKER
@@ -108,6 +108,9 @@ def show(name: str, contexts: list[int]) -> None:
         f"{name}: {found.family}, {len(found.layers)} layers, {len(found.converted)} converted, "
         f"{found.parameters:,} parameters ({found.new_parameters:,} new)"
     )
+    if is_linearized(model) and (kept := kept_softmax(model)) is not None:
+        names = model.config.linearize.get("softmax_heads")
+        console.print(f"softmax attention stays in {kept}{f': {names}' if names else ''}")
     for config in dict.fromkeys(mixer.config for mixer in mixers(model)):
         console.print(str(config))
     table = Table("layers", "attention", "bytes/token", "original", "window bytes/sequence", "state bytes/sequence")

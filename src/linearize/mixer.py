@@ -92,7 +92,8 @@ class LinearizedAttention(nn.Module):
     def reset_parameters(self) -> None:
         """What the conversion adds, as it starts; parameters that were loaded keep their values."""
         if self.softmax_heads is not None:
-            self.softmax_heads.place(next(self.parameters()).device)
+            device = self.softmax_heads.order.device
+            self.softmax_heads.place(next(self.parameters()).device if device.type == "meta" else device)
         for branch in (self.recurrence, self.mixing):
             for module in () if branch is None else branch.modules():
                 if callable(reset := getattr(module, "reset_parameters", None)):
@@ -110,10 +111,11 @@ class LinearizedAttention(nn.Module):
         past_key_values: Any = None,
         tokens: Tokens | list[Moment] | None = None,
         attention_mask: Any = None,
-        **_: Any,
+        **others: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states `[B, T, hidden]` to the same; `tokens` come from the hook that `convert` sets, or, for one
-        token whose step `decoding` runs, from there; `attention_mask` is for heads that stay softmax attention."""
+        token whose step `decoding` runs, from there; `attention_mask` and `others` are for heads that stay softmax
+        attention."""
         if tokens is None:
             raise LinearizeError(
                 f"layer {self.layer_idx} ({type(self.original).__name__}) got no description of its tokens: "
@@ -132,7 +134,7 @@ class LinearizedAttention(nn.Module):
         own = None
         if self.softmax_heads is not None:
             (q, own_q), (k, own_k), (v, own_v) = map(self.softmax_heads.split, (q, k, v))
-            own = self.softmax_heads(own_q, own_k, own_v, position_embeddings, attention_mask, cache)
+            own = self.softmax_heads(own_q, own_k, own_v, position_embeddings, attention_mask, cache, **others)
         rotated: tuple[Tensor, Tensor] = self.rotate(q, k, *position_embeddings, unsqueeze_dim=2)
         sinks = normalizer = None
         if self.config.local != "none":

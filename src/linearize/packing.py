@@ -70,7 +70,10 @@ def by_starts(model: PreTrainedModel) -> bool:
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
     plain = not family.softcap and not family.null_logits and config._attn_implementation == "sdpa"
     slides = getattr(config, "sliding_window", None) is not None
-    return weight.is_cuda and dtype in HALF and plain and not slides
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if not weight.is_cuda or dtype not in HALF or not plain or slides or size % 8 or size > 256:
+        return False
+    return torch.version.hip is None and torch.cuda.get_device_capability(weight.device) >= (8, 0)
 
 
 def starts(positions: Int[Tensor, "B T"], documents: int) -> Int[Tensor, "B*documents+1"]:

@@ -80,8 +80,11 @@ class Layer(Schema):
     """What one converted layer learned."""
 
     layer: int = Field(ge=0)
-    mixing: list[float] = Field(description="weight of the recurrence, for each query head")
-    decay_tokens: list[float] = Field(description="mean decay time, -1 / mean log decay, for each key/value head")
+    mixing: list[float] = Field(description="weight of the recurrence, for each query head that is converted")
+    decay_tokens: list[float] = Field(
+        description="mean decay time, -1 / mean log decay, for each key/value head that is converted"
+    )
+    kept: list[int] = Field(default_factory=list, description="key/value heads that are not")
     half_life: list[float] = Field(
         default_factory=list,
         description="of the state in tokens: 5, 25, 50, 75, 95 % of its channels are below; [] without decay",

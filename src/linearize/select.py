@@ -23,10 +23,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.checkpoint import unwrapped
 from linearize.config import MixerSettings
-from linearize.convert import convert, decoder, mixers
+from linearize.convert import check_convertible, convert, decoder, mixers, native_window
 from linearize.errors import LinearizeError, unknown
 from linearize.evaluate.perplexity import score
-from linearize.families import Head
+from linearize.families import Head, family_of, rotation_of
 from linearize.heads import heads_text
 from linearize.mixer import LinearizedAttention
 from linearize.ops.liger import wide
@@ -165,6 +165,11 @@ class Candidates:
     def gradient(self, kept: Iterable[int]) -> dict[int, float]:
         """What leaving each unit full would take off the late loss, in nats, to first order: the loss's derivative by
         the share of full attention in the unit's output, where that is 0. One backward pass a sequence for all."""
+        family, layers = family_of(self.teacher.config), range(self.teacher.config.num_hidden_layers)
+        if family.softcap or family.null_logits or any(native_window(self.teacher, i) is not None for i in layers):
+            raise LinearizeError(
+                "gradient needs plain causal softmax attention in all layers; valid: late, recall, both"
+            )
         model, sequences = self.model(kept), self.probes.sequences
         half, head = sequences.shape[1] // 2, Head(model)
         embed, count = model.get_input_embeddings(), self.teacher.config.num_key_value_heads
@@ -216,7 +221,7 @@ class FullShares:
     def _attend(self, mixer: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         hidden, rope = args[0] if args else given["hidden_states"], given["position_embeddings"]
         q, k, v = mixer.family.project(mixer, hidden)
-        q, k = mixer.rotate(q, k, *rope, unsqueeze_dim=2)
+        q, k = rotation_of(mixer.original)(q, k, *rope, unsqueeze_dim=2)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         full = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=mixer.scaling, enable_gqa=True)
         self._full[mixer.layer_idx] = full.transpose(1, 2)
@@ -355,7 +360,9 @@ def needles(
     common = next((i for i, ids in enumerate(zip(*asked, strict=False)) if len(set(ids)) > 1), -1)
     choices = [ids[common] for ids in asked]
     if len(set(choices)) < len(choices):
-        raise LinearizeError(f"this tokenizer begins some of the words {', '.join(WORDS)} alike; valid: late, align")
+        raise LinearizeError(
+            f"this tokenizer begins some of the words {', '.join(WORDS)} alike, and needles need words apart"
+        )
     begin = [token for token in tokenizer("")["input_ids"] if token != tokenizer.eos_token_id]
     rows, answers = [], []
     for trial in range(trials):
@@ -427,6 +434,8 @@ def select(
         raise LinearizeError(f"keep is {keep}; valid for this model: 1-{count - 1}")
     given = recipe.data.sequence_length, sequences, trials, recipe.seed, recipe.data.train
     mixer = mixer_of(recipe, "window_only", base.teacher)
+    if heads:
+        check_convertible(base.teacher, mixer, "all", None, "0/0")  # else told after all of the work
     candidates = Candidates(base.teacher, mixer, probes(texts, base.tokenizer, *given), heads)
     if selector == "align":
         kept, rounds = by_alignment(recipe, base, keep, tokens)

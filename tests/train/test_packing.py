@@ -100,7 +100,7 @@ def test_gpu_documents_without_a_mask(H, KV, D):
 
 @needs_gpu
 def test_gpu_a_model_without_masks():
-    """Recorded, compiled or as it is, in half precision: what masks give, to rounding."""
+    """In half precision: what masks give, to rounding."""
     model = tiny(hidden_size=96, head_dim=16).cuda().bfloat16()
     positions = torch.cat([torch.arange(90), torch.arange(1), torch.arange(109)])[None].cuda()
     ids = torch.randint(1, 30, (1, 200), device="cuda")

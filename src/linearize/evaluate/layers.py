@@ -32,6 +32,7 @@ def layer_statistics(model: PreTrainedModel, ids: Int[Tensor, "T"]) -> list[Laye
                 mixing=mixer.mixing_weights().tolist(),
                 decay_tokens=decay.mean(-1).tolist(),
                 half_life=half_life,
+                kept=[] if mixer.softmax_heads is None else list(mixer.softmax_heads.chosen),
             )
             rows.append(row)
 
