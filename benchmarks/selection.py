@@ -21,8 +21,9 @@ from typing import Any
 from benchmarks.results import provenance, write
 from linearize import recipe as recipes
 from linearize.convert import choose_layers
+from linearize.probes import probes
 from linearize.run import load_base, mixer_of
-from linearize.select import Candidates, by_alignment, by_gain, probes, uniform
+from linearize.select import Candidates, by_alignment, by_gain, uniform
 from linearize.train.documents import heldout_documents, load_documents
 
 KEEP = (1, 3, 4)

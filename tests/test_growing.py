@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from linearize import decoding, growing
 from linearize.cache import cache_bytes
-from linearize.decoding import PLAIN
+from linearize.plain_layers import PLAIN
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in UNFUSED]  # on a GPU, in fp32
 KEPT = [{"layers": "1"}, {"layers": "0,2"}, {"softmax_heads": "0/1,2/0"}, {"layers": "0-1", "softmax_heads": "1/0"}]

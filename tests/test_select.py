@@ -15,8 +15,9 @@ from linearize.config import MixerSettings
 from linearize.convert import choose_layers
 from linearize.evaluate.perplexity import score
 from linearize.heads import parse_heads
+from linearize.probes import WORDS, Needles, Probes, needles, probes, recall
 from linearize.run import load_base
-from linearize.select import Candidates, Needles, Probes, by_alignment, by_gain, needles, probes, recall, spans, uniform
+from linearize.select import Candidates, by_alignment, by_gain, spans, uniform
 from linearize.train.align import align_loss
 from linearize.train.sequences import pack, tokenize
 
@@ -176,11 +177,11 @@ def test_needles_state_and_ask():
     assert made.rows.shape == (12, 256)
     for row, answer in zip(made.rows, made.answers, strict=True):
         text = words.decode(row).replace("<unk>", "T").replace(" ", "")
-        stated = f"secretwordis{module.WORDS[answer]}."
+        stated = f"secretwordis{WORDS[answer]}."
         assert text.count(stated) == 1
         assert 256 - 80 > text.index(stated) > 0
         assert text.endswith("secretwordis")
-    assert words.convert_ids_to_tokens(made.choices) == [word[0] for word in module.WORDS]
+    assert words.convert_ids_to_tokens(made.choices) == [word[0] for word in WORDS]
     again = needles(tokenize([tiny.text(2000)], words), words, 256, 12, seed=0)
     assert torch.equal(again.rows, made.rows)
     assert not torch.equal(needles(tokenize([tiny.text(2000)], words), words, 256, 12, seed=1).rows, made.rows)

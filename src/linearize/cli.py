@@ -199,7 +199,10 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Generate text, word by word, in memory that grows by what stays softmax attention alone."""
+    """Generate text, word by word.
+
+    In constant memory, but for what stays softmax attention.
+    """
     from linearize.generate import generate as stream
 
     stream(checkpoint, prompt, chat, max_new_tokens, temperature, seed)

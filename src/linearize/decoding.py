@@ -8,33 +8,31 @@ attention keeps all tokens (`growing`): a graph reads as many as there is room f
 """
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from linearize.cache import GROWS, REST, RINGS, Memory, MixerCacheLayer
-from linearize.families import Head, base_model_type, family_of, ropes, rotation_of, separate
+from linearize.families import Head, base_model_type, ropes, rotation_of
 from linearize.graphs import RecordingError, on_the_side, record
 from linearize.growing import Growing, room_for
 from linearize.mixer import LinearizedAttention, Moment
 from linearize.ops.dispatch import may_look
-from linearize.ops.liger import Rope, warn_once
+from linearize.ops.liger import warn_once
 from linearize.ops.local import NEVER
-from linearize.ops.products import Norm, add_product, normed, normed_product, normed_swiglu
+from linearize.ops.products import normed
 from linearize.ops.step import Clock, Held, advance
+from linearize.plain_layers import PLAIN, PlainLayer, is_plain, norm_of, original_of
 from linearize.tokens import Tokens, most_sinks, of_step
 
-PLAIN = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # x + attention(norm(x)), then x + mlp(norm(x)), no more
 MOVING = ("dynamic", "longrope")  # RoPE whose frequencies depend on the largest position
 UNEVEN = ("mixtral", "gpt_oss")  # experts: how much work there is depends on the text
-ROWS = 16  # a product's outputs are made a multiple of it: each row of them is then aligned
 TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 TAKEN |= {"cache_position", "return_dict"}
 
@@ -389,7 +387,7 @@ def _window(mixer: LinearizedAttention) -> int:
 
 def _growing(attention: Any, like: Tensor) -> Growing | None:
     """What a layer keeps of all tokens, if it keeps anything; `like` `[B, 0, D]`."""
-    original = _original(attention)
+    original = original_of(attention)
     config = original.config
     heads = config.num_key_value_heads
     if isinstance(attention, LinearizedAttention):
@@ -398,11 +396,6 @@ def _growing(attention: Any, like: Tensor) -> Growing | None:
         return None
     groups = config.num_attention_heads // config.num_key_value_heads
     return Growing((groups * heads, heads), rotation_of(original), attention.scaling, like)
-
-
-def _original(attention: Any) -> Any:
-    """The model's own attention module, converted or not."""
-    return attention.original if isinstance(attention, LinearizedAttention) else attention
 
 
 def _growing_names(layer: Any) -> tuple[str, str]:
@@ -430,94 +423,3 @@ def _signature(model: PreTrainedModel) -> tuple[int, ...]:
     """Changes when a parameter or a mixer is another one."""
     addresses = (parameter.data_ptr() for parameter in model.parameters())
     return (*addresses, *(id(module) for module in model.modules() if isinstance(module, LinearizedAttention)))
-
-
-# --- decoder layers of the plain families, in few kernels ---
-
-
-def is_plain(stack: Any) -> bool:
-    """Whether `PlainLayer` can stand for every layer."""
-    if base_model_type(stack.config.model_type) not in PLAIN:
-        return False
-    if stack.config.hidden_act != "silu":
-        return False
-    linears = [
-        linear
-        for layer in stack.layers
-        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj, *_projections(layer.self_attn))
-    ]
-    return all(type(linear) is nn.Linear for linear in linears)  # not a quantised one
-
-
-def _projections(attention: Any) -> list[nn.Linear]:
-    return [getattr(attention, name) for name in family_of(_original(attention).config).projections]
-
-
-class PlainLayer:
-    """A decoder layer in place: norms, residuals and SwiGLU are done by the matrix products (`ops.products`), and
-    products of one input are one."""
-
-    def __init__(self, layer: Any, moment: Moment | None, growing: Growing | None) -> None:
-        """Of a converted layer with its `moment`, or of one that stays softmax attention, `growing`."""
-        self.attention: Any = layer.self_attn
-        self.mixer, self.growing = (self.attention if moment is not None else None), growing
-        self.split = family_of(_original(self.attention).config).project
-        *projections, output = _projections(self.attention)
-        self.norm, self.mlp_norm = norm_of(layer.input_layernorm), norm_of(layer.post_attention_layernorm)
-        self.together = self.split is separate
-        if self.together:
-            others = moment.inputs if moment is not None else []
-            self.qkv = joined(projections, others)
-            self.width = sum(linear.out_features for linear in projections)
-            self.inputs = sum(len(weight) for weight in others)
-        self.unseen = self.together and (moment is None or self.attention.is_whole(moment.settings))
-        self.gate_up, self.size = joined([layer.mlp.gate_proj, layer.mlp.up_proj]), layer.mlp.up_proj.out_features
-        self.output, self.down = (output.weight, output.bias), (layer.mlp.down_proj.weight, layer.mlp.down_proj.bias)
-
-    def __call__(self, hidden: Tensor, rope: Rope, time: Tensor, seen: Tensor, moment: Moment | None) -> None:
-        """hidden `[B, hidden]` becomes what the layer makes of it; `time` and `seen` as `Growing.attend` has them."""
-        x, heads, made = self.project(hidden)
-        if moment is None:
-            assert self.growing is not None
-            read = self.growing.attend(heads, rope, time, seen)
-        else:
-            here = moment._replace(growing=self.growing, seen=seen)
-            read = self.attention.step(x[:, None], heads, rope, here, made)
-        add_product(hidden, read.flatten(1), self.output)
-        add_product(hidden, normed_swiglu(hidden, self.mlp_norm, self.gate_up, self.size), self.down)
-
-    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The mixer's input `[B, hidden]`, or anything like it where the mixer does not look at it; q, k and v of it
-        `[B, H + 2 KV, D]`; and its products with the moment's `inputs`, where they are made together."""
-        if not self.together:
-            x = normed(hidden, self.norm)
-            return x, torch.cat(self.split(self.attention, x[:, None]), dim=2)[:, 0], None
-        x = hidden if self.unseen else normed(hidden, self.norm)
-        product = normed_product(hidden, self.norm, self.qkv) if self.unseen else F.linear(x, *self.qkv)
-        heads, made, _ = product.tensor_split([self.width, self.width + self.inputs], dim=1)
-        return x, heads.unflatten(1, (-1, self.attention.head_dim)), made
-
-
-def norm_of(module: Any) -> Norm:
-    """A model's own norm, for `ops.products`."""
-    return Norm(module.weight, module.variance_epsilon)
-
-
-@torch.no_grad()
-def joined(linears: list[nn.Linear], others: list[nn.Parameter] | None = None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of one linear layer that is all of these, and below them `others`, weights without a bias; their
-    parameters become parts of it, so that nothing is kept twice. Zeros make its size fit for fast products."""
-    weights = [*(linear.weight for linear in linears), *(others or [])]
-    rows = sum(len(x) for x in weights)
-    weight = _one(weights, -rows % ROWS)
-    biases = [linear.bias for linear in linears]
-    return weight, None if biases[0] is None else _one(biases, len(weight) - sum(len(x) for x in biases))
-
-
-def _one(parameters: Sequence[Tensor], zeros: int) -> Tensor:
-    """One tensor of parameters, which become parts of it, and of so many rows of zeros."""
-    like = parameters[0].data
-    whole = torch.cat([*(x.data for x in parameters), like.new_zeros(zeros, *like.shape[1:])])
-    for x, part in zip(parameters, whole.split([*(len(x) for x in parameters), zeros]), strict=False):
-        x.data = part
-    return whole
