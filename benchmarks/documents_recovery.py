@@ -333,7 +333,8 @@ def selection(name: str, what: str) -> str:
             f"| {name} | {full} | {row['late_loss']:.4f} | {closed:.0%} | {row['accuracy']:.0%} | "
             f"{row['recall']:.2f} | {'–' if seconds is None else seconds} |"
         )
-    return "\n".join([*lines, "", f"{data['hardware']}, {versions(data['versions'])}."])
+    made = f"{data['hardware']}, {versions(data['versions'])}. {data.get('note', '')}".rstrip()
+    return "\n".join([*lines, "", made])
 
 
 def training_text() -> str:
