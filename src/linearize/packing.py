@@ -13,8 +13,8 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from linearize.families import family_of
+from linearize.ops.dispatch import HALF
 
-HALF = (torch.bfloat16, torch.float16)
 _most: int | None = None  # documents in a row at most, inside `packing`
 
 
