@@ -35,6 +35,7 @@ from linearize import convert, revert
 from linearize.config import MixerConfig, MixerSettings
 from linearize.convert import choose_layers
 from linearize.decoding import Decoder
+from linearize.heads import parse_heads
 from linearize.inspect import recurrent_bytes
 from linearize.ops import dispatch
 from linearize.recipe import read
@@ -58,12 +59,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 DEFAULT = dict(read("default").mixer.root)  # the recipe's
+HYBRID = read("hybrid")
 CONVERTED: dict[str, dict[str, Any]] = {  # what the converted side may be
     "gla": {"structure": "gla"},
     "default": DEFAULT,
     "gated_deltanet_gated": DEFAULT | {"readout": "gated"},
     "hybrid": DEFAULT | {"softmax_every": 10},  # every tenth layer stays softmax attention
+    "heads": DEFAULT | {"softmax_heads": HYBRID.softmax_heads},  # the recipe's, of SmolLM2-135M
 }
+ANY_MODEL = [name for name, settings in CONVERTED.items() if "softmax_heads" not in settings]
 BATCHES, CONTEXTS = (1, 16, 64, 256), (1024, 4096, 16384, 65536)
 TELLING = ((1, 16384), (16, 16384), (1, 1024), (256, 16384))  # batch and context; first, for every model
 REST = (
@@ -102,7 +106,7 @@ def main() -> None:
     if arguments.smoke or arguments.tune:
         from benchmarks import decode_checks as checks
 
-        structures = [arguments.structure] if arguments.structure else CONVERTED
+        structures = [arguments.structure] if arguments.structure else ANY_MODEL
         checks.smoke(arguments.out, structures, stop) if arguments.smoke else checks.tune(arguments.out, stop)
     elif arguments.prompt:
         from benchmarks.prompt import read_prompt
@@ -136,29 +140,33 @@ def key_value_bytes(config: Any, tokens: int) -> int:
     return 4 * tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
 
-def layers_of(config: Any, settings: dict[str, Any]) -> list[MixerConfig]:
-    """The settings of every layer that is converted."""
-    mixer = MixerSettings({name: value for name, value in settings.items() if name != "softmax_every"})
-    count = config.num_hidden_layers
-    return [mixer.layer(index, count) for index in choose_layers("all", settings.get("softmax_every"), count)]
+def layers_of(config: Any, settings: dict[str, Any]) -> list[tuple[MixerConfig, int]]:
+    """The settings of every layer that is converted, and how many of its key/value heads are."""
+    kept = {"softmax_every", "softmax_heads"}
+    mixer = MixerSettings({name: value for name, value in settings.items() if name not in kept})
+    count, KV = config.num_hidden_layers, config.num_key_value_heads
+    names = settings.get("softmax_heads")
+    heads = parse_heads(names, count, KV) if names else {}
+    layers = choose_layers("all", settings.get("softmax_every"), count)
+    return [(mixer.layer(index, count), KV - len(heads.get(index, ()))) for index in layers]
 
 
 def window_bytes(config: Any, settings: dict[str, Any]) -> int:
     """Of one row's windows and sinks in bf16."""
-    tokens = sum(layer.window + layer.sinks for layer in layers_of(config, settings))
-    return 4 * tokens * config.num_key_value_heads * config.head_dim
+    return sum(4 * (layer.window + layer.sinks) * KV * config.head_dim for layer, KV in layers_of(config, settings))
 
 
 def growing_bytes(config: Any, settings: dict[str, Any], tokens: int) -> int:
-    """Of one row's keys and values of all tokens in layers that are not converted, in bf16."""
-    kept = config.num_hidden_layers - len(layers_of(config, settings))
-    return key_value_bytes(config, tokens) * kept // config.num_hidden_layers
+    """Of one row's keys and values of all tokens in layers and heads that are not converted, in bf16."""
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    kept = heads - sum(KV for _, KV in layers_of(config, settings))
+    return key_value_bytes(config, tokens) * kept // heads
 
 
 def state_bytes(config: Any, settings: dict[str, Any]) -> int:
     """Of one row's states."""
-    heads = config.num_attention_heads, config.num_key_value_heads
-    return sum(recurrent_bytes(layer, *heads, config.head_dim) for layer in layers_of(config, settings))
+    groups = config.num_attention_heads // config.num_key_value_heads
+    return sum(recurrent_bytes(layer, groups * KV, KV, config.head_dim) for layer, KV in layers_of(config, settings))
 
 
 def timed(call: Callable[[], Any], budget: float = 0.6) -> list[float]:

@@ -70,10 +70,10 @@ def main() -> None:
             if time.perf_counter() > stop:
                 print(f"no time for {name} of {tuple(shape)}")
                 continue
-            row = {**shape._asdict(), "operator": name, "backward": backward, **measure(operator, shape, backward)}
-            row["floor"] = moved(shape, backward) / copy
-            rows.append(row)
-            print(describe(row), flush=True)
+            found = measure(made(operator, shape, backward))
+            rows.append({**shape._asdict(), "operator": name, "backward": backward, **found})
+            rows[-1]["floor"] = moved(shape, backward) / copy
+            print(describe(rows[-1]), flush=True)
             write(arguments.out, {**provenance(), "copy_bytes_per_second": copy, "compiling": first, "rows": rows})
 
 
@@ -112,10 +112,9 @@ def made(operator: Callable[..., Tensor], shape: Shape, backward: bool) -> Calla
     return call
 
 
-def measure(operator: Callable[..., Tensor], shape: Shape, backward: bool) -> dict[str, Any]:
+def measure(call: Callable[[], None]) -> dict[str, Any]:
     """Seconds of the first call, and of a graph's replays; the call's peak memory beyond the inputs, in bytes; or why
     there are none."""
-    call = made(operator, shape, backward)
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     try:

@@ -122,7 +122,6 @@ def test_with_the_keys_in_parts(kept, steps, monkeypatch):  # noqa: F811
     pytest.importorskip("triton", reason="the kernels are Triton's")
     import interpreted  # noqa: F401
 
-    monkeypatch.setattr(growing, "IN_PARTS", True)
     monkeypatch.setattr(growing, "why_not_in_parts", lambda *_: None)
     model, tokens = learned(DEFAULT | kept), ids(2, LENGTH)
     full = logits(model, tokens, use_cache=False)
@@ -202,10 +201,11 @@ def test_generation_by_beams_uses_it(steps):  # noqa: F811
 def test_sixteen_bits_on_a_gpu(kept, steps):  # noqa: F811
     """No further from the same weights in fp32 than the whole text is, but for chance."""
     model, tokens = learned(DEFAULT | kept).bfloat16(), ids(2, LENGTH).to(DEVICE)
-    full, found = logits(model, tokens, use_cache=False), in_parts(model, tokens, one_by_one(9))[0]
+    full, (found, cache) = logits(model, tokens, use_cache=False), in_parts(model, tokens, one_by_one(9))
+    assert all(decoder.graph is not None for decoder in steps)
+    del cache  # and the graph with it
     truth = logits(model.float(), tokens, use_cache=False)
     assert relative(found, truth) < 1.5 * relative(full, truth)
-    assert all(decoder.graph is not None for decoder in steps)
 
 
 def test_what_slides_by_itself_has_no_decoder():

@@ -9,7 +9,6 @@ from linearize.ops.dispatch import why_no_kernel
 from linearize.ops.liger import Rope
 
 STEP = 256  # tokens of room at once, or an eighth of those that there are
-IN_PARTS = False  # by `ops.growing_triton`: right in Triton's interpreter, and not run on a GPU yet
 
 
 class Growing:
@@ -50,7 +49,7 @@ class Growing:
         self.keys.index_copy_(2, time, k.transpose(1, 2).to(self.keys.dtype))
         self.values.index_copy_(2, time, v.transpose(1, 2).to(self.values.dtype))
         grouped = q.reshape(B, KV, H // KV, D)
-        if IN_PARTS and why_not_in_parts(grouped, self.keys) is None:
+        if why_not_in_parts(grouped, self.keys) is None:
             from linearize.ops.growing_triton import attend
 
             return attend(grouped.contiguous(), self.keys, self.values, seen, time, self.scaling).reshape(B, H, D)
