@@ -64,6 +64,33 @@ def _milliseconds(row: dict[str, Any] | None, base: dict[str, Any] | None = None
     return f"{1000 * ours:.2f}" + (f" ({median(base['seconds']) / ours:.1f}×)" if base else "")
 
 
+def peers() -> str:
+    """Milliseconds of the fused operator beside FlexAttention and fla, and their memory."""
+    if (data := measured("peers_h200")) is None:
+        return "Not measured yet."
+    found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in data["rows"]:
+        side, gate = row["operator"].split(" ", 1)
+        shape = tuple(row[name] for name in ("B", "T", "H", "KV", "D"))
+        found.setdefault((*shape, gate, row["backward"]), {})[side] = row
+    lines = ["| B × T, heads, D | gate | pass | fused | FlexAttention and fla | fla's recurrence alone | memory, GiB |"]
+    lines.append("| --- | --- | --- | ---: | ---: | ---: | ---: |")
+    for (B, T, H, KV, D, gate, backward), sides in found.items():
+        ours = median(sides["fused"]["seconds"])
+        cells = [f"{1000 * ours:.2f}"]
+        for name in ("separate", "fla"):
+            theirs = sides.get(name)
+            if theirs is not None and theirs["seconds"]:
+                seconds = median(theirs["seconds"])
+                cells.append(f"{1000 * seconds:.2f} ({seconds / ours:.1f}×)")
+            else:
+                cells.append("–" if theirs is None else "refused by fla")
+        used = [f"{row['bytes'] / 2**30:.1f}" for row in sides.values() if row["bytes"]]
+        what = f"| {B} × {T:,}, {H}/{KV}, {D} | {gate} | {'forward + backward' if backward else 'forward'} |"
+        lines.append(f"{what} {' | '.join(cells)} | {', '.join(used)} |")
+    return "\n".join([*lines, "", f"Medians; memory in the order of the columns. {made_on(data)}."])
+
+
 ERRORS = {  # columns, and whose worst errors stand in them; where there are several, a slash parts them
     "forward": (("output",), ("state",)),
     "gradients": (
@@ -205,7 +232,7 @@ def decoding(name: str) -> str:
 
 def decoding_at_16k() -> str:
     """The rows of `decoding` with 16 sequences of 16,384 tokens."""
-    lines = decoding("decode_default_h100").splitlines()
+    lines = decoding("decode_default_h200").splitlines()
     return "\n".join([*lines[:2], *(line for line in lines if " | 16 | 16,384 | " in line), "", lines[-1]])
 
 
@@ -236,7 +263,7 @@ def _decoding_goal(row: dict[str, Any]) -> float:
 
 def generation() -> str:
     """The paper's table: seconds and GB to go from 128 tokens to a length, 16 sequences at once."""
-    if (data := measured("decode_default_h100")) is None:
+    if (data := measured("decode_default_h200")) is None:
         return "Not measured yet."
     rows = sorted((row for row in data["rows"] if (row["model"], row["batch"]) == ("Llama-3-8B", 16)), key=_context)
     if len(rows) < 2:  # what lies between is summed up from the ends

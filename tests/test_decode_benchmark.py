@@ -39,10 +39,10 @@ def test_rows_are_measured_once_and_told(run, monkeypatch, tmp_path, capsys):
     assert run() == data
     data["rows"] = [row | {"model": "Llama-3-8B"} for row in data["rows"]]
     data["rows"][2]["original"] = {form: {"seconds": [], "error": "out of memory"} for form in ("static", "unmasked")}
-    (tmp_path / "decode_default_h100.json").write_text(json.dumps(data))
+    (tmp_path / "decode_default_h200.json").write_text(json.dumps(data))
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    assert speed.decoding("decode_default_h100").count("| Llama-3-8B | ") == 3
-    assert "out of memory" in speed.decoding("decode_default_h100")
+    assert speed.decoding("decode_default_h200").count("| Llama-3-8B | ") == 3
+    assert "out of memory" in speed.decoding("decode_default_h200")
     assert speed.generation().count(" GB |") == 3  # of two lengths, one of them too long for the original
 
 
