@@ -74,7 +74,7 @@ def kernel_error(gate: str, D: int, groups: int) -> float:
         more = random_beyond(B, KV, groups, D) if gate in DELTA else step.NOTHING
         ours = run(heads, mixing, fixed, (cos, sin), (cos, sin), clock, held, decay, more).double()
         turn = cos.double(), sin.double()
-        alike = clock._replace(marks={})  # which are in the dtype of the cache
+        alike = clock._replace(shared={})  # which are in the dtype of the cache
         expected = step.plain(heads.double(), mixing.double(), fixed, turn, turn, alike, truth, decay, doubled(more))
         worst = max(worst, ((ours - expected).norm() / expected.norm()).item())
         step.advance(clock)
@@ -250,7 +250,7 @@ class Stepped:
             truth = Held(held.keys.double(), held.values.double(), held.valid.clone(), held.state.double())
             cos, sin = (x.double() for x in self.turn)
             given = self.heads.double(), self.mixing.double(), self.fixed, (cos, sin), (cos, sin)
-            output = step.plain(*given, clock._replace(marks={}), truth, None, doubled(more))
+            output = step.plain(*given, clock._replace(shared={}), truth, None, doubled(more))
             self.expected = output, truth.state
         found = self.run(0, launch), held.state
         return max(((x.double() - y).norm() / y.norm()).item() for x, y in zip(found, self.expected, strict=True))

@@ -13,7 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -26,7 +26,7 @@ from linearize.mixer import LinearizedAttention, Moment
 from linearize.ops.dispatch import may_look
 from linearize.ops.liger import warn_once
 from linearize.ops.local import NEVER
-from linearize.ops.products import normed
+from linearize.ops.products import normed, product
 from linearize.ops.step import Clock, Held, advance
 from linearize.plain_layers import PLAIN, PlainLayer, is_plain, norm_of, original_of
 from linearize.tokens import Tokens, most_sinks, of_step
@@ -210,7 +210,7 @@ class Decoder:
             try:
                 self.graph, self.logits = record(self.run, errors="thread_local")
             except RecordingError as error:
-                self.clock.marks.clear()
+                self.clock.shared.clear()
                 warn_once(f"decoding steps are not one CUDA graph, several times slower: {error}")
 
     def step(self, ids: Tensor, position: Tensor | int, valid: Tensor | None) -> Tensor:
@@ -260,7 +260,14 @@ class Decoder:
         moments = iter(self.now(sinks * len(self.mixers), self.each(back)))
         for layer in self.layers:
             layer(hidden, rope, self.clock.time, self.seen, next(moments) if layer.mixer is not None else None)
-        return self.head(normed(hidden, norm_of(self.stack.norm)))[:, None]
+        return self.logits_of(normed(hidden, norm_of(self.stack.norm)))[:, None]
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """`[B, vocab]`, as `head` gives them, of hidden `[B, hidden]`."""
+        output = self.head.output
+        if type(output) is not nn.Linear:  # a quantised one
+            return self.head(hidden)
+        return self.head.family.logits(self.head.config, product(hidden, (output.weight, output.bias)))
 
     def clamped(self) -> Tensor:
         """The position from which queries see the sinks: within the length that the model was trained at."""

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearize.families import base_model_type, family_of, separate
 from linearize.growing import Growing
 from linearize.mixer import LinearizedAttention, Moment
 from linearize.ops.liger import Rope
-from linearize.ops.products import Norm, add_product, normed, normed_product, normed_swiglu
+from linearize.ops.products import Norm, add_product, normed, normed_product, normed_swiglu, product
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # x + attention(norm(x)), then x + mlp(norm(x)), no more
 ROWS = 16  # a product's outputs are made a multiple of it: each row of them is then aligned
@@ -80,8 +79,8 @@ class PlainLayer:
             x = normed(hidden, self.norm)
             return x, torch.cat(self.split(self.attention, x[:, None]), dim=2)[:, 0], None
         x = hidden if self.unseen else normed(hidden, self.norm)
-        product = normed_product(hidden, self.norm, self.qkv) if self.unseen else F.linear(x, *self.qkv)
-        heads, made, _ = product.tensor_split([self.width, self.width + self.inputs], dim=1)
+        products = normed_product(hidden, self.norm, self.qkv) if self.unseen else product(x, self.qkv)
+        heads, made, _ = products.tensor_split([self.width, self.width + self.inputs], dim=1)
         return x, heads.unflatten(1, (-1, self.attention.head_dim)), made
 
 

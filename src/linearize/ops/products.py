@@ -1,15 +1,18 @@
 """The matrix products of a decoding step, with the norms before them and the SwiGLU and residuals after them.
 
-For few rows, in half precision on a GPU, each is one kernel, which reads the weight once; else they are PyTorch's.
+For few rows, in half precision on a GPU, each is one kernel, which reads the weight once; else they are PyTorch's, in
+fp32 on a CPU shared out among its cores.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linearize.ops.dispatch import HALF, no_device, why_no_kernel
+from linearize.ops import dispatch
+from linearize.ops.dispatch import HALF, why_no_kernel
 
 MOST = 16  # rows; with more, cuBLAS's products are as fast
 
@@ -25,6 +28,8 @@ class Norm(NamedTuple):
 
 def why_not_fused(x: Tensor, weight: Tensor, normed: bool = False) -> str | None:
     """What the kernels lack for these inputs, of which x is `normed` inside; None if nothing."""
+    if (reason := dispatch.no_device(x)) is not None:
+        return reason  # before the names of all else are made, five times a layer
     unsupported = {
         f"a norm in {x.dtype}": normed and x.dtype == torch.float16,  # has no room for what is not divided yet
         f"{len(x)} rows": len(x) > MOST,
@@ -47,7 +52,7 @@ def normed_product(x: Tensor, norm: Norm, linear: Linear) -> Tensor:
 
         with torch.cuda.device_of(x):  # kernels run on the current device
             return kernel(x, norm, linear)
-    return F.linear(normed(x, norm), *linear)
+    return product(normed(x, norm), linear)
 
 
 def normed_swiglu(x: Tensor, norm: Norm, linear: Linear, size: int) -> Tensor:
@@ -57,7 +62,7 @@ def normed_swiglu(x: Tensor, norm: Norm, linear: Linear, size: int) -> Tensor:
 
         with torch.cuda.device_of(x):
             return kernel(x, norm, linear, size)
-    return swiglu(F.linear(normed(x, norm), *linear), size)
+    return swiglu(product(normed(x, norm), linear), size)
 
 
 def add_product(hidden: Tensor, x: Tensor, linear: Linear) -> None:
@@ -68,14 +73,41 @@ def add_product(hidden: Tensor, x: Tensor, linear: Linear) -> None:
 
         with torch.cuda.device_of(x):
             return kernel(hidden, x, linear)
-    hidden.addmm_(x, weight.t())
+    if (blocks := blocks_of(x, weight)) > 1:
+        rows = hidden.view(len(x), blocks, -1).transpose(0, 1)
+        rows.baddbmm_(x.expand(blocks, *x.shape), weight.view(blocks, -1, x.shape[1]).mT)
+    else:
+        hidden.addmm_(x, weight.t())
     if bias is not None:
         hidden.add_(bias)
 
 
+def product(x: Tensor, linear: Linear) -> Tensor:
+    """`[B, N]`, linear(x) of x `[B, K]`, by PyTorch."""
+    weight, bias = linear
+    if (blocks := blocks_of(x, weight)) == 1:
+        return F.linear(x, weight, bias)
+    made = torch.bmm(x.expand(blocks, *x.shape), weight.view(blocks, -1, x.shape[1]).mT).transpose(0, 1)
+    return made.reshape(len(x), -1) if bias is None else (made.reshape(len(x), -1) + bias)
+
+
+def blocks_of(x: Tensor, weight: Tensor) -> int:
+    """Into how many blocks of rows the weight is cut: on a CPU, MKL leaves the product of a few rows to one core, which
+    reads half or less of what memory gives; of several products in a batch each core takes its share."""
+    if x.is_cuda or x.dtype != torch.float32 or len(x) > MOST or not weight.is_contiguous():
+        return 1
+    return cores_share(len(weight), torch.get_num_threads())
+
+
+@cache
+def cores_share(rows: int, cores: int) -> int:
+    """The least number of equal blocks, of 16 rows at least, that gives every core one; 1 where there is none."""
+    return next((n for n in range(cores, min(rows // 16, 4 * cores) + 1) if rows % n == 0), 1)
+
+
 def swiglu(gate_up: Tensor, size: int) -> Tensor:
     """`[B, size]`, silu(gate) · up, of rows that begin with gate and up."""
-    if no_device(gate_up) is None:
+    if dispatch.no_device(gate_up) is None:
         from linearize.ops.products_triton import swiglu as kernel
 
         with torch.cuda.device_of(gate_up):

@@ -5,7 +5,7 @@ The equations are those of `ops.liger`, one token at a time, the delta rule's am
 value or makes a tensor of varying size, so that a CUDA graph can hold it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from linearize.cache import Memory
 from linearize.features import products
-from linearize.ops.dispatch import may_look, narrowed, why_no_kernel
+from linearize.ops import dispatch
+from linearize.ops.dispatch import may_look, why_no_kernel
 from linearize.ops.liger import DELTA, FEATURES, GATES, Rope, Settings, inverse, warn_once, wide
 from linearize.ops.local import Past
 
@@ -30,6 +31,16 @@ class Marks(NamedTuple):
     sink: Tensor | None  # [B, 1, M, 1]: whether the new token is this sink; None if known to be none
 
 
+class Leaving(NamedTuple):
+    """What is worked out once for all layers whose recurrence is behind one window."""
+
+    slot: Tensor  # [1]: of the ring, where a token leaves and the new one comes
+    place: Tensor  # [1]: the same in `Held`
+    real: Tensor | None  # [B], bool: whether the one that leaves is to be taken in; None if known of all
+    wanted: Tensor  # [B, KV, 1]: whether the new one will be
+    back: Rope | None  # cos and sin, as `_turned` takes them, that turn back the key that leaves
+
+
 class Clock(NamedTuple):
     """What all layers know of the tokens so far; `advance` moves it on."""
 
@@ -37,7 +48,8 @@ class Clock(NamedTuple):
     real: Tensor  # [B], int64: real tokens seen
     valid: Tensor  # [B], bool: False where the next token is padding
     sink_time: Tensor  # [B, M], int64: the index of each sink, `NEVER` of those still to come
-    marks: dict[tuple[int, int, int], Marks]  # of this step, by window, sinks and key/value heads
+    shared: dict[tuple, Any]  # what layers of this step share, by what it depends on: made by the first that asks;
+    # a tensor in a key, told from others by being itself, lives as long as the key
 
 
 class Held(NamedTuple):
@@ -78,13 +90,15 @@ def advance(clock: Clock) -> None:
     clock.sink_time.copy_(torch.where(filled, clock.time, clock.sink_time))
     clock.real.add_(clock.valid)
     clock.time.add_(1)
-    clock.marks.clear()
+    clock.shared.clear()
 
 
 def why_not_fused(
     heads: Tensor, settings: Settings, rope: Rope | None, held: Held, beyond: Beyond = NOTHING
 ) -> str | None:
     """What the kernel lacks for these inputs; None if nothing."""
+    if (reason := dispatch.no_device(heads)) is not None:
+        return reason  # before the names of all else are made
     D = heads.shape[-1]
     R = 0 if rope is None else rope[0].shape[-1]
     K, size = keys_of(settings, held, D), 2 if reads_in_fp16(settings, heads, held) else 4
@@ -170,7 +184,7 @@ def plain(
     (B, KV, _, D), M = held.keys.shape, clock.sink_time.shape[1]
     H, pairs = heads.shape[1] - 2 * KV, B * KV
     q, k, v = heads.split([H, KV, KV], dim=1)
-    near = heads if rope is None else _turned(heads[:, : H + KV], *rope)
+    near = heads if rope is None else _turned(heads[:, : H + KV], *_angles(clock, rope, heads.dtype))
     near_q, near_k = near[:, :H].reshape(pairs, -1, D), near[:, H : H + KV]
     taken = taken_in(heads, settings, rope, clock, held, beyond)
     mask = keep(near_k, v, settings.window, settings.sinks, clock, held).mask
@@ -178,7 +192,7 @@ def plain(
     keys = held.keys.view(pairs, -1, D).mT
     scores = torch.baddbmm(mask, near_q, keys, alpha=settings.scale)
     if rope is not None and sink_rope is not None and sink_rope is not rope:
-        far_q = _turned(q, *sink_rope).reshape(pairs, -1, D)
+        far_q = _turned(q, *_angles(clock, sink_rope, q.dtype)).reshape(pairs, -1, D)
         scores[..., :M] = torch.baddbmm(mask[..., :M], far_q, keys[..., :M], alpha=settings.scale)
     windowed = torch.bmm(scores.softmax(-1), held.values.view(pairs, -1, D)).view(B, H, D)
     if settings.gate == "none":
@@ -193,7 +207,7 @@ class Taken(NamedTuple):
     k: Tensor  # [B, KV, D], in fp32 at least, as v
     v: Tensor  # [B, KV, D]
     gate: Tensor | None  # [B, KV, P]
-    real: Tensor  # [B], bool
+    real: Tensor | None  # [B], bool; None if known to be so in all rows
 
 
 def taken_in(
@@ -206,23 +220,46 @@ def taken_in(
     KV = held.keys.shape[1]
     q, k, v = heads.split([heads.shape[1] - 2 * KV, KV, KV], dim=1)
     if held.late_gates is None:
-        return Taken(wide(q), wide(k), wide(v), beyond.gate, clock.valid)
+        return Taken(wide(q), wide(k), wide(v), beyond.gate, _unless_all(clock.valid, clock, "valid"))
     assert beyond.gate is not None
-    slot = clock.time % settings.window
-    leaving, v = (x.index_select(2, slot + clock.sink_time.shape[1])[:, :, 0] for x in (held.keys, held.values))
-    if beyond.leaving is not None:  # rounded, most are again what they were
-        leaving = _turned(wide(leaving), *inverse(beyond.leaving)).to(leaving.dtype)
+    key = "leaving", settings.window, settings.sinks, KV, beyond.leaving and beyond.leaving[0]
+    known: Leaving = clock.shared.get(key) or clock.shared.setdefault(key, _leaving(settings, clock, held, beyond))
+    leaving, v = (x.index_select(2, known.place)[:, :, 0] for x in (held.keys, held.values))
+    if known.back is not None:  # rounded, most are again what they were
+        leaving = _turned(wide(leaving), *known.back).to(leaving.dtype)
     elif rope is not None:
-        q = _turned(q, *rope)
-    late = held.late_gates.index_select(1, slot)[:, 0]
-    held.late_gates.index_copy_(1, slot, _late_gates(settings, clock, beyond.gate)[:, None])
-    return Taken(wide(q), wide(leaving), wide(v), late[..., :-1], late[:, 0, -1] > 0)
+        q = _turned(q, *_angles(clock, rope, q.dtype))
+    late = held.late_gates.index_select(1, known.slot)[:, 0]
+    held.late_gates.index_copy_(1, known.slot, torch.cat([wide(beyond.gate), known.wanted], dim=-1)[:, None])
+    return Taken(wide(q), wide(leaving), wide(v), late[..., :-1], known.real)
 
 
-def _late_gates(settings: Settings, clock: Clock, gate: Tensor) -> Tensor:
-    """As `cache.Memory` has them, of the new token."""
-    real = clock.valid & (clock.real >= settings.sinks)
-    return torch.cat([wide(gate), real[:, None, None].expand(*gate.shape[:2], 1)], dim=-1)
+def _leaving(settings: Settings, clock: Clock, held: Held, beyond: Beyond) -> Leaving:
+    """Made by the first layer of this window that asks."""
+    assert held.late_gates is not None
+    slot = clock.time % settings.window
+    real = held.late_gates.index_select(1, slot)[:, 0, 0, -1] > 0
+    wanted = (clock.valid & (clock.real >= settings.sinks)).to(held.late_gates.dtype)
+    back = None
+    if beyond.leaving is not None:
+        cos, sin = inverse(beyond.leaving)
+        back = _signed(cos, sin, cos.dtype)
+    return Leaving(
+        slot,
+        slot + clock.sink_time.shape[1],
+        _unless_all(real, clock, "real", settings.window, settings.sinks),
+        wanted[:, None, None].expand(-1, held.keys.shape[1], 1),
+        back,
+    )
+
+
+def _unless_all(rows: Tensor, clock: Clock, *name: Any) -> Tensor | None:
+    """rows `[B]`, or None where they are known to be all True."""
+    if not may_look(rows):
+        return rows
+    if name not in clock.shared:
+        clock.shared[name] = None if bool(rows.all()) else rows
+    return clock.shared[name]
 
 
 def with_recurrence(
@@ -250,21 +287,24 @@ def with_recurrence(
         log_g = log_g / settings.temperature if settings.gate == "gated_deltanet" else torch.zeros_like(log_g)
     else:
         key, log_g = (x[:, 0] for x in GATES[settings.gate](k[:, None], settings, decay))  # [B, KV, D or 1]
-    if not (may_look(real) and bool(real.all())):
+    if real is not None:
         key, log_g = (x * real[:, None, None] for x in (key, log_g))
     state = wide(held.state)
     pairs = state.view(B * KV, K, D)
     pairs.mul_(log_g.exp().reshape(B * KV, -1, 1))
     key, v = key.reshape(B * KV, 1, K), v.reshape(B * KV, 1, D)
     if settings.gate in DELTA:
-        v = (settings.strength * gate[..., -1:].sigmoid()).view(B * KV, 1, 1) * (v - torch.bmm(key, pairs))
+        beta = gate[..., -1:].sigmoid().view(B * KV, 1, 1)
+        v = (beta if settings.strength == 1 else settings.strength * beta) * (v - torch.bmm(key, pairs))
     pairs.baddbmm_(key.mT, v)
-    if state is not held.state:
-        held.state.copy_(narrowed(state, held.state.dtype))
     read = torch.bmm(query.reshape(B * KV, -1, K), pairs).view(B, H, D)
+    if state is not held.state:  # held within what its dtype can say
+        most = torch.finfo(held.state.dtype).max
+        held.state.copy_(state.clamp_(-most, most))
     if beyond.floor is not None:
-        square = read.square().mean(-1, keepdim=True) + (beyond.epsilon or 0.0)
-        read = read * (square + (2 * wide(beyond.floor)).exp()[:, None]).rsqrt()
+        floor = wide(beyond.floor).exp()[:, None]
+        square = torch.addcmul(read.square().mean(-1, keepdim=True), floor, floor)
+        read = read * (square + beyond.epsilon if beyond.epsilon else square).rsqrt()
     elif beyond.epsilon is not None:
         read = F.rms_norm(read, (D,), eps=beyond.epsilon)
     if beyond.opening is not None:
@@ -313,7 +353,8 @@ def _order(clock: Clock, window: int) -> Tensor:
 
 def keep(near_k: Tensor, v: Tensor, window: int, sinks: int, clock: Clock, held: Held) -> Marks:
     """The window and the sinks take in the token: its value and, near_k `[B, KV, D]`, its key after RoPE."""
-    marks = clock.marks.get((window, sinks, held.keys.shape[1])) or _marks(clock, held, window, sinks)
+    key = "marks", window, sinks, held.keys.shape[1]
+    marks: Marks = clock.shared.get(key) or clock.shared.setdefault(key, _marks(clock, held, window, sinks))
     M = clock.sink_time.shape[1]
     for kept, x in ((held.keys, near_k[:, :, None]), (held.values, v[:, :, None])):
         kept.index_copy_(2, marks.place, x)
@@ -323,13 +364,23 @@ def keep(near_k: Tensor, v: Tensor, window: int, sinks: int, clock: Clock, held:
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE over the first R channels of x `[B, H, D]`, as `rotate_half` has it."""
-    half, R = cos.shape[-1] // 2, cos.shape[-1]
-    cos, sin = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]
-    turned = x * cos if x.shape[-1] == R else torch.cat([x[..., :R] * cos, x[..., R:]], dim=-1)
-    turned[..., :half].addcmul_(x[..., half:R], sin[..., :half], value=-1)
-    turned[..., half:R].addcmul_(x[..., :half], sin[..., half:])
-    return turned
+    """RoPE over the first R channels of x `[B, H, D]`, as `rotate_half` has it, by angles as `_signed` makes them."""
+    R = cos.shape[-1]
+    first = x if x.shape[-1] == R else x[..., :R]
+    turned = torch.addcmul(first * cos, first.roll(R // 2, -1), sin)
+    return turned if first is x else torch.cat([turned, x[..., R:]], dim=-1)
+
+
+def _signed(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Rope:
+    """`[B, 1, R]` each, of `[B, R]`, the sine with the sign that rotate-half gives it."""
+    left, right = sin.chunk(2, dim=-1)
+    return cos.to(dtype)[:, None], torch.cat([-left, right], dim=-1).to(dtype)[:, None]
+
+
+def _angles(clock: Clock, rope: Rope, dtype: torch.dtype) -> Rope:
+    """As `_turned` takes them, for all layers that have the same."""
+    key = "angles", rope[0], dtype
+    return clock.shared.get(key) or clock.shared.setdefault(key, _signed(*rope, dtype))
 
 
 def _marks(clock: Clock, held: Held, window: int, own_sinks: int) -> Marks:
@@ -343,7 +394,5 @@ def _marks(clock: Clock, held: Held, window: int, own_sinks: int) -> Marks:
     sink: Tensor | None = ((sinks == clock.real[:, None]) & clock.valid[:, None])[:, None, :, None]
     if may_look(clock.time):
         sink = sink if bool((clock.real < M).any()) else None
-    heads = held.keys.shape[1]
-    mask = mask.repeat_interleave(heads, dim=0)[:, None]
-    made = clock.marks[window, own_sinks, heads] = Marks(slot + M, mask, sink)
-    return made
+    mask = mask.repeat_interleave(held.keys.shape[1], dim=0)[:, None]
+    return Marks(slot + M, mask, sink)
