@@ -3,16 +3,19 @@
     python -m benchmarks.decode_cpu --out docs/results/decode_cpu.json
 
 Random weights in fp32, batch 1, greedy steps through transformers' forward; the original with its static and with its
-dynamic cache. The sides take turns, so that whatever else the machine does meets all of them.
+dynamic cache. The sides take turns, so that whatever else the machine does meets all of them. Beside them the default's
+matrix products alone, as its step takes them and by `F.linear`.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
@@ -20,6 +23,8 @@ from benchmarks.results import provenance, write
 from benchmarks.train import random_model
 from linearize import convert, recipe
 from linearize.cache import cache_bytes
+from linearize.decoding import _decoders
+from linearize.ops.products import product
 
 
 def main() -> None:
@@ -41,18 +46,24 @@ def main() -> None:
         "static": (original, StaticCache(config=original.config, max_cache_len=room)),
         "dynamic": (original, DynamicCache(config=original.config)),
     }
+    wide, narrow = (torch.randn(1, getattr(original.config, name)) for name in ("intermediate_size", "hidden_size"))
     tokens = {name: read(*side, arguments.context) for name, side in sides.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    alone: dict[str, list[float]] = {"in blocks": [], "by F.linear": []}
     for turn in range(arguments.turns + 1):
         for name, side in sides.items():
             tokens[name], taken = steps(*side, tokens[name], arguments.steps)
             seconds[name] += taken if turn > 0 else []  # the first warms up
+        for name, run in (("in blocks", product), ("by F.linear", lambda x, linear: F.linear(x, *linear))):
+            alone[name] += products(default, run, wide, narrow) if turn > 0 else []
     rows: list[dict[str, Any]] = []
     for name, (_, cache) in sides.items():
         rows.append({"side": name, "seconds": seconds[name], "cache_bytes": size(cache)})
         speed = 1 / statistics.median(seconds[name])
         print(f"{name:10} {speed:6.2f} tokens/s, cache {rows[-1]['cache_bytes'] / 2**20:6.1f} MiB", flush=True)
-    write(arguments.out, {**provenance(), "context": arguments.context, "rows": rows})
+    for name, taken in alone.items():
+        print(f"products alone {name}: {1000 * statistics.median(taken):.1f} ms", flush=True)
+    write(arguments.out, {**provenance(), "context": arguments.context, "rows": rows, "products": alone})
 
 
 @torch.no_grad()
@@ -73,6 +84,19 @@ def steps(model: PreTrainedModel, cache: Cache, token: Tensor, count: int) -> tu
         token = model(token, past_key_values=cache).logits.argmax(-1)
         seconds.append(time.perf_counter() - start)
     return token, seconds
+
+
+@torch.no_grad()
+def products(model: PreTrainedModel, run: Callable[..., Tensor], wide: Tensor, narrow: Tensor) -> list[float]:
+    """Seconds of all matrix products of a step, of random inputs `[1, intermediate]` and `[1, hidden]`."""
+    layers: Any = _decoders[model].layers
+    start = time.perf_counter()
+    for layer in layers:
+        for linear in (layer.qkv, layer.output, layer.gate_up):
+            run(narrow, linear)
+        run(wide, layer.down)
+    run(narrow, (model.get_output_embeddings().weight, None))
+    return [time.perf_counter() - start]
 
 
 def size(cache: Cache) -> int:
