@@ -110,7 +110,7 @@ def query_gradients_kernel(
     if FEATURE != "softmax":
         x = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
         _, log_g = key_and_gate(x, rows < T, columns, tl.load(decay + head), rate, lower, D, GATE, FEATURE)
-        for_query = decay_of_queries(log_g, total, DTYPE, SCALAR)
+        for_query = decay_of_queries(running_sum(log_g, DTYPE, SCALAR), total, SCALAR)
     gathered = tl.zeros([CHUNK, 1 if SCALAR else DP], tl.float32)
     for group in range(GROUPS):
         index, ours = batch * H + head * GROUPS + group, (batch * T * H + head * GROUPS + group) * D
@@ -189,8 +189,9 @@ def key_gradients_kernel(
     raw = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
     fixed = tl.load(decay + head)
     _, log_g = key_and_gate(raw, rows < T, columns, fixed, rate, lower, D, GATE, FEATURE)
+    sums = running_sum(log_g, DTYPE, SCALAR)
     for_key = decay_of_keys(
-        log_g, total, k + theirs, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, DTYPE, SCALAR
+        sums, total, k + theirs, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, DTYPE, SCALAR
     )
     dlog_g = tl.where(log_g > GONE, dlog_g, 0.0)  # else the sum's rounding, times the slope of a steep gate
     draw = key_and_gate_backward(raw, dkey * for_key, paired, dlog_g, columns, rate, lower, D, GATE, FEATURE)

@@ -24,6 +24,7 @@ from linearize.ops.liger_triton import (
     query_rows,
     read_mask,
     rotated,
+    running_sum,
     sink_mask,
     sink_rows,
     state_factors,
@@ -55,10 +56,11 @@ def prepare_kernel(
     key, log_g = key_and_gate(x, rows < T, columns, fixed, rate, lower, D, GATE, FEATURE)
     total = tl.where(columns < D, tl.sum(log_g, 0), 0.0)
     tl.store(totals + (pair * tl.num_programs(0) + chunk) * D + columns, total, mask=columns < D)
-    for_query = decay_of_queries(log_g, total, DTYPE, SCALAR)
+    sums = running_sum(log_g, DTYPE, SCALAR)
+    for_query = decay_of_queries(sums, total, SCALAR)
     store_gate(for_queries, batch, head, rows, columns, for_query, T, KV, D, SCALAR)
     for_key = decay_of_keys(
-        log_g, total, k + at, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, DTYPE, SCALAR
+        sums, total, k + at, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, DTYPE, SCALAR
     )
     store_tile(near_key + at, rows, columns, key * for_key, T, KV * D, D)
 
