@@ -79,10 +79,11 @@ def _entries(folder: Path, indent: str, deep: bool) -> Iterator[str]:
     for path in (*(p for p in paths if p.is_file()), *(p for p in paths if p.is_dir())):
         if path.is_file() and path.name != "__init__.py" and (deep or folder.name != "tests"):
             yield f"{indent}{path.name} ".ljust(36) + _says(path)
-        elif path.is_dir() and deep:
-            init = path / "__init__.py"
-            yield f"{indent}{path.name}/ ".ljust(36) + (_says(init) if init.exists() else "")
-            yield from _entries(path, indent + "  ", deep)
+        elif path.is_dir() and folder.name != "tests":
+            about = next((path / name for name in ("__init__.py", "README.md") if (path / name).exists()), None)
+            yield f"{indent}{path.name}/ ".ljust(36) + (_says(about) if about else "")
+            if deep:
+                yield from _entries(path, indent + "  ", deep)
 
 
 def _says(path: Path) -> str:

@@ -1,6 +1,6 @@
 """Where the late gap is: losses by what of a token was said before, and where.
 
-    python -m benchmarks.gap benchmarks/together.yaml default --data TEXT --heldout ARTICLES --out docs/results/gap.json
+    python -m benchmarks.gap benchmarks/rows/together.yaml default --data TEXT --heldout ARTICLES --out gap.json
 
 Every late token is put into one of `KINDS`: by the longest run of up to three tokens, itself the last, that was there
 before, and by whether that was in the window or beyond it. A row is read from --work, where `benchmarks.recovery` left

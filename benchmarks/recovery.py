@@ -3,7 +3,7 @@
     python -m benchmarks.recovery --recipes default window-only lolcats-like --out docs/results/recovery.json
     python -m benchmarks.recovery ROWS.yaml --data TEXT --heldout TEXT --out docs/results/screening.json
 
-ROWS.yaml (`benchmarks/screening.yaml` is one) maps a row's name to `--set` overrides of the default recipe; those under
+ROWS.yaml (`benchmarks/rows` has some) maps a row's name to `--set` overrides of the default recipe; those under
 `common` come first in each, and `recipe=NAME` starts from another recipe. Finished rows are kept, so that an
 interrupted run goes on where it was; results are printed and written as they come. Several GPUs take rows in turn.
 """

@@ -1,6 +1,6 @@
 """The whole sets of the paper's tasks, for a row that `benchmarks.recovery` trained and for its teacher.
 
-    python -m benchmarks.tasks benchmarks/claim.yaml converted-0 --data TEXT --heldout ARTICLES --out tasks.json
+    python -m benchmarks.tasks benchmarks/rows/claim.yaml converted-0 --data TEXT --heldout ARTICLES --out tasks.json
 
 The row is read from --work, where `benchmarks.recovery` left it, and trained if it is not there. Written after each
 task; a result file that is there already is gone on from.

@@ -11,7 +11,7 @@ from benchmarks import recovery
 from linearize.recipe import read
 from linearize.run import Base
 
-ROWS = sorted(path for path in Path(recovery.__file__).parent.glob("*.yaml") if path.stem != "training_text")
+ROWS = sorted((Path(recovery.__file__).parent / "rows").glob("*.yaml"))
 
 
 def arguments(rows: Path | None = None, **given):
