@@ -98,6 +98,13 @@ def test_segments_with_values_of_another_size(monkeypatch):
 
 
 @needs_interpreter
+def test_segments_of_wide_keys(monkeypatch):
+    """What a segment does to a state is then read in parts."""
+    cut(monkeypatch, 1)
+    assert_is_the_equation(with_values(inputs(180, D=140), 20), documents(180, [20, 23, 100]))
+
+
+@needs_interpreter
 @pytest.mark.parametrize("log_decay", [0.0, -0.01, -8.0, -20.0, -1e4])
 def test_any_decay(log_decay):
     given = inputs(130)
@@ -191,16 +198,21 @@ def test_segments_in_half_precision(monkeypatch):
         (1, 32768, 3, 64, (22, 24)),
         (1, 32768, 8, 128, (8, 64)),
         (1, 2**20, 1, 64, (66, 249)),
+        (1, 32768, 3, 256, (22, 24)),
+        (16, 2048, 3, 256, (1, 32)),
     ],
 )
-def test_into_how_many_segments(B, T, KV, D, expected):
-    """By shapes alone: long sequences of few heads, so that a pass has a program for each multiprocessor."""
+def test_into_how_many_segments(monkeypatch, B, T, KV, D, expected):
+    """By shapes alone: long sequences of few heads, so that a pass has a program for each multiprocessor. Values are
+    of 64 channels where keys have more than 128."""
     from linearize.ops import liger_delta
     from linearize.ops.gated_delta_fused import _call
 
-    q, k, state = (torch.empty(*shape, device="meta") for shape in ((B, T, KV, D), (B, T, KV, D), (B, KV, D, D)))
-    blocks = D // min(D, liger_delta.LAUNCHES["delta_states"][D].block)
-    assert liger_delta.segments_of(_call(q, k, k, state, None), blocks) == expected
+    monkeypatch.setattr(liger_delta, "SEGMENTED", 256)
+    V = D if D <= 128 else 64
+    q, v, state = (torch.empty(*shape, device="meta") for shape in ((B, T, KV, D), (B, T, KV, V), (B, KV, D, V)))
+    blocks = V // min(V, liger_delta.LAUNCHES["delta_states"][D].block)
+    assert liger_delta.segments_of(_call(q, q, v, state, None), blocks) == expected
 
 
 @needs_interpreter
@@ -254,9 +266,13 @@ def test_gpu_documents():
 
 
 @needs_gpu
-@pytest.mark.parametrize(("D", "begins"), [(64, [700, 1100, 4000]), (128, [])])
-def test_gpu_segments(D, begins):
+@pytest.mark.parametrize(("D", "begins"), [(64, [700, 1100, 4000]), (128, []), (256, [700, 1100, 4000]), (200, [])])
+def test_gpu_segments(monkeypatch, D, begins):
+    from linearize.ops import liger_delta
+
+    monkeypatch.setattr(liger_delta, "SEGMENTED", 256)
     given, document = inputs(4200, groups=1, D=D), documents(4200, begins) if begins else None
+    given = with_values(given, 64) if D > 128 else given
     assert_is_the_equation(given, document, torch.bfloat16, 5e-3)
 
 

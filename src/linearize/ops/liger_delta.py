@@ -24,6 +24,11 @@ from linearize.ops.liger_fused import (
 )
 from linearize.ops.liger_window import window_gradients
 
+SEGMENTED = (
+    128  # channels of keys that sequences are cut into segments for; up to 256 are right in the interpreter, and
+)
+# have not run on a GPU
+
 
 class Solved(NamedTuple):
     """What the forward pass makes of keys and values; the names are those of `liger_delta_forward_triton`."""
@@ -74,9 +79,9 @@ def gated(call: Call) -> bool:
 def segments_of(call: Call, blocks: int) -> tuple[int, int]:
     """Into how many segments a pass over the states is cut, and their chunks: as many as give each program of a pass a
     multiprocessor of its own (in the first pass two share one), but no more than make the fewest steps; one where that
-    saves less than about half of the steps, and where P, of the size of keys, is too large for a program."""
+    saves less than about half of the steps, and for keys of more than `SEGMENTED` channels."""
     wanted = min(MULTIPROCESSORS // (call.pairs * blocks), math.isqrt(2 * call.chunks))  # fewest: 2 · size + segments
-    if wanted < 4 or call.chunks < 64 or call.k.shape[3] > 128:
+    if wanted < 4 or call.chunks < 64 or call.k.shape[3] > SEGMENTED:
         return 1, call.chunks
     size = triton.cdiv(call.chunks, wanted)
     return triton.cdiv(call.chunks, size), size
@@ -102,8 +107,9 @@ def pass_over_states(call: Call, name: str, kernel: Any, inputs: tuple, initial:
         starts = initial.new_empty(call.pairs, segments, D, V)
         carried = min(LAUNCHES["delta_carry"][padded(D)].block, padded(V))
         kernels.delta_carry_kernel[(triton.cdiv(V, carried), call.pairs)](
-            initial, effects, starts, segments, D=D, DP=padded(D), V=V, BV=carried, **launch("delta_carry", call)
-        )
+            initial, effects, starts, segments, D=D, DP=padded(D), V=V, BV=carried, PART=padded(D) if D <= 128 else 64,
+            **launch("delta_carry", call),
+        )  # fmt: skip
     kernel[(blocks, segments, call.pairs)](*inputs, starts, *made, final, T, size, STORE=True, **told)
     return final
 

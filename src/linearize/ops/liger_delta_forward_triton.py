@@ -168,10 +168,12 @@ def delta_states_kernel(
 
 @triton.jit(do_not_specialize=["SEGMENTS"])
 def delta_carry_kernel(
-    initial, effects, starts, SEGMENTS, D: tl.constexpr, DP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr
-):
+    initial, effects, starts, SEGMENTS, D: tl.constexpr, DP: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    PART: tl.constexpr,
+):  # fmt: skip
     """What enters each segment, `starts` `[B * KV, SEGMENTS, D, V]`, from N and P of all but the last, `effects`
-    `[B * KV, SEGMENTS - 1, D, V + D]`; in fp32, so that a state is rounded no more often than without segments."""
+    `[B * KV, SEGMENTS - 1, D, V + D]`; in fp32, so that a state is rounded no more often than without segments. Where
+    P is too large for a program, it is read in PART columns, and the state from where it was just written."""
     block, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channels, columns = tl.arange(0, DP), block * BV + tl.arange(0, BV)
     state = load_matrix(initial, pair, channels, columns, D, V)
@@ -179,7 +181,15 @@ def delta_carry_kernel(
     for n in range(SEGMENTS - 1):
         made = effects + (pair * (SEGMENTS - 1) + n) * D * (V + D)
         added = load_tile(made, channels, columns, D, V + D, V)
-        state = product(load_tile(made + V, channels, channels, D, V + D, D), state, tl.float32) + added
+        if PART == DP:
+            state = product(load_tile(made + V, channels, channels, D, V + D, D), state, tl.float32) + added
+        else:
+            tl.debug_barrier()  # other threads have written what is read
+            state = added
+            for first in range(0, D, PART):
+                some = first + tl.arange(0, PART)
+                entered = load_matrix(starts, pair * SEGMENTS + n, some, columns, D, V)
+                state += product(load_tile(made + V, channels, some, D, V + D, D), entered, tl.float32)
         store_matrix(starts, pair * SEGMENTS + n + 1, channels, columns, state, D, V)
 
 

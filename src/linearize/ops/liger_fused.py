@@ -69,6 +69,7 @@ for _kernel in ("delta_solve", "delta_output", "delta_key_gradients"):
     LAUNCHES[_kernel][256] = Launch(8, 1)
 for _kernel in ("delta_states", "delta_state_gradients"):
     LAUNCHES[_kernel][256] = Launch(8, 2, 32)
+LAUNCHES["delta_carry"][256] = Launch(8, 2, 16)
 
 
 class Call(NamedTuple):
