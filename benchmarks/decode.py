@@ -103,11 +103,15 @@ def main() -> None:
     torch.manual_seed(0)
     if arguments.overlap is not None:
         dispatch.OVERLAP = sys.maxsize * arguments.overlap
-    if arguments.smoke or arguments.tune:
+    if arguments.smoke and arguments.structure == "heads":
+        parser.error("--smoke is of a tiny model, which has none of the heads of --structure heads")
+    elif arguments.smoke or arguments.tune:
         from benchmarks import decode_checks as checks
 
         structures = [arguments.structure] if arguments.structure else ANY_MODEL
         checks.smoke(arguments.out, structures, stop) if arguments.smoke else checks.tune(arguments.out, stop)
+    elif arguments.structure == "heads" and arguments.model != ["SmolLM2-135M"]:
+        parser.error("--structure heads names heads of SmolLM2-135M; give --model SmolLM2-135M")
     elif arguments.prompt:
         from benchmarks.prompt import read_prompt
 

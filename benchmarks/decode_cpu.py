@@ -3,20 +3,23 @@
     python -m benchmarks.decode_cpu --out docs/results/decode_cpu.json
 
 Random weights in fp32, batch 1, greedy steps through transformers' forward; the original with its static and with its
-dynamic cache. The sides take turns, so that whatever else the machine does meets all of them. Beside them the default's
-matrix products alone, as its step takes them and by `F.linear`.
+dynamic cache, and with its static one and matrix products shared among cores as the converted model's are. The sides
+take turns, so that whatever else the machine does meets all of them. Beside them the default's matrix products alone,
+as its step takes them and by `F.linear`.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from benchmarks.results import provenance, write
@@ -25,6 +28,8 @@ from linearize import convert, recipe
 from linearize.cache import cache_bytes
 from linearize.decoding import _decoders
 from linearize.ops.products import product
+
+SHARED = "static, products shared among cores"
 
 
 def main() -> None:
@@ -45,6 +50,7 @@ def main() -> None:
         "default": (default, DynamicCache(config=default.config)),
         "static": (original, StaticCache(config=original.config, max_cache_len=room)),
         "dynamic": (original, DynamicCache(config=original.config)),
+        SHARED: (original, StaticCache(config=original.config, max_cache_len=room)),
     }
     wide, narrow = (torch.randn(1, getattr(original.config, name)) for name in ("intermediate_size", "hidden_size"))
     tokens = {name: read(*side, arguments.context) for name, side in sides.items()}
@@ -52,7 +58,8 @@ def main() -> None:
     alone: dict[str, list[float]] = {"in blocks": [], "by F.linear": []}
     for turn in range(arguments.turns + 1):
         for name, side in sides.items():
-            tokens[name], taken = steps(*side, tokens[name], arguments.steps)
+            with patch.object(nn.Linear, "forward", linear_in_blocks) if name == SHARED else nullcontext():
+                tokens[name], taken = steps(*side, tokens[name], arguments.steps)
             seconds[name] += taken if turn > 0 else []  # the first warms up
         for name, run in (("in blocks", product), ("by F.linear", lambda x, linear: F.linear(x, *linear))):
             alone[name] += products(default, run, wide, narrow) if turn > 0 else []
@@ -64,6 +71,11 @@ def main() -> None:
     for name, taken in alone.items():
         print(f"products alone {name}: {1000 * statistics.median(taken):.1f} ms", flush=True)
     write(arguments.out, {**provenance(), "context": arguments.context, "rows": rows, "products": alone})
+
+
+def linear_in_blocks(self: nn.Linear, x: Tensor) -> Tensor:
+    """What the converted model's layers do, for `nn.Linear.forward`."""
+    return product(x.flatten(0, -2), (self.weight, self.bias)).unflatten(0, x.shape[:-1])
 
 
 @torch.no_grad()

@@ -113,15 +113,17 @@ def made(operator: Callable[..., Tensor], shape: Shape, backward: bool) -> Calla
 
 
 def measure(call: Callable[[], None]) -> dict[str, Any]:
-    """Seconds of the first call, and of a graph's replays; the call's peak memory beyond the inputs, in bytes; or why
-    there are none."""
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
+    """Seconds of the first call, and of a graph's replays; the second call's peak memory beyond the inputs, in bytes;
+    or why there are none."""
     try:
         start = time.perf_counter()
         call()
         torch.cuda.synchronize()
         first_call = time.perf_counter() - start
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
         held = torch.cuda.max_memory_allocated() - held
         return {"first_call": first_call, "bytes": held, "seconds": times(graphed(call))}
     except torch.OutOfMemoryError:

@@ -358,9 +358,10 @@ def test_models_without_a_decoder_say_why(settings, reason):
     assert decoding.why_not(converted(**settings)) == reason
 
 
-def test_hooks_are_called(steps):
+@pytest.mark.parametrize("name", ["model.layers.1.mlp", "lm_head"])
+def test_hooks_are_called(name, steps):
     model, tokens, called = converted(), ids(2, LENGTH).to(DEVICE), []
-    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: called.append(1))
+    handle = model.get_submodule(name).register_forward_hook(lambda *_: called.append(1))
     in_parts(model, tokens, one_by_one(9))
     assert len(called) == LENGTH - 8
     assert not steps
@@ -398,6 +399,25 @@ def test_what_is_not_a_plain_step_goes_the_ordinary_way(steps):
         assert_close(model(tokens[:, [13]], past_key_values=cache).logits, full[:, [13]])
     assert_close(model(tokens[:, [14]], past_key_values=cache).logits, full[:, [14]])
     assert len(steps) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, WHOLE[4]], ids=["gla", "behind"])
+def test_a_step_that_was_interrupted_leaves_nothing(settings, monkeypatch):
+    model, tokens = learned(settings), ids(2, LENGTH).to(DEVICE)
+    _, cache = in_parts(model, tokens[:, :10], [9, 1])
+    decoder = decoding._decoders[model]
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    decoder.graph = None  # a CPU's way
+    with monkeypatch.context() as patched:
+        patched.setattr(decoding, "advance", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(tokens[:, [10]], past_key_values=cache)
+    found, _ = in_parts(model, tokens, one_by_one(12))
+    assert_close(found, logits(model, tokens, use_cache=False))
 
 
 def test_logits_are_not_written_over():

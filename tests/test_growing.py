@@ -129,6 +129,24 @@ def test_with_the_keys_in_parts(kept, steps, monkeypatch):  # noqa: F811
     assert len(steps) == 4
 
 
+@pytest.mark.skipif(GPU, reason="by the interpreter, as above")
+def test_where_a_program_is_too_large_for_the_device(monkeypatch):
+    pytest.importorskip("triton", reason="the kernels are Triton's")
+    from triton.runtime.errors import OutOfResources
+
+    from linearize.ops import growing_triton
+
+    def refuse(*_):
+        raise OutOfResources(300_000, 200_000, "shared memory")
+
+    monkeypatch.setattr(growing, "why_not_in_parts", lambda *_: None)
+    monkeypatch.setattr(growing_triton, "attend", refuse)
+    model, tokens = learned(DEFAULT | KEPT[1]), ids(2, LENGTH)
+    with pytest.warns(match="is not divided, slower: out of resource"):
+        found, _ = in_parts(model, tokens, one_by_one(LENGTH - 4))
+    assert_close(found, logits(model, tokens, use_cache=False))
+
+
 @torch.no_grad()
 def test_nothing_is_left_of_a_text_before():
     """Not even what is no number, which a mask does not hide."""

@@ -116,7 +116,7 @@ def why_not(model: PreTrainedModel) -> str | None:
     devices = {parameter.device.type for parameter in model.parameters()}
     if len({parameter.device for parameter in model.parameters()}) > 1 or "meta" in devices:
         return "the model is spread over several devices"
-    if any(_watched(module) for module in model.base_model.layers.modules()):
+    if any(_watched(module) for module in (*model.base_model.layers.modules(), model.get_output_embeddings())):
         return "hooks on its layers would not be called"
     return None
 
@@ -236,6 +236,7 @@ class Decoder:
     @torch.no_grad()
     def run(self) -> Tensor:
         """The step itself: it reads `ids` and `position`, moves `clock` and `held` on, and gives the logits."""
+        self.clock.shared.clear()  # of a step that was interrupted
         if self.grows:
             self.seen.index_fill_(1, self.clock.time, True)  # padding sees itself, so that it is a number
         logits = self.through_layers() if self.layers is None else self.through_plain_layers()

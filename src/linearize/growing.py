@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linearize.ops.dispatch import why_no_kernel
+from linearize.ops.dispatch import HALF, warn_once, why_no_kernel
 from linearize.ops.liger import Rope
 
 STEP = 256  # tokens of room at once, or an eighth of those that there are
@@ -50,9 +51,16 @@ class Growing:
         self.values.index_copy_(2, time, v.transpose(1, 2).to(self.values.dtype))
         grouped = q.reshape(B, KV, H // KV, D)
         if why_not_in_parts(grouped, self.keys) is None:
+            from triton.runtime.errors import OutOfResources
+
             from linearize.ops.growing_triton import attend
 
-            return attend(grouped.contiguous(), self.keys, self.values, seen, time, self.scaling).reshape(B, H, D)
+            try:
+                with torch.cuda.device_of(grouped):  # kernels run on the current device
+                    output = attend(grouped.contiguous(), self.keys, self.values, seen, time, self.scaling)
+                return output.reshape(B, H, D)
+            except OutOfResources as error:  # before anything ran
+                warn_once(f"softmax attention in decoding steps is not divided, slower: {error}")
         output = F.scaled_dot_product_attention(
             grouped, self.keys, self.values, attn_mask=seen[:, None, None], scale=self.scaling
         )
@@ -64,6 +72,7 @@ def why_not_in_parts(q: Tensor, keys: Tensor) -> str | None:
     unsupported = {
         f"head size {q.shape[-1]}": q.shape[-1] > 256,
         f"{q.shape[2]} query heads to a key/value head": q.shape[2] > 64,
+        f"{q.dtype}": q.dtype not in (*HALF, torch.float32),
         f"{q.dtype} and keys in {keys.dtype}": q.dtype != keys.dtype,
     }
     return why_no_kernel(q, unsupported)

@@ -42,16 +42,35 @@ def doubled(x: Tensor, norm: Norm, linear: Linear) -> tuple[Tensor, Tensor]:
     return F.linear(normed, weight.double(), bias), F.linear(x, weight.double(), bias)
 
 
+@pytest.mark.parametrize(
+    ("rows", "cores", "blocks"),
+    [
+        (576, 1, 1),
+        (576, 2, 2),
+        (976, 6, 8),
+        (976, 7, 8),
+        (41, 2, 1),
+        (576, 64, 36),
+        (1008, 64, 63),
+        (49152, 64, 64),
+        (9, 4, 1),
+    ],
+)
+def test_what_each_core_gets(rows, cores, blocks):
+    assert products.cores_share(rows, cores) == blocks
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="of a CPU's cores")
 @pytest.mark.parametrize("cores", [1, 2, 3, 5])
 @pytest.mark.parametrize("bias", [False, True])
 def test_shared_among_cores(cores, bias, monkeypatch):
     """Blocks of the weight's rows, where there are enough of them and few rows of x."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    few, many = torch.randn(16, 16), torch.randn(17, 16)
+    assert products.blocks_of(few, torch.randn(240, 16)) == cores
+    assert products.blocks_of(many, torch.randn(240, 16)) == 1
     for B, K, N in ((1, 80, 96), (5, 33, 240), (16, 16, 41), (17, 16, 96)):
         x, norm, linear = tensors(B, K, N, bias, torch.float32)
-        wanted = cores if cores > 1 and N % cores == 0 and B < 17 else 1
-        assert products.blocks_of(x, linear[0]) == (6 if (cores, N) == (5, 96) and B < 17 else wanted)
         expected, unnormed = doubled(x, norm, linear)
         assert_close(products.product(x, linear), unnormed)
         assert_close(products.normed_product(x, norm, linear), expected)

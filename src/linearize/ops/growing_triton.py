@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64  # keys at a time
+BLOCK, BYTES = 64, 256  # keys at a time, and of a key; of larger ones there are half as many at a time
 LEAST = 16  # the smallest side of a matrix product: a group's queries are made as many
 PARTS = 32  # of the keys of one head, at most
 PROGRAMS = 512  # that a GPU is to have
@@ -86,8 +86,9 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, time: Tensor, 
     `[B, room]`, one at least."""
     B, KV, G, D = q.shape
     room, rows, width = keys.shape[2], max(LEAST, triton.next_power_of_2(G)), max(16, triton.next_power_of_2(D))
-    blocks = triton.cdiv(room, BLOCK)
-    part = BLOCK * triton.cdiv(blocks, min(PARTS, max(1, PROGRAMS // (B * KV)), blocks))
+    block = BLOCK if width * keys.itemsize <= BYTES else BLOCK // 2
+    blocks = triton.cdiv(room, block)
+    part = block * triton.cdiv(blocks, min(PARTS, max(1, PROGRAMS // (B * KV)), blocks))
     parts = triton.cdiv(room, part)
     outputs = torch.empty(B * KV, parts, rows, width, dtype=torch.float32, device=q.device)
     largest, sums = outputs.new_empty(2, B * KV, parts, rows)
@@ -95,7 +96,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, time: Tensor, 
     sizes = {"GROUP": G, "D": D, "WIDTH": width, "ROWS": rows}
     parts_kernel[(B * KV, parts)](
         q, keys, values, seen.view(torch.uint8), time, outputs, largest, sums, room, part, scale,
-        KV=KV, KEYS=BLOCK, num_warps=4, **sizes,
+        KV=KV, KEYS=block, num_warps=4, **sizes,
     )  # fmt: skip
     together_kernel[(B * KV,)](outputs, largest, sums, result, parts, num_warps=4, **sizes)
     return result

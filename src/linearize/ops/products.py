@@ -73,11 +73,10 @@ def add_product(hidden: Tensor, x: Tensor, linear: Linear) -> None:
 
         with torch.cuda.device_of(x):
             return kernel(hidden, x, linear)
-    if (blocks := blocks_of(x, weight)) > 1:
-        rows = hidden.view(len(x), blocks, -1).transpose(0, 1)
-        rows.baddbmm_(x.expand(blocks, *x.shape), weight.view(blocks, -1, x.shape[1]).mT)
-    else:
-        hidden.addmm_(x, weight.t())
+    if blocks_of(x, weight) > 1:
+        hidden.add_(product(x, linear))
+        return
+    hidden.addmm_(x, weight.t())
     if bias is not None:
         hidden.add_(bias)
 
@@ -94,15 +93,18 @@ def product(x: Tensor, linear: Linear) -> Tensor:
 def blocks_of(x: Tensor, weight: Tensor) -> int:
     """Into how many blocks of rows the weight is cut: on a CPU, MKL leaves the product of a few rows to one core, which
     reads half or less of what memory gives; of several products in a batch each core takes its share."""
-    if x.is_cuda or x.dtype != torch.float32 or len(x) > MOST or not weight.is_contiguous():
+    if x.device.type != "cpu" or x.dtype != torch.float32 or len(x) > MOST or not weight.is_contiguous():
         return 1
     return cores_share(len(weight), torch.get_num_threads())
 
 
 @cache
 def cores_share(rows: int, cores: int) -> int:
-    """The least number of equal blocks, of 16 rows at least, that gives every core one; 1 where there is none."""
-    return next((n for n in range(cores, min(rows // 16, 4 * cores) + 1) if rows % n == 0), 1)
+    """The least number of equal blocks, of 16 rows at least, that gives every core one; else the most that there are
+    for some of them."""
+    most = max(rows // 16, 1)
+    enough = (n for n in range(cores, min(most, 4 * cores) + 1) if rows % n == 0)
+    return next(enough, None) or next(n for n in range(min(cores, most), 0, -1) if rows % n == 0)
 
 
 def swiglu(gate_up: Tensor, size: int) -> Tensor:
