@@ -227,7 +227,9 @@ class Decoder:
                 if kept is not None:
                     _show_growing(layer, kept, self.time)
         if self.graph is None:
-            return self.run()
+            with torch.inference_mode(self.layers is not None):  # a tenth less; other modules may keep what they make
+                logits = self.run()
+            return logits.clone() if logits.is_inference() else logits  # may be written over, and learned from
         assert self.logits is not None
         with torch.cuda.device_of(self.ids):
             self.graph.replay()

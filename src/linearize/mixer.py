@@ -260,10 +260,11 @@ class LinearizedAttention(nn.Module):
         found += [recurrence.gate.learned.first] if self.config.gate_source == "learned" else []
         return found + ([recurrence.readout.gate.first] if isinstance(recurrence.readout, Gated) else [])
 
-    def beyond(self, made: Tensor) -> stepping.Beyond:
-        """What `ops.step` takes besides, of the products `[B, ...]` of the layer's input with `step_inputs`."""
+    def beyond(self, made: Tensor, inputs: list[nn.Parameter]) -> stepping.Beyond:
+        """What `ops.step` takes besides, of the products `[B, ...]` of the layer's input with `inputs`, which are
+        `step_inputs`."""
         recurrence: Any = self.recurrence
-        parts = iter(made.split([len(weight) for weight in self.step_inputs()], dim=1))
+        parts = iter(made.split([weight.shape[0] for weight in inputs], dim=1))
         maps = mixing = gate = opening = None
         if self.config.feature_map in ("linear", "products"):
             maps = tuple(getattr(x, name) for x in (recurrence.map_q, recurrence.map_k) for name in ("down", "up"))
@@ -307,7 +308,7 @@ class LinearizedAttention(nn.Module):
             if settings.gate != "none":
                 if made is None:
                     made = torch.cat([hidden[:, 0, :0], *(F.linear(hidden[:, 0], weight) for weight in inputs)], dim=1)
-                beyond = self.beyond(made)._replace(leaving=back)
+                beyond = self.beyond(made, inputs)._replace(leaving=back)
             output = stepping.step(heads, mixing, settings, near, far, clock, held, decay, beyond)
             if self.is_whole(settings):
                 return output

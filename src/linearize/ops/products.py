@@ -73,7 +73,7 @@ def add_product(hidden: Tensor, x: Tensor, linear: Linear) -> None:
 
         with torch.cuda.device_of(x):
             return kernel(hidden, x, linear)
-    if blocks_of(x, weight) > 1:
+    if x.device.type == "cpu" and x.dtype == torch.float32:
         hidden.add_(product(x, linear))
         return
     hidden.addmm_(x, weight.t())
@@ -86,16 +86,17 @@ def product(x: Tensor, linear: Linear) -> Tensor:
     weight, bias = linear
     if (blocks := blocks_of(x, weight)) == 1:
         return F.linear(x, weight, bias)
-    made = torch.bmm(x.expand(blocks, *x.shape), weight.view(blocks, -1, x.shape[1]).mT).transpose(0, 1)
-    return made.reshape(len(x), -1) if bias is None else (made.reshape(len(x), -1) + bias)
+    made = torch.bmm(x.expand(blocks, *x.shape), weight.view(blocks, -1, x.shape[1]).mT)
+    made = made.transpose(0, 1).reshape(x.shape[0], -1)
+    return made if bias is None else made + bias
 
 
 def blocks_of(x: Tensor, weight: Tensor) -> int:
     """Into how many blocks of rows the weight is cut: on a CPU, MKL leaves the product of a few rows to one core, which
     reads half or less of what memory gives; of several products in a batch each core takes its share."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or len(x) > MOST or not weight.is_contiguous():
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[0] > MOST or not weight.is_contiguous():
         return 1
-    return cores_share(len(weight), torch.get_num_threads())
+    return cores_share(weight.shape[0], torch.get_num_threads())
 
 
 @cache
