@@ -4,7 +4,7 @@ kernels of the model's step.
 `next_token` stands before the forward of every converted model. A call with one new token for each row, a cache and no
 gradients is its; what it cannot do goes on to the ordinary forward. A cache that it serves is lent to a `Decoder`,
 whose buffers its layers show from then on, until something else needs it (`MixerCacheLayer.settle`). What stays softmax
-attention keeps all tokens (`growing`): a graph reads as many as there is room for, and is made anew where it is full.
+attention keeps all tokens (`growing`): a graph has room for more of them, and is made anew where it is full.
 """
 
 import weakref
