@@ -21,8 +21,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IGNORED = -100
 # of the loss, and of its gradient, which is rounded once
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.float16: (1e-5, 5e-3), torch.bfloat16: (1e-5, 5e-3)}
-RUNS = [distillation.reference, distillation_triton.distillation]
+RUNS = {"plain": distillation.reference, "parts": distillation.in_parts, "kernel": distillation_triton.distillation}
 pytestmark = pytest.mark.usefixtures("checked_kernels")
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(distillation, "ROWS", 2)
 
 
 def inputs(vocabulary: int, dtype: torch.dtype, N: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -58,7 +63,7 @@ def assert_is_the_formula(run, student, teacher, targets, kl_weight, weights, to
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("run", RUNS, ids=["plain", "kernel"])
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("vocabulary", [1, 11, 1000, 9001, 16384])  # one block, or several, whole or not
 def test_is_the_formula(vocabulary, kl_weight, run, dtype):
@@ -66,21 +71,21 @@ def test_is_the_formula(vocabulary, kl_weight, run, dtype):
     assert_is_the_formula(run, student, teacher, targets, kl_weight, weights, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("run", RUNS, ids=["plain", "kernel"])
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_next_token_alone(run):
     student, _, targets, weights = inputs(9000, torch.float32)
     for kl_weight in (0.0, 0.4):
         assert_is_the_formula(run, student, None, targets, kl_weight, weights, TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("run", RUNS, ids=["plain", "kernel"])
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_logits_of_different_types(run):
     student, teacher, targets, weights = inputs(1000, torch.float32)
     for given in ((student, teacher.bfloat16()), (student.bfloat16(), teacher)):
         assert_is_the_formula(run, *given, targets, 0.7, weights, TOLERANCE[given[0].dtype])
 
 
-@pytest.mark.parametrize("run", RUNS, ids=["plain", "kernel"])
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_large_logits(run):
     """What is far below the largest vanishes, and nothing overflows."""
     student, teacher, targets, weights = inputs(9000, torch.float32)
@@ -89,7 +94,7 @@ def test_large_logits(run):
     assert_is_the_formula(run, student, teacher, targets, 0.5, weights, TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("run", RUNS, ids=["plain", "kernel"])
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_no_target_at_all(run):
     student, teacher, targets, weights = inputs(1000, torch.float32)
     loss, gradient = run(student, teacher, targets.fill_(IGNORED), 0.5, weights.zero_())
