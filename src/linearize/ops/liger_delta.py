@@ -24,10 +24,9 @@ from linearize.ops.liger_fused import (
 )
 from linearize.ops.liger_window import window_gradients
 
-SEGMENTED = (
-    128  # channels of keys that sequences are cut into segments for; up to 256 are right in the interpreter, and
-)
-# have not run on a GPU
+# channels of keys for which sequences are cut into segments; up to 256 are right in Triton's interpreter, and have not
+# run on a GPU
+SEGMENTED = 128
 
 
 class Solved(NamedTuple):
