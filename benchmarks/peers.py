@@ -7,10 +7,11 @@ the recurrence. What the fused operator is compared with, and an oracle for test
 All that is done to an element, gates, feature maps, RoPE, mixing, is compiled by torch.compile; fla has no groups of
 heads, so that keys and values are repeated for it. fla chooses among hundreds of launch settings by timing them at its
 first call, one after the other: here every one of several processes first compiles its share of them into Triton's
-cache, and the times are those of the settings it likes best.
+cache, and the times are those of the settings it likes best. A result file that is there already is gone on from.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import time
@@ -149,18 +150,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=400, help="begin nothing after this long")
     parser.add_argument("--shapes", type=int, nargs="+", default=[0, 2, 1], help="which of benchmarks.kernels' shapes")
+    parser.add_argument("--gates", nargs="+", choices=GATES_TIMED, default=GATES_TIMED)
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1), help="that compile")
     arguments = parser.parse_args()
     stop = time.perf_counter() + arguments.seconds
     torch.manual_seed(0)
     copy, compiling, rows = copy_speed(), {}, []
+    if arguments.out.exists():
+        results = json.loads(arguments.out.read_text(encoding="utf-8"))
+        compiling, rows = results["compiling_fla"], results["rows"]
+    done = {(*(row[name] for name in Shape._fields), row["operator"], row["backward"]) for row in rows}
+    ready = set()
     for shape in (SHAPES[n] for n in arguments.shapes):
-        if shape.D not in compiling:
-            compiling[shape.D] = compile_all(GATES_TIMED, shape, arguments.processes)
-            print(f"fla's kernels for heads of {shape.D} compiled in {compiling[shape.D]:.0f} s", flush=True)
-        for gate in GATES_TIMED:
+        if shape.D not in ready:
+            ready.add(shape.D)
+            compiling[str(shape.D)] = compile_all(arguments.gates, shape, arguments.processes)
+            print(f"fla's kernels for heads of {shape.D} compiled in {compiling[str(shape.D)]:.0f} s", flush=True)
+        for gate in arguments.gates:
             for name, call in compared(gate, shape).items():
                 for backward in (False, True):
+                    if (*shape, name, backward) in done:
+                        continue
                     if time.perf_counter() > stop:
                         print(f"no time for {name} of {tuple(shape)}")
                         continue
