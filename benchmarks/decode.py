@@ -59,13 +59,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 DEFAULT = dict(read("default").mixer.root)  # the recipe's
-HYBRID = read("hybrid")
 CONVERTED: dict[str, dict[str, Any]] = {  # what the converted side may be
     "gla": {"structure": "gla"},
     "default": DEFAULT,
     "gated_deltanet_gated": DEFAULT | {"readout": "gated"},
     "hybrid": DEFAULT | {"softmax_every": 10},  # every tenth layer stays softmax attention
-    "heads": DEFAULT | {"softmax_heads": HYBRID.softmax_heads},  # the recipe's, of SmolLM2-135M
+    "heads": DEFAULT | {"softmax_heads": read("hybrid").softmax_heads},  # the recipe's, of SmolLM2-135M
 }
 ANY_MODEL = [name for name, settings in CONVERTED.items() if "softmax_heads" not in settings]
 BATCHES, CONTEXTS = (1, 16, 64, 256), (1024, 4096, 16384, 65536)

@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IGNORED = -100
 # of the loss, and of its gradient, which is rounded once
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.float16: (1e-5, 5e-3), torch.bfloat16: (1e-5, 5e-3)}
-RUNS = {"plain": distillation.reference, "parts": distillation.in_parts, "kernel": distillation_triton.distillation}
+RUNS = {"plain": distillation.reference, "parts": distillation.distillation, "kernel": distillation_triton.distillation}
 pytestmark = pytest.mark.usefixtures("checked_kernels")
 
 

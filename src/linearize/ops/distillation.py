@@ -8,7 +8,7 @@ from torch import Tensor
 from linearize.ops.dispatch import warn_once, why_no_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROWS = 32  # tokens at once on a CPU: 6 MB of logits at a vocabulary of 49,152
+ROWS = 32  # tokens at once on a CPU, whose cache keeps their logits while PyTorch goes over them: 6 MB of 49,152 each
 
 
 def distillation(
@@ -30,24 +30,6 @@ def distillation(
     if student.is_cuda:
         warn_once(f"the loss over the vocabulary runs without its kernel, several times slower: {reason}")
         return reference(student, teacher, targets, kl_weight, weights)
-    return in_parts(student, teacher, targets, kl_weight, weights)
-
-
-def why_not_fused(student: Tensor, teacher: Tensor | None) -> str | None:
-    """What the kernel lacks for these logits; None if nothing."""
-    given = [x.dtype for x in (student, teacher) if x is not None]
-    return why_no_kernel(student, {f"logits in {dtype}": dtype not in DTYPES for dtype in given})
-
-
-def in_parts(
-    student: Float[Tensor, "N vocab"],
-    teacher: Float[Tensor, "N vocab"] | None,
-    targets: Int[Tensor, "N"],
-    kl_weight: float,
-    weights: Float[Tensor, "N"],
-) -> tuple[Float[Tensor, ""], Float[Tensor, "N vocab"]]:
-    """As `reference`, of as many tokens at once as stay in a CPU's cache while PyTorch goes over them: a third of the
-    time."""
     losses, gradients = [], torch.empty_like(student)
     for start in range(0, len(student), ROWS):
         part = slice(start, start + ROWS)
@@ -55,6 +37,12 @@ def in_parts(
         loss, gradients[part] = reference(student[part], taught, targets[part], kl_weight, weights[part])
         losses.append(loss)
     return torch.stack(losses).sum(), gradients
+
+
+def why_not_fused(student: Tensor, teacher: Tensor | None) -> str | None:
+    """What the kernel lacks for these logits; None if nothing."""
+    given = [x.dtype for x in (student, teacher) if x is not None]
+    return why_no_kernel(student, {f"logits in {dtype}": dtype not in DTYPES for dtype in given})
 
 
 def reference(

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, BYTES = 64, 256  # keys at a time, and of a key; of larger ones there are half as many at a time
+BLOCK = 64  # keys at a time; half as many of keys larger than LARGE
+LARGE = 256  # bytes
 LEAST = 16  # the smallest side of a matrix product: a group's queries are made as many
 PARTS = 32  # of the keys of one head, at most
 PROGRAMS = 512  # that a GPU is to have
@@ -86,7 +87,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, time: Tensor, 
     `[B, room]`, one at least."""
     B, KV, G, D = q.shape
     room, rows, width = keys.shape[2], max(LEAST, triton.next_power_of_2(G)), max(16, triton.next_power_of_2(D))
-    block = BLOCK if width * keys.itemsize <= BYTES else BLOCK // 2
+    block = BLOCK if width * keys.itemsize <= LARGE else BLOCK // 2
     blocks = triton.cdiv(room, block)
     part = block * triton.cdiv(blocks, min(PARTS, max(1, PROGRAMS // (B * KV)), blocks))
     parts = triton.cdiv(room, part)
