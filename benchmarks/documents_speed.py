@@ -195,7 +195,8 @@ def _students(row: dict[str, Any]) -> float:
 def _training_goals(rows: list[dict[str, Any]], length: int) -> Iterator[tuple[str, str, bool]]:
     """Each goal, what was reached, and whether that is enough."""
     long = length == 32768  # of one document, where softmax attention has most to do
-    sides = {row["side"]: row for row in rows if row["length"] == length and (row["documents"] == 1 or not long)}
+    step = [row for row in rows if row["length"] == length and row["batch"] * length == 32768]
+    sides = {row["side"]: row for row in step if row["documents"] == 1 or not long}
     if not {"default", "window only", "original attention"} <= sides.keys():
         yield f"{length:,} tokens{' in one document' if long else ''}: all of it", "not measured", False
         return

@@ -202,13 +202,12 @@ def test_segments_in_half_precision(monkeypatch):
         (16, 2048, 3, 256, (1, 32)),
     ],
 )
-def test_into_how_many_segments(monkeypatch, B, T, KV, D, expected):
+def test_into_how_many_segments(B, T, KV, D, expected):
     """By shapes alone: long sequences of few heads, so that a pass has a program for each multiprocessor. Values are
     of 64 channels where keys have more than 128."""
     from linearize.ops import liger_delta
     from linearize.ops.gated_delta_fused import _call
 
-    monkeypatch.setattr(liger_delta, "SEGMENTED", 256)
     V = D if D <= 128 else 64
     q, v, state = (torch.empty(*shape, device="meta") for shape in ((B, T, KV, D), (B, T, KV, V), (B, KV, D, V)))
     blocks = V // min(V, liger_delta.LAUNCHES["delta_states"][D].block)
@@ -267,10 +266,7 @@ def test_gpu_documents():
 
 @needs_gpu
 @pytest.mark.parametrize(("D", "begins"), [(64, [700, 1100, 4000]), (128, []), (256, [700, 1100, 4000]), (200, [])])
-def test_gpu_segments(monkeypatch, D, begins):
-    from linearize.ops import liger_delta
-
-    monkeypatch.setattr(liger_delta, "SEGMENTED", 256)
+def test_gpu_segments(D, begins):
     given, document = inputs(4200, groups=1, D=D), documents(4200, begins) if begins else None
     given = with_values(given, 64) if D > 128 else given
     assert_is_the_equation(given, document, torch.bfloat16, 5e-3)

@@ -24,10 +24,6 @@ from linearize.ops.liger_fused import (
 )
 from linearize.ops.liger_window import window_gradients
 
-# channels of keys for which sequences are cut into segments; up to 256 are right in Triton's interpreter, and have not
-# run on a GPU
-SEGMENTED = 128
-
 
 class Solved(NamedTuple):
     """What the forward pass makes of keys and values; the names are those of `liger_delta_forward_triton`."""
@@ -78,9 +74,9 @@ def gated(call: Call) -> bool:
 def segments_of(call: Call, blocks: int) -> tuple[int, int]:
     """Into how many segments a pass over the states is cut, and their chunks: as many as give each program of a pass a
     multiprocessor of its own (in the first pass two share one), but no more than make the fewest steps; one where that
-    saves less than about half of the steps, and for keys of more than `SEGMENTED` channels."""
+    saves less than about half of the steps."""
     wanted = min(MULTIPROCESSORS // (call.pairs * blocks), math.isqrt(2 * call.chunks))  # fewest: 2 · size + segments
-    if wanted < 4 or call.chunks < 64 or call.k.shape[3] > SEGMENTED:
+    if wanted < 4 or call.chunks < 64:
         return 1, call.chunks
     size = triton.cdiv(call.chunks, wanted)
     return triton.cdiv(call.chunks, size), size
