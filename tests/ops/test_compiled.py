@@ -1,0 +1,35 @@
+"""Kernels compile for an H100, which Triton can do without one; the interpreter takes what the compiler does not."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("triton") is None, reason="the kernels are Triton's"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "some"),
+    [
+        (["default"], {"step_kernel", "product_kernel", "distillation_kernel", "long_window_kernel"}),
+        (["hybrid"], {"step_kernel", "parts_kernel", "together_kernel", "delta_channel_gradients_kernel"}),
+        (["liger-paper"], {"step_kernel", "states_kernel", "output_kernel", "key_gradients_kernel"}),
+        (["liger-paper", "structure=mamba2"], {"step_kernel", "prepare_kernel", "state_gradients_kernel"}),
+        (["liger-paper", "structure=gated_deltanet"], {"step_kernel", "delta_query_gradients_kernel"}),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, list) else "",
+)  # fmt: skip
+def test_what_a_training_step_and_a_decoding_step_launch(arguments, some):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, str(ROOT / "tests" / "compiling.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert some <= set(done.stdout.split())
