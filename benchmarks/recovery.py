@@ -158,7 +158,7 @@ def _row(name: str, recipe: Recipe, base: Base, arguments: argparse.Namespace) -
     row["seconds"] = {curve.stage: curve.seconds for curve in trained.curves}
     row["last_losses"] = {curve.stage: curve.loss[-1] for curve in trained.curves}
     found = inspect(model)
-    row["new_parameters"] = found.new_parameters // 2 if recipe.lora is not None else found.new_parameters
+    row["new_parameters"] = found.new_parameters
     row["cache_bytes"] = found.cache_bytes(recipe.evaluation.sequence_length)
     if ablations(model):
         with recurrence_off(model):

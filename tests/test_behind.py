@@ -111,8 +111,21 @@ def test_a_cache_keeps_positions_where_they_are_wanted(rope):
     """Beside the window's keys there are none."""
     model = converted(**BEHIND, rope=rope)
     for layer in model(ids(2, LENGTH).to(DEVICE)).past_key_values.layers:
-        assert layer.late_gates.shape == (2, 5, 2, 17)
+        assert layer.late_gates.shape == (2, 5, 2, 16)
         assert (layer.positions is None) == (rope != "local")
+
+
+@pytest.mark.parametrize("structure", ["gated_deltanet", "lightning"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_gates_wait_as_states_are_kept(dtype, structure):
+    """Padding and sinks have none; a structure without gates has one number, which says as much."""
+    model, tokens = converted(structure=structure, behind=True, state_dtype=dtype), ids(2, 9).to(DEVICE)
+    mask = torch.tensor([[1] * 9, [0] * 5 + [1] * 4], device=DEVICE)
+    wanted = torch.tensor([[True] * 5, [False] * 4 + [True]])  # of the last five, behind three sinks
+    for layer in model(tokens, attention_mask=mask).past_key_values.layers:
+        assert layer.late_gates.dtype == layer.state.dtype == getattr(torch, dtype)
+        assert torch.equal(layer.late_gates.isnan().any((2, 3)).cpu(), ~wanted)
+        assert layer.late_gates.shape[-1] == (1 if structure == "lightning" else 2)
 
 
 def test_frequencies_that_depend_on_the_length():

@@ -7,9 +7,11 @@ from transformers import DynamicCache
 
 from linearize import MixerConfig, convert
 from linearize.cache import MixerCacheLayer, cache_bytes
+from linearize.checkpoint import unwrapped
 from linearize.inspect import _runs, equal_memory_window, inspect, recurrent_bytes
-from linearize.recipe import read
+from linearize.recipe import LoraSettings, read
 from linearize.structures import STRUCTURES
+from linearize.train.trainer import with_lora
 
 BOOKKEEPING = ("valid", "sink_time", "real")  # a few bytes of masks and counts, not spoken of
 
@@ -38,6 +40,13 @@ def test_every_structure_s_states_weigh_what_is_said(late, family, structure):
     slots = {"slots": 7} if structure == "gsa" else {}
     model = convert(tiny(family).bfloat16(), structure=structure, window=5, sinks=3, **slots, **late)
     assert inspect(model).cache_bytes(16) == bytes_of(model, 16)
+
+
+def test_an_adapter_is_not_counted():
+    model = convert(tiny(), mixing="data_dependent", gate_source="learned")
+    expected = inspect(model)
+    assert expected.new_parameters > 0
+    assert inspect(unwrapped(with_lora(model, LoraSettings(r=2)))) == expected
 
 
 @pytest.mark.parametrize("form", ["linear", "silu"])
@@ -84,8 +93,8 @@ def test_a_window_of_equal_memory(heads, head_dim, extra):
 
 
 def test_the_default_recipe_s_window_of_equal_memory():
-    """Of SmolLM2-135M, a state in fp16 weighs 32 tokens; the gates and positions of the 64 in the window, 4."""
-    assert equal_memory_window(read("default").mixer.layer(0, 30), 9, 3, 64) == 64 + 32 + 4
+    """Of SmolLM2-135M, a state in fp16 weighs 32 tokens; the gates and positions of the 64 in the window, 2."""
+    assert equal_memory_window(read("default").mixer.layer(0, 30), 9, 3, 64) == 64 + 32 + 2
 
 
 @pytest.mark.parametrize(("dtype", "weight"), [("float32", 512), ("float16", 256), ("bfloat16", 256)])

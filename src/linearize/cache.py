@@ -20,8 +20,8 @@ class Memory(NamedTuple):
 
     state: Tensor  # in fp32, or in a cache as its layer's state_dtype says
     recent: Tensor | None = None  # [B, size - 1, 2 KV or H + 2 KV, D]: what a short convolution goes on from
-    late_gates: Tensor | None = None  # [B, W, KV, P + 1]: of the tokens in the window, oldest first: P and, last, 1
-    # where there is a token to be taken in, else 0
+    late_gates: Tensor | None = None  # [B, W, KV, P or 1], in the state's dtype: of the tokens in the window, oldest
+    # first; no numbers where there is no token to be taken in
 
 
 class MixerCacheLayer(CacheLayerMixin):

@@ -7,7 +7,10 @@ from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from pydantic import TypeAdapter
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize import recipe as recipes
@@ -26,6 +29,26 @@ Student: TypeAlias = "PreTrainedModel | PeftModel"
 def unwrapped(model: Student) -> PreTrainedModel:
     """The causal language model inside a PEFT model, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def as_merged(model: PreTrainedModel) -> Iterator[None]:
+    """`model` without the modules of PEFT around its own, as merging leaves it but for the values of weights: its steps
+    take as long as the merged model's, which alone decodes at its full speed."""
+    wrapped: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, ModulesToSaveWrapper):
+                wrapped.append((parent, name, child, child.modules_to_save[child.active_adapters[0]]))
+            elif isinstance(child, BaseTunerLayer):
+                wrapped.append((parent, name, child, child.get_base_layer()))
+    for parent, name, _, own in wrapped:
+        setattr(parent, name, own)
+    try:
+        yield
+    finally:
+        for parent, name, child, _ in wrapped:
+            setattr(parent, name, child)
 
 
 def write(

@@ -58,7 +58,9 @@ class MixerConfig(BaseModel):
     )
     negative_eigenvalues: bool = Field(False, description="of the delta rule's transition: beta in [0, 2]")
     state_dtype: Literal["float32", "float16", "bfloat16"] = Field(
-        "float32", description="in which a cache keeps states; they are read, changed and trained in float32"
+        "float32",
+        description="in which a cache keeps states and, behind a window, gates that wait; they are read, changed and "
+        "trained in float32",
     )
     convolution: int | None = Field(
         None, ge=2, description="tokens of a short causal convolution over the recurrence's k and v; null: none"
@@ -177,6 +179,11 @@ class MixerConfig(BaseModel):
     def turns_back(self) -> bool:
         """Whether a key of the window, which is rotated, is turned back when the recurrence takes its token in."""
         return self.is_behind and self.rope == "local"
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one number of a state in a cache."""
+        return 4 if self.state_dtype == "float32" else 2
 
     @property
     def initial_mixing_weight(self) -> float:

@@ -8,7 +8,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from linearize.assets import resolve_model
-from linearize.checkpoint import load, load_pretrained, unwrapped
+from linearize.checkpoint import as_merged, load, load_pretrained, unwrapped
 from linearize.config import MixerConfig
 from linearize.convert import attention_of, is_linearized, kept_softmax, mixers, native_window
 from linearize.families import base_model_type
@@ -46,7 +46,12 @@ class Inspection(NamedTuple):
 
 
 def inspect(model: PreTrainedModel) -> Inspection:
-    """Layers, parameters and memory of a model, converted or not."""
+    """Layers, parameters and memory of a model, converted or not; an adapter beside the weights is not counted."""
+    with as_merged(model):
+        return _inspect(model)
+
+
+def _inspect(model: PreTrainedModel) -> Inspection:
     config = model.config
     count = config.num_hidden_layers
     head = attention_of(model, 0).head_dim
@@ -83,7 +88,8 @@ def recurrent_bytes(config: MixerConfig, num_heads: int, num_key_value_heads: in
     value_size = head_dim + adds_up  # its sum of weights is one more channel
     late = 0  # bytes of a token that is still in the window: its gates, and the position from which its key turns back
     if config.is_behind:
-        late = 4 * heads * (structure.gates * structure.gate_size(config, key_size) + 1) + 4 * config.turns_back
+        gates = max(1, structure.gates * structure.gate_size(config, key_size))
+        late = config.state_bytes * heads * gates + 4 * config.turns_back
     convolved = 2 * heads + num_heads * (config.convolution_form == "silu")
     recent = convolved * head_dim * CACHE_DTYPE_BYTES * ((config.convolution or 1) - 1)
     return recent + structure.state_bytes(config, key_size, value_size, heads) + late * config.window

@@ -353,12 +353,17 @@ class LinearizedAttention(nn.Module):
         hidden = like.new_zeros(batch, 1, self.layer.hidden_size)
         q, k, v = (like.new_zeros(batch, 1, heads, self.head_dim) for heads in (self.layer.num_heads, KV, KV))
         _, memory = self.recurrence(hidden, q, k, v, (q, k), tokens, None, None)
-        return Memory._make(None if x is None else torch.zeros_like(x) for x in self.carried(memory))
+        state, recent, late = self.carried(memory)
+        recent = None if recent is None else torch.zeros_like(recent)
+        return Memory(torch.zeros_like(state), recent, None if late is None else torch.full_like(late, torch.nan))
 
     def carried(self, memory: Memory) -> Memory:
         """As a cache keeps it."""
         dtype: torch.dtype = getattr(torch, self.config.state_dtype)
-        return memory if dtype == torch.float32 else memory._replace(state=narrowed(memory.state, dtype))
+        if dtype == torch.float32:
+            return memory
+        late = None if memory.late_gates is None else narrowed(memory.late_gates, dtype)
+        return Memory(narrowed(memory.state, dtype), memory.recent, late)
 
     def scoring(self) -> Scoring:
         """How queries and keys of the softmax branch become weights: as in the original, unless `score` says else."""

@@ -116,23 +116,27 @@ class Recurrence(nn.Module):
         self, parts: Parts, tokens: Tokens, memory: Memory | None, leaving: tuple[Tensor, Tensor] | None
     ) -> tuple[Parts, Tensor, Tensor]:
         """Token t - W enters at t, with its own gate; sinks do not, since the window goes on seeing them. Beside the
-        parts, whether there is such a token `[B, T]`, and the gates of the last W."""
-        config, T = self.layer.config, parts.k.shape[1]
+        parts, whether there is such a token `[B, T]`, and the gates of the last W, as `Memory` has them."""
+        config, (_, T, _, P) = self.layer.config, parts.gate.shape
         real = tokens.position >= config.sinks
         if tokens.valid is not None:
             real = real & tokens.valid
-        gates = torch.cat([parts.gate, real[:, :, None, None].expand(*parts.gate.shape[:3], 1)], dim=-1)
-        late = parts.k, parts.v, gates
+        late = parts.k, parts.v, parts.gate
         if memory is None or leaving is None:
             keys, values, gates = (F.pad(x, (0, 0, 0, 0, config.window, 0)) for x in late)
+            real = F.pad(real, (config.window, 0))
         else:
-            before: Any = *leaving, memory.late_gates
+            assert memory.late_gates is not None
+            waiting = wide(memory.late_gates)
+            before = *leaving, waiting.nan_to_num()[..., :P]
             keys, values, gates = (torch.cat(pair, dim=1) for pair in zip(before, late, strict=True))
-        delayed = parts._replace(k=keys[:, :T], v=values[:, :T], gate=gates[:, :T, :, :-1])
-        there = gates[:, :T, 0, -1] > 0
+            real = torch.cat([~waiting[:, :, 0, 0].isnan(), real], dim=1)
+        delayed = parts._replace(k=keys[:, :T], v=values[:, :T], gate=gates[:, :T])
+        there = real[:, :T]
         if tokens.document is not None:
             there = there & (F.pad(tokens.document, (config.window, 0), value=-1)[:, :T] == tokens.document)
-        return delayed, there, gates[:, T:].clone()
+        waits = gates[:, T:] if P > 0 else F.pad(gates[:, T:], (0, 1))
+        return delayed, there, torch.where(real[:, T:, None, None], waits, torch.nan)
 
 
 def _masked(inputs: Any, real: Tensor) -> Any:

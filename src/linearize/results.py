@@ -117,7 +117,7 @@ class Report(Schema):
     tokens_per_second: dict[str, dict[int, float]] = Field(
         default_factory=dict, description="decoding: model -> context -> speed"
     )
-    cache_dtype: str = Field("float32", description="of keys and values in cache_bytes; states are always float32")
+    cache_dtype: str = Field("float32", description="of keys and values in cache_bytes; states have mixer.state_dtype")
     suite: Suite | None = Field(None, description="of `--suite full`")
     curves: list[Curve] = Field(default_factory=list)
     layers: list[Layer] = Field(default_factory=list, description="layers left as full attention have no row")

@@ -5,9 +5,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from linearize import convert
-from linearize.checkpoint import unwrapped
+from linearize.checkpoint import as_merged, unwrapped
 from linearize.decoding import why_not
-from linearize.evaluate.decoding import as_merged, decode_speed
+from linearize.evaluate.decoding import decode_speed
 from linearize.recipe import LoraSettings
 from linearize.train.trainer import with_lora
 
@@ -29,3 +29,10 @@ def test_speed_is_that_of_the_merged_model():
         assert torch.equal(model(ids, use_cache=False).logits, before)
     assert min(speed.values()) > 0
     assert size[8] == size[16]
+
+
+def test_bytes_are_those_of_the_context():
+    """Also where steps after one context go beyond the next."""
+    model = tiny.tiny()
+    _, size = decode_speed(model, (16, 20), 16)
+    assert size == {16: decode_speed(model, (16,), 1)[1][16], 20: decode_speed(model, (20,), 1)[1][20]}

@@ -359,7 +359,7 @@ def test_shapes_of_the_delta_rule(shape, kwargs, rotated, run):
 def waiting(held: Held, more: Beyond, fixed: Settings) -> Held:
     """With what tokens in the window keep, of which there is none yet."""
     B, _, KV, gates = more.gate.shape
-    return held._replace(late_gates=torch.zeros(B, fixed.window, KV, gates + 1, device=DEVICE))
+    return held._replace(late_gates=torch.full((B, fixed.window, KV, gates), torch.nan, device=DEVICE))
 
 
 def turning_back(more: Beyond, fixed: Settings, angles: tuple[Tensor, Tensor] | None) -> Beyond:
@@ -516,8 +516,8 @@ def test_what_the_kernel_lacks(monkeypatch):
     more = at(beyond(1), 0)
     assert reason(16) is reason(16, more) is reason(256) is None
     assert "a root mean square over 256 channels" in reason(256, more)
-    assert "256 channels behind the window" in reason(256, late=torch.zeros(2, 5, 2, 3))
-    assert reason(256, late=torch.zeros(2, 5, 2, 3), gate="none") is None
+    assert "256 channels behind the window" in reason(256, late=torch.zeros(2, 5, 2, 2))
+    assert reason(256, late=torch.zeros(2, 5, 2, 2), gate="none") is None
     assert reason(64, shifts=3) is reason(128, shifts=1, gate="none") is None
     assert "512 keys of 64 channels in torch.float32" in reason(64, shifts=7)
     assert "a window of 129" in reason(16, window=129)
@@ -647,7 +647,8 @@ def test_behind_the_window_in_half_the_precision(turned, shifts, shape):
     angles, given = rope(14, D), [*(x.bfloat16() for x in given[:3]), given[3]]
     fixed = settings("gated_deltanet", D, feature_map="products" if shifts else "linear")
     clock, held = nothing(*given[1].shape[::2], D, fixed, 3, torch.bfloat16, shifts)
-    start = clock, waiting(held, more, fixed)._replace(state=held.state.half())
+    held = waiting(held, more, fixed)
+    start = clock, held._replace(state=held.state.half(), late_gates=held.late_gates.half())
     more = turning_back(more, fixed, angles if turned == "local" else None)
     output, state = stepped("kernel", given, fixed, angles, start=start, beyond=more)
     expected, final = truth(given, fixed, more, angles, turned, shifts)

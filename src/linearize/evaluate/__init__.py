@@ -9,11 +9,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from linearize.checkpoint import unwrapped
+from linearize.checkpoint import as_merged, unwrapped
 from linearize.config import MixerSettings
 from linearize.convert import kept_softmax
 from linearize.evaluate.ablation import ablations, recurrence_off, window_off
-from linearize.evaluate.decoding import as_merged, decode_parity, decode_speed
+from linearize.evaluate.decoding import decode_parity, decode_speed
 from linearize.evaluate.layers import layer_statistics
 from linearize.evaluate.perplexity import score, summarize
 from linearize.recipe import Recipe

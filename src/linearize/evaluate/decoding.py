@@ -1,13 +1,9 @@
 """Step-by-step decoding: is it the same model, how fast is it, and what does it keep in memory?"""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from jaxtyping import Int
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
@@ -28,26 +24,6 @@ def decode_parity(model: PreTrainedModel, ids: Int[Tensor, "T"], steps: int = 32
     return ((torch.cat(parts, 1).double() - full).norm() / full.norm()).item()
 
 
-@contextmanager
-def as_merged(model: PreTrainedModel) -> Iterator[None]:
-    """`model` without the modules of PEFT around its own, as merging leaves it but for the values of weights: its steps
-    take as long as the merged model's, which alone decodes at its full speed."""
-    wrapped: list[tuple[torch.nn.Module, str, torch.nn.Module, torch.nn.Module]] = []
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if isinstance(child, ModulesToSaveWrapper):
-                wrapped.append((parent, name, child, child.modules_to_save[child.active_adapters[0]]))
-            elif isinstance(child, BaseTunerLayer):
-                wrapped.append((parent, name, child, child.get_base_layer()))
-    for parent, name, _, own in wrapped:
-        setattr(parent, name, own)
-    try:
-        yield
-    finally:
-        for parent, name, child, _ in wrapped:
-            setattr(parent, name, child)
-
-
 @torch.no_grad()
 def decode_speed(
     model: PreTrainedModel, contexts: tuple[int, ...], steps: int, label: str = "", chunk: int = 1024
@@ -58,6 +34,8 @@ def decode_speed(
     cache, seen = DynamicCache(config=model.config), 0
     speed, size = {}, {}
     for context in tqdm(sorted(contexts), desc=f"decode {label}", unit="context", delay=1):
+        if seen > context:  # by the steps of the one before
+            cache, seen = DynamicCache(config=model.config), 0
         while seen < context:
             part = ids[:, seen : min(seen + chunk, context)]
             logits = model(part, past_key_values=cache, logits_to_keep=1).logits

@@ -54,7 +54,7 @@ def kernel_dtype(x: Tensor) -> torch.dtype | None:
 def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in another floating dtype, held within what that one can say."""
     most = torch.finfo(dtype).max
-    return x.clamp(-most, most).to(dtype)
+    return (x.clamp(-most, most) if most < torch.finfo(x.dtype).max else x).to(dtype)
 
 
 def may_look(x: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from linearize.cache import Memory
 from linearize.features import products
 from linearize.ops import dispatch
-from linearize.ops.dispatch import may_look, why_no_kernel
+from linearize.ops.dispatch import may_look, narrowed, why_no_kernel
 from linearize.ops.liger import DELTA, FEATURES, GATES, Rope, Settings, inverse, warn_once, wide
 from linearize.ops.local import Past
 
@@ -37,7 +37,7 @@ class Leaving(NamedTuple):
     slot: Tensor  # [1]: of the ring, where a token leaves and the new one comes
     place: Tensor  # [1]: the same in `Held`
     real: Tensor | None  # [B], bool: whether the one that leaves is to be taken in; None if known of all
-    wanted: Tensor  # [B, KV, 1]: whether the new one will be
+    wanted: Tensor | None  # [B, 1, 1], bool: whether the new one will be; None if known of all
     back: Rope | None  # cos and sin, as `_turned` takes them, that turn back the key that leaves
 
 
@@ -229,17 +229,19 @@ def taken_in(
         leaving = _turned(wide(leaving), *known.back).to(leaving.dtype)
     elif rope is not None:
         q = _turned(q, *_angles(clock, rope, q.dtype))
-    late = held.late_gates.index_select(1, known.slot)[:, 0]
-    held.late_gates.index_copy_(1, known.slot, torch.cat([wide(beyond.gate), known.wanted], dim=-1)[:, None])
-    return Taken(wide(q), wide(leaving), wide(v), late[..., :-1], known.real)
+    late, waits = held.late_gates.index_select(1, known.slot)[:, 0], beyond.gate
+    late = late if known.real is None else late.nan_to_num()
+    waits = waits if known.wanted is None else torch.where(known.wanted, waits, torch.nan)
+    held.late_gates.index_copy_(1, known.slot, narrowed(waits, late.dtype)[:, None])
+    return Taken(wide(q), wide(leaving), wide(v), wide(late), known.real)
 
 
 def _leaving(settings: Settings, clock: Clock, held: Held, beyond: Beyond) -> Leaving:
     """Made by the first layer of this window that asks."""
     assert held.late_gates is not None
     slot = clock.time % settings.window
-    real = held.late_gates.index_select(1, slot)[:, 0, 0, -1] > 0
-    wanted = (clock.valid & (clock.real >= settings.sinks)).to(held.late_gates.dtype)
+    real = ~held.late_gates.index_select(1, slot)[:, 0, 0, 0].isnan()
+    wanted = _unless_all(clock.valid & (clock.real >= settings.sinks), clock, "wanted", settings.sinks)
     back = None
     if beyond.leaving is not None:
         cos, sin = inverse(beyond.leaving)
@@ -248,7 +250,7 @@ def _leaving(settings: Settings, clock: Clock, held: Held, beyond: Beyond) -> Le
         slot,
         slot + clock.sink_time.shape[1],
         _unless_all(real, clock, "real", settings.window, settings.sinks),
-        wanted[:, None, None].expand(-1, held.keys.shape[1], 1),
+        None if wanted is None else wanted[:, None, None],
         back,
     )
 

@@ -133,9 +133,9 @@ def step_kernel(
             first_k, second_k = load_maps(down_k, up_k, h, columns, 1, D, RANK, RP1)
         if BEHIND:
             leaving_k = own_keys + (M + slot) * D
-            own_late = late_gates + ((b * W + slot) * KV + h) * (GATES + 1)
-            late_decay, late_write = tl.load(own_late), tl.load(own_late + GATES - 1)
-            leaves = tl.load(own_late + GATES).to(tl.int32)  # 1, or 0 where no token is taken in
+            own_late = late_gates + ((b * W + slot) * KV + h) * GATES
+            late_decay, late_write = tl.load(own_late).to(tl.float32), tl.load(own_late + GATES - 1).to(tl.float32)
+            leaves = (late_write == late_write).to(tl.int32)  # 1, or 0 where no token is taken in
             late_k = tl.load(leaving_k + columns, mask=columns < D * leaves, other=0.0).to(tl.float32)
             if BEHIND == TURNED_BACK:
                 late_other = tl.load(leaving_k + partner, mask=columns < D * leaves, other=0.0).to(tl.float32)
@@ -282,9 +282,10 @@ def step_kernel(
         if h == 0:
             tl.store(ring_valid + b * W + slot, fresh.to(tl.uint8))
         if BEHIND:
-            tl.store(own_late, new_decay)
-            tl.store(own_late + GATES - 1, new_write)
-            tl.store(own_late + GATES, tl.where((fresh != 0) & (before >= SINKS), 1.0, 0.0))
+            wanted = (fresh != 0) & (before >= SINKS)
+            late_type = late_gates.dtype.element_ty
+            tl.store(own_late, tl.where(wanted, new_decay, float("nan")).to(late_type))
+            tl.store(own_late + GATES - 1, tl.where(wanted, new_write, float("nan")).to(late_type))
 
 
 def program(pairs: int, K: int, D: int, whole: bool) -> tuple[int, int]:

@@ -104,5 +104,4 @@ class Structure(NamedTuple):
 
     def state_bytes(self, config: MixerConfig, key_size: int, value_size: int, heads: int) -> int:
         """Bytes of one sequence's states in one layer."""
-        size = 4 if config.state_dtype == "float32" else 2
-        return size * heads * math.prod(self.state_shape(config, key_size, value_size))
+        return config.state_bytes * heads * math.prod(self.state_shape(config, key_size, value_size))
