@@ -3,6 +3,7 @@
 import copy
 import pickle
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import pairwise
 from unittest.mock import patch
@@ -497,6 +498,20 @@ def test_a_model_on_another_device_than_the_current_one(settings, steps):
     full = logits(model, tokens, use_cache=False)
     assert_close(in_parts(model, tokens, one_by_one(9))[0], full, 3e-2)
     assert all(decoder.graph is not None for decoder in steps)
+
+
+@pytest.mark.parametrize("settings", [{}, {"softmax_heads": "0/0"}], ids=["published", "hybrid"])
+def test_threads_that_share_a_model(settings, steps):
+    """They have its decoder in turns, each with its own cache."""
+    model = converted(**settings)
+    given = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    prompts = [ids(1, 9, seed=seed).to(DEVICE) for seed in range(3)]
+    expected = [model.generate(prompt, **given) for prompt in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda prompt: model.generate(prompt, **given), prompts * 4))
+    assert len(steps) == 15 * 29
+    for output, other in zip(found, expected * 4, strict=True):
+        assert torch.equal(output, other)
 
 
 def test_generation_uses_it(steps):

@@ -3,12 +3,14 @@ kernels of the model's step.
 
 `next_token` stands before the forward of every converted model. A call with one new token for each row, a cache and no
 gradients is its; what it cannot do goes on to the ordinary forward. A cache that it serves is lent to a `Decoder`,
-whose buffers its layers show from then on, until something else needs it (`MixerCacheLayer.settle`). What stays softmax
-attention keeps all tokens (`growing`): a graph has room for more of them, and is made anew where it is full.
+whose buffers its layers show from then on, until something else needs it (`MixerCacheLayer.settle`). Threads that
+generate with one model have the decoder in turns, a token each. What stays softmax attention keeps all tokens
+(`growing`): a graph has room for more of them, and is made anew where it is full.
 """
 
 import weakref
 from collections.abc import Mapping
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -37,6 +39,7 @@ TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_
 TAKEN |= {"cache_position", "return_dict"}
 
 _decoders: WeakKeyDictionary[PreTrainedModel, "Decoder"] = WeakKeyDictionary()
+_turn = RLock()  # whoever has it may lend decoders, let them step, and take caches back
 
 
 def next_token(model: PreTrainedModel, given: Mapping[str, Any]) -> CausalLMOutputWithPast | None:
@@ -56,14 +59,15 @@ def next_token(model: PreTrainedModel, given: Mapping[str, Any]) -> CausalLMOutp
         return None
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (batch, seen + 1)):
         return None
-    decoder = _decoders.get(model)
-    if decoder is None or not decoder.holds(cache):
-        with torch.inference_mode(False), torch.no_grad():  # buffers outlive the caller's mode
-            decoder = _lend(model, cache, batch, mask)
-    if decoder is None:
-        return None
-    valid = None if mask is None else mask[:, -1]
-    logits = decoder.step(ids, seen if given.get("position_ids") is None else given["position_ids"], valid)
+    with _turn:
+        decoder = _decoders.get(model)
+        if decoder is None or not decoder.holds(cache):
+            with torch.inference_mode(False), torch.no_grad():  # buffers outlive the caller's mode
+                decoder = _lend(model, cache, batch, mask)
+        if decoder is None:
+            return None
+        valid = None if mask is None else mask[:, -1]
+        logits = decoder.step(ids, seen if given.get("position_ids") is None else given["position_ids"], valid)
     return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
 
@@ -347,9 +351,9 @@ class Decoder:
             layer.lender = self
         own = weakref.ref(self)
 
-        def gone(_: Any) -> None:
+        def gone(reference: Any) -> None:
             if (decoder := own()) is not None:
-                decoder.forget()
+                decoder.forget(reference)
 
         self.lent = [weakref.ref(layer, gone) for layer in cache.layers]
 
@@ -362,9 +366,11 @@ class Decoder:
             if getattr(layer, name) is not None:
                 setattr(layer, name, getattr(held, name))
 
-    def forget(self) -> None:
-        """The cache that was lent is gone: what grew with it is free."""
-        if self.grows:
+    def forget(self, reference: Any) -> None:
+        """The cache of this layer is gone: what grew with it is free, unless another has been lent meanwhile."""
+        with _turn:
+            if not self.grows or all(reference is not other for other in self.lent):
+                return
             self.graph, self.logits, self.lent = None, None, []
             self.seen = self.seen.new_zeros(len(self.seen), 0)
             for kept in self.growing:
@@ -373,21 +379,25 @@ class Decoder:
 
     def release(self) -> None:
         """The layers that show these buffers get tensors of their own again, in the cache's order."""
-        for reference, kept in zip(self.lent, self.growing if self.lent else (), strict=True):
-            layer = reference()
-            names = () if layer is None or kept is None else _growing_names(layer)
-            if kept is not None and names and kept.holds(getattr(layer, names[0])):
-                for name in names:
-                    setattr(layer, name, getattr(layer, name).clone(memory_format=torch.contiguous_format))
-            if isinstance(layer, MixerCacheLayer) and layer.lender is self:
-                back = -(layer.seen % max(layer.keys.shape[1], 1))
-                for name in (*RINGS, *REST):
-                    if (x := getattr(layer, name)) is not None:
-                        x = x.roll(back, 1) if name in RINGS else x
-                        setattr(layer, name, x.clone(memory_format=torch.contiguous_format))
-                layer.valid = layer.valid.bool()
-                layer.lender = None
-        self.lent = []
+        with _turn:
+            for reference, kept in zip(self.lent, self.growing if self.lent else (), strict=True):
+                if (layer := reference()) is not None:
+                    self._return(layer, kept)
+            self.lent = []
+
+    def _return(self, layer: Any, kept: Growing | None) -> None:
+        names = _growing_names(layer)
+        if kept is not None and kept.holds(getattr(layer, names[0])):
+            for name in names:
+                setattr(layer, name, getattr(layer, name).clone(memory_format=torch.contiguous_format))
+        if isinstance(layer, MixerCacheLayer) and layer.lender is self:
+            back = -(layer.seen % max(layer.keys.shape[1], 1))
+            for name in (*RINGS, *REST):
+                if (x := getattr(layer, name)) is not None:
+                    x = x.roll(back, 1) if name in RINGS else x
+                    setattr(layer, name, x.clone(memory_format=torch.contiguous_format))
+            layer.valid = layer.valid.bool()
+            layer.lender = None
 
 
 def _window(mixer: LinearizedAttention) -> int:
