@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -308,6 +309,7 @@ def test_something_else_is_left_alone(recipe, tmp_path, trained):
         ({"model": "no/such/folder"}, "valid: smollm2-135m, a local folder"),
         ({"data": {"train": "nothing.txt"}}, "no file nothing.txt"),
         ({"layers": "0-9"}, "this model's layers are 0-2"),
+        ({"evaluation": {"suite": "full", "distances": [2, 64], "tasks": []}}, "distance 2 has no room for a question"),
     ],
 )
 def test_what_is_wrong_shows_before_anything_is_written(recipe, tmp_path, changes, message):
@@ -361,14 +363,31 @@ def test_text_that_changed_is_read_again(recipe, tmp_path, trained):
     assert len(trained) == 4
 
 
+def test_held_out_text_decides_no_weights(recipe, tmp_path, trained):
+    """Nor do other files beside the text; and a run knows its result after an evaluation by other settings."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "train.txt").write_text(tiny.text(2000, 1), encoding="utf-8")
+    mine = changed(recipe, data=recipe.data.model_dump() | {"train": str(folder)}, baselines=["window_only"])
+    job.run(mine, folder / "out")
+    assert len(trained) == 4
+    other = tmp_path / "other.txt"
+    other.write_text(tiny.text(2001, 5), encoding="utf-8")
+    report = job.evaluate_only(folder / "out", changed(mine, data=mine.data.model_dump() | {"heldout": str(other)}))
+    shutil.rmtree(folder / "out.work")
+    assert job.run(mine, folder / "out") == report
+    assert len(trained) == 4
+
+
 def test_stages_must_share_what_makes_a_baseline_matched(recipe, tmp_path):
     job.convert_only(recipe, tmp_path / "converted")
     job.stage_only("align", tmp_path / "converted", recipe, tmp_path / "aligned")
     with pytest.raises(LinearizeError, match=r"lora is .* was made with .* must be the same"):
         job.stage_only("distill", tmp_path / "aligned", changed(recipe, lora={"r": 2}), tmp_path / "out")
-    wider = changed(recipe, mixer=recipe.mixer.model_dump() | {"window": 50})
-    with pytest.raises(LinearizeError, match=r"valid to set: evaluation, baselines, data\.heldout"):
-        job.evaluate_only(tmp_path / "aligned", wider)
+    for key, value in (("mixer", {"window": 50}), ("data", {"sequence_length": 16})):
+        other = changed(recipe, **{key: getattr(recipe, key).model_dump() | value})
+        with pytest.raises(LinearizeError, match=r"valid to set: evaluation, baselines, data\.heldout"):
+            job.evaluate_only(tmp_path / "aligned", other)
 
 
 def test_held_out_text_is_not_trained_on(recipe, tmp_path):

@@ -208,7 +208,8 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
-def _load(source: str) -> dict[str, Any]:
+def _load(source: str, chain: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What it says, on top of its `base`, if it has one; `chain` are those that have it as theirs."""
     path = Path(source)
     if not path.is_file():
         if path.suffix in (".yaml", ".yml"):
@@ -222,7 +223,11 @@ def _load(source: str) -> dict[str, Any]:
         raise LinearizeError(f"{path} is not a YAML recipe: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise LinearizeError(f"{path} is not a YAML recipe: it holds {type(data).__name__}, not keys and values")
-    return data
+    if (base := data.pop("base", None)) is None:
+        return data
+    if base in (chain := (*chain, source)):
+        raise LinearizeError(f"{path} has itself as a base: {' -> '.join((*chain, base))}")
+    return _merged(_load(str(base), chain), data)
 
 
 def _parse(value: str, override: str) -> Any:

@@ -48,7 +48,7 @@ from linearize.results import Curve, Report
 from linearize.results import read as read_report
 from linearize.train.align import align_loss
 from linearize.train.distill import distill_loss
-from linearize.train.documents import SELF, Document, heldout_documents, load_documents
+from linearize.train.documents import SELF, Document, files_of, heldout_documents, load_documents
 from linearize.train.sample import sampled_documents
 from linearize.train.sequences import heldout_sequences, pack, tokenize
 from linearize.train.trainer import Loss, keep, shared_copy, train, with_lora
@@ -175,8 +175,9 @@ def evaluate_only(source: Path, recipe: Recipe, seeds: Sequence[Path] = ()) -> R
     """
     check_writable(source / "report.json")
     others = [_other_seed(seed, recipe) for seed in seeds]
-    before, free = checkpoint.read_recipe(source), {"evaluation", "baselines", "data"}
-    if recipe.model_dump(exclude=free) != before.model_dump(exclude=free) or recipe.data.train != before.data.train:
+    before = checkpoint.read_recipe(source)
+    free: Any = {"evaluation": True, "baselines": True, "data": {"heldout"}}
+    if recipe.model_dump(exclude=free) != before.model_dump(exclude=free):
         raise LinearizeError(f"{source} was made by its recipe.yaml; valid to set: evaluation, baselines, data.heldout")
     student, _ = checkpoint.load(source)
     curves = checkpoint.read_curves(source)
@@ -228,6 +229,8 @@ def load_base(recipe: Recipe, variants: Iterable[str] = (), train: bool = False,
         chosen = recipe.layers, recipe.softmax_every, recipe.softmax_heads
         check_convertible(teacher, mixer_of(recipe, name, teacher), *chosen)
     sequences = _sequences(recipe, tokenizer, list(heldout_texts.values())) if heldout else None
+    if heldout:
+        suites.check_text(recipe.evaluation, tokenizer, list(heldout_texts.values()))
     documents = _tokens(recipe, tokenizer, texts) if texts else []
     teacher.to("cuda" if torch.cuda.is_available() else "cpu")
     if train and recipe.data.train == SELF:
@@ -389,21 +392,19 @@ def _finished(recipe: Recipe, out: Path) -> Report | None:
         return None
     try:
         verify_folder(out)
-        report = read_report(out)
+        report, made_by = read_report(out), checkpoint.read_recipe(out)  # the report may be of another evaluation
     except LinearizeError:
         return None
-    same_recipe = report.recipe == recipe.model_dump(mode="json")
     same_sources = read_json(out / MARKER).get("sources") == _sources(recipe)
-    return report if same_recipe and same_sources else None
+    return report if made_by == recipe and same_sources else None
 
 
-def _sources(recipe: Recipe, checkpoint: Path | None = None) -> str:
+def _sources(recipe: Recipe, source: Path | None = None, heldout: bool = True) -> str:
     """A digest of what lies behind the recipe's names: sizes and times of local files, and a stage's own source."""
-    places = [Path(recipe.model), Path(recipe.data.train), Path(recipe.data.heldout)]
-    found = [(checkpoint / MARKER).read_text(encoding="utf-8")] if checkpoint else []
-    for place in places:
-        files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
-        found += [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    files = [path for path in sorted(Path(recipe.model).expanduser().glob("*")) if path.is_file()]
+    files += files_of(recipe.data.train) + (files_of(recipe.data.heldout) if heldout else [])
+    found = [(source / MARKER).read_text(encoding="utf-8")] if source else []
+    found += [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
     return hashlib.sha256("\n".join(found).encode()).hexdigest()
 
 
@@ -411,7 +412,8 @@ def _sources(recipe: Recipe, checkpoint: Path | None = None) -> str:
 def _work(recipe: Recipe, out: Path, source: Path | None = None) -> Iterator[Path]:
     """Where unfinished work is kept, by all that decides what the trained weights are; nothing empty stays of it."""
     parts = recipe.model_dump(mode="json", exclude={"evaluation", "baselines", "adapter"})
-    key = json.dumps(parts, sort_keys=True) + _sources(recipe, source)
+    del parts["data"]["heldout"]
+    key = json.dumps(parts, sort_keys=True) + _sources(recipe, source, heldout=False)
     folder = out.absolute().with_name(f"{out.absolute().name}.work")
     try:
         yield folder / hashlib.sha256(key.encode()).hexdigest()[:12]

@@ -131,8 +131,19 @@ def test_a_ramp_weighs_tokens_by_their_place_in_their_document():
         for t in range(kept.numel())
     ]
     weights = ((packed["position_ids"] + 1.0) / 8).clamp(max=1)[kept]
-    expected = (weights * torch.stack(each)[kept[0]]).sum() / weights.sum()
+    expected = (weights * torch.stack(each)[kept[0]]).mean()
     assert_close(distill_loss(student, teacher, packed, ramp=8), expected)
+
+
+def test_batches_one_after_the_other_are_one_batch():
+    """Of documents of any lengths: short ones do not count more where they are alone."""
+    teacher, student = tiny(), convert(tiny(), window=4, mixing_weight=0.4)
+    rows = [batch(36), batch(*[4] * 9)]
+    rows = [row | {"targets": row["targets"].where(torch.arange(36) % 4 != 3, IGNORED)} for row in rows]
+    both = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    each = [distill_loss(student, teacher, row, ramp=16) for row in rows]
+    assert_close(distill_loss(student, teacher, both, ramp=16), sum(each) / 2)
+    assert each[0] > 2 * each[1]
 
 
 def attention_outputs(model, given: dict) -> list[torch.Tensor]:

@@ -59,6 +59,7 @@ def test_folder_is_read_in_order_and_blank_documents_are_skipped(tmp_path):
         ("a.txt", b"four\xff", "a.txt is not UTF-8 at byte 4"),
         ("a.jsonl", jsonl(["x"]) + b"\xff", "a.jsonl is not UTF-8 at byte 14"),
         ("a.jsonl", jsonl(["x"]) + b"{", "a.jsonl:2: not JSON"),
+        ("a.jsonl", b'{"text": "x\\ud83dy"}', r"a.jsonl:1: \\ud83d at character 1 is half of a surrogate pair"),
         (
             "a.jsonl",
             jsonl(["x"]) + b'{"body": 1, "id": 2}',

@@ -13,11 +13,20 @@ from linearize import LinearizeError, convert
 from linearize.checkpoint import unwrapped
 from linearize.convert import mixers
 from linearize.families import family_of
-from linearize.recipe import LoraSettings, StageSettings
+from linearize.recipe import DistillSettings, LoraSettings, StageSettings
 from linearize.train.align import align_loss
 from linearize.train.distill import distill_loss
 from linearize.train.sequences import pack
-from linearize.train.trainer import LinearizeTrainer, Pair, keep, newest_checkpoint, shared_copy, train, with_lora
+from linearize.train.trainer import (
+    LinearizeTrainer,
+    Pair,
+    _arguments,
+    keep,
+    newest_checkpoint,
+    shared_copy,
+    train,
+    with_lora,
+)
 
 STEPS = 12
 LORA = LoraSettings(r=4, alpha=8, dropout=0.1)  # dropout: a resumed run has to draw the same numbers
@@ -122,9 +131,22 @@ def test_converting_a_shared_copy_leaves_the_model_alone():
     assert not hasattr(teacher.config, "linearize")
 
 
-def test_lora_targets_that_are_not_there_are_refused():
-    with pytest.raises(LinearizeError, match=r"lora targets \['wq'\].*valid: .*k_proj, .*q_proj"):
-        with_lora(convert(tiny()), LoraSettings(targets=("q_proj", "wq")))
+@pytest.mark.parametrize("target", ["wq", "lm_head", "embed_tokens", "mlp", "input_layernorm"])
+def test_lora_targets_that_are_no_linear_layers_are_refused(target):
+    """The head's weight may be the embedding's, which an adapter merged into it would change."""
+    with pytest.raises(LinearizeError, match=rf"lora targets \['{target}'\].*valid: .*k_proj, .*q_proj"):
+        with_lora(convert(tiny()), LoraSettings(targets=("q_proj", target)))
+
+
+def test_one_process_has_one_gpu(tmp_path, monkeypatch):
+    """Trainer would take all there are, by DataParallel."""
+
+    def with_two(self):
+        self._n_gpu = 2
+        return torch.device("cpu")
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(with_two))
+    assert _arguments(DistillSettings(), tmp_path, 0).n_gpu == 1
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "all"])

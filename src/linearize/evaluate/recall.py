@@ -99,6 +99,13 @@ def recall(
     return scores
 
 
+def check_trials(tokenizer: PreTrainedTokenizerBase, filler: Sequence[str], distance: int) -> None:
+    """Raise LinearizeError where some task has no trial at this distance, in this text and tokenizer."""
+    language = read_language(tokenizer, filler)
+    for make in TASKS.values():
+        make(language, distance, np.random.default_rng(0))
+
+
 def read_language(tokenizer: PreTrainedTokenizerBase, filler: Sequence[str]) -> Language:
     """The tokens of the text, the answers and the words that trials take; answers of one token where there are enough.
 

@@ -4,7 +4,7 @@ Each part is a function of one model that stands alone: `late_gap`, `recall`, `c
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -16,7 +16,7 @@ from linearize.evaluate.ablation import ablations, recurrence_off, window_off
 from linearize.evaluate.generation import NEW_TOKENS, PROMPTS, generation
 from linearize.evaluate.kept import Kept
 from linearize.evaluate.late_gap import late_gap, late_losses, texts
-from linearize.evaluate.recall import recall
+from linearize.evaluate.recall import check_trials, recall
 from linearize.measures import Generation, LateGap, RecallScore, Suite
 from linearize.recipe import EvaluationSettings
 from linearize.train.sequences import tokenize
@@ -29,6 +29,12 @@ def check(settings: EvaluationSettings) -> None:
     """Raise LinearizeError for what the suite would miss in the end: the harness, its data."""
     if settings.suite == "full" and settings.tasks:
         choice.check(settings.tasks)
+
+
+def check_text(settings: EvaluationSettings, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+    """The same for what cannot be asked in this tokenizer's tokens, or hidden in these texts."""
+    if settings.suite == "full" and settings.distances:
+        check_trials(tokenizer, texts, min(settings.distances))
 
 
 def measure(

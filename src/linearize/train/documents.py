@@ -77,9 +77,16 @@ def _has_text(document: Document) -> bool:
     return any(part.strip() for part in parts)
 
 
+def files_of(source: str) -> list[Path]:
+    """The local files that `source` names, in the order in which they are read; none of an embedded or a hub's text."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return sorted(inner for inner in path.rglob("*") if inner.is_file() and _suffix(inner))
+    return [path] if path.is_file() else []
+
+
 def _read_folder(folder: Path) -> Iterator[Document]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and _suffix(path))
-    if not paths:
+    if not (paths := files_of(str(folder))):
         raise LinearizeError(f"no text in {folder}; files end with one of {_suffixes()}")
     for path in paths:
         yield from _read_file(path)
@@ -118,7 +125,7 @@ def _document_of(line: str, place: str) -> Document:
     except json.JSONDecodeError as error:
         raise LinearizeError(f"{place}: not JSON: {error}") from error
     if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return row["text"]
+        return _whole(row["text"], place)
     if isinstance(row, dict) and "text" not in row and "messages" in row:
         return _chat(row["messages"], place)
     has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
@@ -132,7 +139,19 @@ def _chat(messages: Any, place: str) -> Chat:
         for turn in turns
     ):
         raise LinearizeError(f"{place}: 'messages' is no list of objects that have strings 'role' and 'content'")
+    for turn in turns:
+        _whole(turn["content"], place)
     return Chat(turns, place)
+
+
+def _whole(text: str, place: str) -> str:
+    """JSON can spell half of a character, which no text can have."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise LinearizeError(f"{place}: {half} at character {error.start} is half of a surrogate pair") from error
+    return text
 
 
 def _read_parquet(path: Path) -> Iterator[Document]:

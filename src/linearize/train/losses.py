@@ -29,7 +29,8 @@ def distillation_loss(
     rows: int | None = None,
 ) -> Tensor:
     """The mean over tokens with a target of a·KL(teacher ‖ student) + (1-a)·cross-entropy, a = `kl_weight`, in nats,
-    without ever holding all logits; by `weights`, where not all tokens count alike.
+    without ever holding all logits; times `weights`, where not all tokens count alike: they are not made to add up, so
+    that the mean of several batches of as many tokens is that of one.
 
     The heads run on `rows` tokens at a time, by default as many as `LOGITS` allows; the gradient of a chunk is taken at
     once and its logits are dropped, so that student's and teacher's full logits never exist, and nothing is computed
@@ -43,8 +44,8 @@ def distillation_loss(
     if rows is None:
         vocabulary = max(p.shape[0] for p in student_head.parameters())
         rows = max(1024, 2 ** (LOGITS // vocabulary).bit_length() // 2) if student_hidden.is_cuda else 1024
-    shares = (targets != IGNORED).float() if weights is None else weights.masked_fill(targets == IGNORED, 0)
-    shares = shares / shares.sum().clamp(min=torch.finfo(shares.dtype).tiny)
+    counted = (targets != IGNORED).float()
+    shares = (counted if weights is None else counted * weights) / counted.sum().clamp(min=1)
     parts = [slice(start, start + rows) for start in range(0, len(targets), rows)]
     trainable = [p for p in student_head.parameters() if p.requires_grad]
     return _ChunkedSum.apply(chunk_loss, student_head, parts, student_hidden, *trainable)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.trainer_utils import rotate_checkpoints
 
 from linearize.checkpoint import Student, unwrapped
+from linearize.convert import decoder
 from linearize.errors import LinearizeError
 from linearize.families import family_of
 from linearize.files import MARKER, new_folder, verify_folder
@@ -47,10 +48,11 @@ def with_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         modules_to_save=added or None,
         task_type="CAUSAL_LM",
     )
-    missing = [name for name in targets if not any(key.endswith(f".{name}") for key, _ in model.named_modules())]
-    if missing:
-        leaves = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        raise LinearizeError(f"lora targets {missing} are no modules of this model; valid: {', '.join(sorted(leaves))}")
+    layers = decoder(model).layers.named_modules()  # the head may share its weight with the embedding
+    linear = [f".{name}" for name, module in layers if isinstance(module, nn.Linear)]
+    if missing := [target for target in targets if not any(name.endswith(f".{target}") for name in linear)]:
+        valid = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise LinearizeError(f"lora targets {missing} are no linear layers of this model; valid: {valid}")
     return get_peft_model(model, config)
 
 
@@ -263,7 +265,7 @@ def train(
 def _arguments(settings: StageSettings, folder: Path, seed: int) -> TrainingArguments:
     """`settings` in Trainer's words."""
     gpu = torch.cuda.is_available()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=1,
         per_device_train_batch_size=settings.batch_size,
@@ -288,3 +290,5 @@ def _arguments(settings: StageSettings, folder: Path, seed: int) -> TrainingArgu
         dataloader_pin_memory=gpu,
         accelerator_config={"non_blocking": gpu},
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of one process; more are for several (DDP), not for DataParallel
+    return arguments
