@@ -180,7 +180,7 @@ def test_names_are_read_as_they_are_written():
         ({"softmax_heads": "1/x"}, "give layer/head"),
         ({"softmax_heads": "3/0"}, "names layer 3; this model's layers are 0-2"),
         ({"softmax_heads": "1/2"}, "of layer 1 that there are not; this model's are 0-1"),
-        ({"softmax_heads": "1/1-0"}, "of layer 1 that there are not"),
+        ({"softmax_heads": "1/1-0"}, "give layer/head"),
         ({"softmax_heads": "1/0", "layers": "0,2"}, "names layer 1, which is not converted"),
         ({"softmax_heads": "0/0-1,1/0-1,2/0-1"}, "leaves no head to convert"),
     ],

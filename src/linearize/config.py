@@ -226,12 +226,12 @@ class MixerSettings(RootModel[dict[str, Any]]):
         for name, value in values.items():
             if value == ():
                 raise LinearizeError(f"{name} is an empty list; give a value, or one for each part of the depth")
-        places = _places(values)
-        problems = []
-        for place in range(places):
-            here = {name: _at(value, place, places) for name, value in values.items()}
+        parts, problems = _parts(values), []
+        idle = _idle(parts)
+        for here, without_effect in zip(parts, idle, strict=True):
+            ignored = without_effect.keys() - _everywhere(idle).keys()  # what has an effect in another part
             try:
-                validated(MixerConfig, _without(here, _idle_in_part(values, place, places)), "mixer")
+                validated(MixerConfig, _without(here, ignored), "mixer")
             except LinearizeError as error:
                 problems.append(str(error))
         if problems:
@@ -249,9 +249,7 @@ class MixerSettings(RootModel[dict[str, Any]]):
 
     def windows(self) -> list[int]:
         """Tokens of the windows or blocks of all layers, each once, the smallest first; 0 where there is none."""
-        places = _places(self.root)
-        layers = [{name: _at(value, place, places) for name, value in self.root.items()} for place in range(places)]
-        return sorted({layer["window"] * (layer["local"] != "none") for layer in layers})
+        return sorted({part["window"] * (part["local"] != "none") for part in _parts(self.root)})
 
     def widest_window(self) -> int:
         """Tokens of the widest window or block in any layer; 0 where no layer has one."""
@@ -263,9 +261,11 @@ class MixerSettings(RootModel[dict[str, Any]]):
         return list(dict.fromkeys(value)) if isinstance(value, tuple) else [value]
 
 
-def _places(values: Mapping[str, Any]) -> int:
-    """Into how many parts the depth falls."""
-    return math.lcm(*(len(value) for value in values.values() if isinstance(value, tuple)))
+def _parts(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The values in each of as many parts of the depth as lists tell apart."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    count = math.lcm(*(len(value) for value in values.values() if isinstance(value, tuple)))
+    return [{name: _at(value, part, count) for name, value in values.items()} for part in range(count)]
 
 
 def _at(value: Any, index: int, count: int) -> Any:
@@ -276,38 +276,25 @@ def _without(values: Mapping[str, Any], names: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names}
 
 
-def _idle_in_part(values: Mapping[str, Any], place: int, places: int) -> set[str]:
-    """Settings without effect in this part of the depth that have one in another."""
+def _idle(parts: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """What has no effect in each part, and why; nothing where a value is of a wrong type, which validation tells."""
     try:
-        idle: list[set[str]] = [
-            set(MixerConfig.model_construct(**{n: _at(v, p, places) for n, v in values.items()}).idle())
-            for p in range(places)
-        ]
-    except TypeError:  # a value of a wrong type, which validation tells
-        return set()
-    return idle[place] - idle[0].intersection(*idle)
+        return [MixerConfig.model_construct(**part).idle() for part in parts]
+    except TypeError:
+        return [{} for _ in parts]
+
+
+def _everywhere(idle: list[dict[str, str]]) -> dict[str, str]:
+    """What has no effect in any part, and the reasons in the first."""
+    return {name: reason for name, reason in idle[0].items() if all(name in other for other in idle)} if idle else {}
 
 
 def drop_idle(settings: Mapping[str, Any], chosen: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """`settings` with those `chosen` on top, less what has no effect any more beside these; and the reasons."""
     both = {**settings, **chosen}
     given = {name for name in settings if settings[name] != _default(name)} - set(chosen)
-    dropped = {name: reason for name, reason in _idle_everywhere(both).items() if name in given}
+    dropped = {name: reason for name, reason in _everywhere(_idle(_parts(both))).items() if name in given}
     return _without(both, dropped), dropped
-
-
-def _idle_everywhere(values: Mapping[str, Any]) -> dict[str, str]:
-    """What has no effect in any part of the depth, and the reasons in the first."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    places = _places(values)
-    try:
-        first, *others = [
-            MixerConfig.model_construct(**{name: _at(value, place, places) for name, value in values.items()}).idle()
-            for place in range(places)
-        ]
-    except (TypeError, ValueError):  # a value of a wrong type, or an empty list, which validation tells
-        return {}
-    return {name: reason for name, reason in first.items() if all(name in other for other in others)}
 
 
 def validated(model: type[T], given: Mapping[str, Any], what: str) -> T:

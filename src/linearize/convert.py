@@ -28,6 +28,7 @@ from linearize.families import FAMILIES, LINEARIZED, base_classes, base_model_ty
 from linearize.heads import Heads, heads_text, parse_heads
 from linearize.mixer import LinearizedAttention, parts
 from linearize.packing import document_masks
+from linearize.ranges import numbers
 from linearize.tokens import Tokens, describe, most_sinks
 
 Layers = str | int | Iterable[int]
@@ -198,7 +199,7 @@ def choose_layers(layers: Layers, softmax_every: int | None, count: int) -> list
     """The indices that `layers` ("all", "0-7,16", or numbers) means for a model of `count` layers."""
     try:
         if isinstance(layers, str):
-            chosen = set(range(count)) if layers == "all" else set(_ranges(layers, count))
+            chosen = set(range(count)) if layers == "all" else set(numbers(layers, count))
         else:
             chosen = {_index(index) for index in (layers if isinstance(layers, Iterable) else [layers])}
     except (ValueError, TypeError) as error:
@@ -220,16 +221,6 @@ def _index(given: Any) -> int:
     if isinstance(given, bool) or not isinstance(given, int):
         raise TypeError(given)
     return given
-
-
-def _ranges(text: str, count: int) -> Iterable[int]:
-    """What `text` lists; of what is past `count` layers only the first and the last of a range."""
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        start, end = int(first), int(last or first)
-        if end < start:
-            raise ValueError(part)
-        yield from (start, *range(start, min(end, count)), end)
 
 
 @cache

@@ -1,7 +1,6 @@
 """Heads of a converted layer that stay softmax attention, as DuoAttention's retrieval heads do (arXiv 2410.10819)."""
 
 from collections.abc import Iterable, Mapping
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from linearize.errors import LinearizeError
 from linearize.families import rotation_of
+from linearize.ranges import numbers, spans
 
 Heads = Mapping[int, tuple[int, ...]]  # key/value heads by layer
 
@@ -88,28 +88,21 @@ def parse_heads(text: str, layers: int, heads: int) -> Heads:
     found: dict[int, set[int]] = {}
     try:
         for part in text.split(","):
-            number, _, span = part.strip().partition("/")
-            first, _, last = span.partition("-")
-            end = min(int(last or first), heads)  # one too many is told below
-            found.setdefault(int(number), set()).update(range(int(first), end + 1))
+            layer, _, span = part.partition("/")
+            found.setdefault(int(layer), set()).update(numbers(span, heads))
     except ValueError as error:
         raise LinearizeError(f"softmax_heads {text!r} is not valid; give layer/head as in '8/0,17/1-2'") from error
-    for layer, chosen in found.items():
-        if not 0 <= layer < layers:
-            raise LinearizeError(f"softmax_heads {text!r} names layer {layer}; this model's layers are 0-{layers - 1}")
-        if not chosen or max(chosen) >= heads:
+    for index, chosen in found.items():
+        if not 0 <= index < layers:
+            raise LinearizeError(f"softmax_heads {text!r} names layer {index}; this model's layers are 0-{layers - 1}")
+        if max(chosen) >= heads:
             raise LinearizeError(
-                f"softmax_heads {text!r} names key/value heads of layer {layer} that there are not; this model's are "
+                f"softmax_heads {text!r} names key/value heads of layer {index} that there are not; this model's are "
                 f"0-{heads - 1}"
             )
-    return {layer: tuple(sorted(found[layer])) for layer in sorted(found)}
+    return {index: tuple(sorted(found[index])) for index in sorted(found)}
 
 
 def heads_text(heads: Heads) -> str:
     """As `parse_heads` reads them."""
-    parts = []
-    for layer, chosen in sorted(heads.items()):
-        for _, run in groupby(enumerate(chosen), lambda pair: pair[1] - pair[0]):
-            first, *others = [head for _, head in run]
-            parts.append(f"{layer}/{first}-{others[-1]}" if others else f"{layer}/{first}")
-    return ",".join(parts)
+    return ",".join(f"{layer}/{span}" for layer, chosen in sorted(heads.items()) for span in spans(chosen).split(","))

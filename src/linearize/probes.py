@@ -14,7 +14,7 @@ from linearize.convert import decoder
 from linearize.errors import LinearizeError
 from linearize.families import Head
 from linearize.train.documents import Document
-from linearize.train.sequences import heldout_sequences, tokenize
+from linearize.train.sequences import begin_of, heldout_sequences, tokenize
 
 NEEDLE_LENGTHS = (256, 512)
 WORDS = ("apple", "bridge", "candle", "desert", "engine", "forest", "guitar", "hammer", "island", "jacket")
@@ -71,7 +71,7 @@ def needles(
         raise LinearizeError(
             f"this tokenizer begins some of the words {', '.join(WORDS)} alike, and needles need words apart"
         )
-    begin = [token for token in tokenizer("")["input_ids"] if token != tokenizer.eos_token_id]
+    begin = begin_of(tokenizer)
     rows, answers = [], []
     for trial in range(trials):
         answer = trial % len(WORDS)

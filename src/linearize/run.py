@@ -128,7 +128,7 @@ def stage_only(name: str, source: Path, recipe: Recipe, out: Path) -> None:
     base = load_base(recipe, train=True)
     student.to(base.teacher.device)
     if not isinstance(student, PeftModel):
-        student = _trainable(recipe, student)
+        student = with_adapters(recipe, student)
     settings, loss = _stages(recipe)[name]
     with _work(recipe, out, source) as work:
         curve = train_stage(recipe, name, "converted", settings, loss, student, base, work)
@@ -312,7 +312,7 @@ def train_variant(recipe: Recipe, name: str, base: Base, work: Path) -> Trained:
     student: Student = build(recipe, mixer, base.teacher)
     if not _stages(recipe):
         return Trained(student, mixer, [])
-    student = _trainable(recipe, student)
+    student = with_adapters(recipe, student)
     trainable = {key: p for key, p in student.named_parameters() if p.requires_grad}
     done = work / name
     if (done / "curves.json").is_file():
@@ -344,7 +344,8 @@ def train_stage(
     return train(stage, name, student, base.teacher, loss, sequences, settings, work / f"{name}-{stage}", recipe.seed)
 
 
-def _trainable(recipe: Recipe, student: PreTrainedModel) -> Student:
+def with_adapters(recipe: Recipe, student: PreTrainedModel) -> Student:
+    """With the recipe's adapters, if it has any."""
     torch.manual_seed(recipe.seed)  # the adapters' start
     return student if recipe.lora is None else with_lora(student, recipe.lora)
 

@@ -28,13 +28,14 @@ from linearize.heads import heads_text
 from linearize.mixer import LinearizedAttention
 from linearize.ops.liger import wide
 from linearize.probes import Probes, probes, recall
+from linearize.ranges import spans
 from linearize.recipe import AlignSettings, Recipe
 from linearize.results import Schema
-from linearize.run import Base, build, load_base, mixer_of, train_stage
+from linearize.run import Base, build, load_base, mixer_of, train_stage, with_adapters
 from linearize.train.align import align_loss, layer_errors
 from linearize.train.documents import load_documents
 from linearize.train.sequences import pack
-from linearize.train.trainer import shared_copy, with_lora
+from linearize.train.trainer import shared_copy
 
 SELECTORS = ("late", "recall", "both", "gradient", "align")
 FINGERPRINT_TOKENS = 32  # past window and sinks, where conversions begin to differ
@@ -104,7 +105,7 @@ class Candidates:
         """The recipe's key, and its value, by which these units stay softmax attention."""
         kept = frozenset(kept)
         if not self.heads:
-            return "layers", spans(unit for unit in self.units if unit not in kept)
+            return "layers", spans(sorted(set(self.units) - set(kept)))
         by_layer: dict[int, tuple[int, ...]] = {}
         for unit in sorted(kept):
             layer, head = divmod(unit, self.of_layer)
@@ -283,9 +284,7 @@ def by_alignment(recipe: Recipe, base: Base, keep: int, tokens: int) -> tuple[li
     """
     given = (recipe.align or AlignSettings()).model_dump()
     settings = AlignSettings(**given | {"tokens": tokens, "batch_size": 1, "accumulate": 1, "save_every": 0})
-    torch.manual_seed(recipe.seed)
-    student = build(recipe, recipe.mixer, base.teacher)
-    trained = student if recipe.lora is None else with_lora(student, recipe.lora)
+    trained = with_adapters(recipe, build(recipe, recipe.mixer, base.teacher))
     with tempfile.TemporaryDirectory() as work:
         train_stage(recipe, "align", "select", settings, align_loss, trained, base, Path(work))
     sequences = pack(base.documents, recipe.data.sequence_length, tokens)[-4:]
@@ -371,17 +370,6 @@ def select(
         functions=candidates.functions,
         seconds=round(time.perf_counter() - started, 2),
     )
-
-
-def spans(indices: Iterable[int]) -> str:
-    """Indices as a recipe's `layers` has them: "0-4,6,8-29"."""
-    runs: list[list[int]] = []
-    for index in sorted(indices):
-        if runs and index == runs[-1][1] + 1:
-            runs[-1][1] = index
-        else:
-            runs.append([index, index])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def table(chosen: Selection) -> str:

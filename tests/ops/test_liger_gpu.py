@@ -35,7 +35,8 @@ def test_gpu_gates(gate, D):
 @pytest.mark.parametrize("gate", ["gla", "rwkv6", "hgrn2"])
 @pytest.mark.parametrize("spread", [4.0, 20.0, 1e4])
 def test_gpu_any_decay(gate, spread):
-    given = inputs(200, D=64, spread=spread, **SHAPES["gqa"])
+    """Of several sequences: in one, ten elements of 25,600 can make up nearly all of a gradient, and their rounding."""
+    given = inputs(200, B=8, D=64, spread=spread, **SHAPES["gqa"])
     fixed = settings(gate, D=64, temperature=1.0, scale=0.01 / spread, lower=0.0)
     assert_is_the_equation(given, fixed, rope(200, 64), dtype=torch.bfloat16, tolerance=5e-3)
 

@@ -22,6 +22,7 @@ from linearize.errors import LinearizeError, unknown
 from linearize.evaluate.perplexity import last_hidden
 from linearize.families import Head
 from linearize.measures import RecallScore
+from linearize.train.sequences import begin_of
 
 DISTANCES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 CHOICES = 10
@@ -125,7 +126,7 @@ def read_language(tokenizer: PreTrainedTokenizerBase, filler: Sequence[str]) -> 
     alike = takewhile(lambda column: len(set(column)) == 1, zip(*values, strict=False))
     space = [column[0] for column in alike]
     values = [value[len(space) :] for value in values]
-    begin = [token for token in tokenizer("")["input_ids"] if token != tokenizer.eos_token_id]
+    begin = begin_of(tokenizer)
     return Language(encode, begin, text, [encode(f" {word}") for word in words], space, values)
 
 

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast, overload
 
 from linearize.assets import HUB_NAME, TEXTS, asset_file, quick_hub
 from linearize.errors import LinearizeError, unknown
+from linearize.ranges import numbers
 
 SPLITS = ("train", "heldout")
 SELF = "self"  # a source that is not read: the teacher samples it (`train.sample`)
@@ -239,7 +240,7 @@ def heldout_documents(source: str, articles: str | None = None, train: str = "")
     found = dict(enumerate(_articles() if source == "wiki" else load_documents(source, "heldout"), 1))
     if source == "wiki" and articles is None:
         articles = f"{TRAIN_ARTICLES + 1}-{len(found)}"
-    chosen = list(found) if articles is None else _numbers(articles, len(found), source)
+    chosen = list(found) if articles is None else _chosen(articles, len(found), source)
     if source == train == "wiki" and min(chosen) <= TRAIN_ARTICLES:
         raise LinearizeError(
             f"articles {articles!r} of wiki: 1-{TRAIN_ARTICLES} are trained on; valid: {TRAIN_ARTICLES + 1}-"
@@ -248,15 +249,16 @@ def heldout_documents(source: str, articles: str | None = None, train: str = "")
     return {number: found[number] for number in chosen}
 
 
-def _numbers(articles: str, count: int, source: str) -> list[int]:
-    """The numbers that "1-20,25" means, each once, in order."""
-    parts = [re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part) for part in articles.split(",")]
-    ranges = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
-    if len(ranges) < len(parts) or any(not 1 <= first <= last <= count for first, last in ranges):
-        raise LinearizeError(
-            f"articles {articles!r} of {source} are not valid; give numbers and ranges like '1-20,25' within 1-{count}"
-        )
-    return sorted({number for first, last in ranges for number in range(first, last + 1)})
+def _chosen(articles: str, count: int, source: str) -> list[int]:
+    """The numbers that "1-20,25" means."""
+    try:
+        if (found := numbers(articles, count))[0] >= 1 and found[-1] <= count:
+            return found
+    except ValueError:
+        pass
+    raise LinearizeError(
+        f"articles {articles!r} of {source} are not valid; give numbers and ranges like '1-20,25' within 1-{count}"
+    )
 
 
 # --- the embedded text -----------------------------------------------------------------------------------------------

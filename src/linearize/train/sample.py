@@ -39,6 +39,7 @@ from linearize.errors import LinearizeError
 from linearize.families import Head, base_model_type
 from linearize.files import check_writable, new_folder, verify_folder, write_bytes
 from linearize.graphs import RecordingError, on_the_side, record
+from linearize.train.sequences import begin_of
 from linearize.train.trainer import shared_copy
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")  # of documents in pretraining; a chat model's own ends are of turns
@@ -65,7 +66,7 @@ def scripts(tokenizer: PreTrainedTokenizerBase) -> list[Script]:
 
     Raises LinearizeError for a tokenizer without any token to begin or to end a text with.
     """
-    begin, known = _begin(tokenizer), tokenizer.get_vocab()
+    begin, known = begin_of(tokenizer), tokenizer.get_vocab()
     separators = [known[name] for name in SEPARATORS if name in known]
     others = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
     first = begin or [*separators, *others][:1]
@@ -75,11 +76,6 @@ def scripts(tokenizer: PreTrainedTokenizerBase) -> list[Script]:
     plain = Script((*first, FREE), (*[FREE] * len(first), end), dropped=0 if begin else len(first))
     chat = _chat(tokenizer, end)
     return [plain] if chat is None else [chat, plain]
-
-
-def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before every text itself."""
-    return [token for token in tokenizer("")["input_ids"] if token != tokenizer.eos_token_id]
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, end: int) -> Script | None:
@@ -400,7 +396,7 @@ def export(
     teacher, tokenizer = load_pretrained(resolve_model(name))
     teacher.to("cuda" if torch.cuda.is_available() else "cpu")
     documents = sampled_documents(teacher, tokenizer, tokens, length, seed, temperature, rows)
-    begin, lines = _begin(tokenizer), []
+    begin, lines = begin_of(tokenizer), []
     for document in documents:
         ids = document.tolist()
         ids = ids[len(begin) :] if ids[: len(begin)] == begin else ids

@@ -50,6 +50,11 @@ def tokenize(
     return found
 
 
+def begin_of(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text itself."""
+    return [token for token in tokenizer("")["input_ids"] if token != tokenizer.eos_token_id]
+
+
 def _size(document: Document) -> int:
     """Characters."""
     return len(document) if isinstance(document, str) else sum(len(turn["content"]) for turn in document.messages)
