@@ -135,7 +135,7 @@ def model_folder(name: str) -> Path:
     folder = cache_folder() / f"{name}-{asset.member_sha256[:8]}"
     if _is_made(folder):
         return folder
-    with _locked(folder):
+    with locked(folder):
         if not _is_made(folder):  # another process may have made it while this one waited
             with new_folder(folder, kind="model") as temporary:
                 _dequantize(asset, asset_file(asset), temporary)
@@ -150,7 +150,7 @@ def asset_file(asset: Asset) -> Path:
     path = cache_folder() / f"{asset.package}-{asset.version}" / Path(asset.member).name
     if _is_whole(path, asset):
         return path
-    with _locked(path.parent):
+    with locked(path.parent):
         if not _is_whole(path, asset):
             damaged = path if path.exists() else None
             with new_folder(path.parent, kind="asset") as temporary, tempfile.TemporaryDirectory() as downloads:
@@ -164,7 +164,7 @@ def bundle_folder(bundle: Bundle) -> Path:
     folder = cache_folder() / f"{bundle.package}-{bundle.version}"
     if _is_made(folder):
         return folder
-    with _locked(folder):
+    with locked(folder):
         if not _is_made(folder):
             damaged = folder if folder.exists() else None
             with new_folder(folder, kind="asset") as temporary, tempfile.TemporaryDirectory() as downloads:
@@ -277,7 +277,7 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(target: Path) -> Iterator[None]:
+def locked(target: Path) -> Iterator[None]:
     """Only one process at a time makes `target`: the ranks of a torchrun all ask at once."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

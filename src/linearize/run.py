@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from linearize import checkpoint
+from linearize import checkpoint, processes
 from linearize import recipe as recipes
 from linearize import report as reports
 from linearize.assets import resolve_model
@@ -81,7 +81,8 @@ def run(recipe: Recipe, out: str | Path) -> Report:
     """The whole job by `recipe`; the checkpoint, its card, its recipe and its report are written to `out`.
 
     What an interrupted run has done is in `<out>.work` and is used again; a finished run of the same recipe is read,
-    not repeated. Raises LinearizeError for whatever is wrong with what was given, before anything is written.
+    not repeated. Of several processes, as `torchrun` starts them, only the first comes back from here. Raises
+    LinearizeError for whatever is wrong with what was given, before anything is written.
     """
     out = Path(out)
     check_replaceable(out)
@@ -92,6 +93,7 @@ def run(recipe: Recipe, out: str | Path) -> Report:
     base = load_base(recipe, names, train=True, heldout=True)
     with _work(recipe, out) as work:
         variants = {name: train_variant(recipe, name, base, work) for name in names}
+        processes.end_others()
         kept = _kept(recipe, work)
         report = _measure(recipe, base, variants, kept)
         with new_folder(out, kind="checkpoint", sources=_sources(recipe)) as folder:
@@ -132,6 +134,7 @@ def stage_only(name: str, source: Path, recipe: Recipe, out: Path) -> None:
     settings, loss = _stages(recipe)[name]
     with _work(recipe, out, source) as work:
         curve = train_stage(recipe, name, "converted", settings, loss, student, base, work)
+        processes.end_others()
         if recipe.lora is not None and name == "distill":
             keep(student, recipe.lora.kept)
         with new_folder(out, kind="checkpoint") as folder:
@@ -186,6 +189,7 @@ def evaluate_only(source: Path, recipe: Recipe, seeds: Sequence[Path] = ()) -> R
     with _work(recipe, source) as work:
         for name in recipe.baselines:
             variants[name] = train_variant(recipe, name, base, work)
+        processes.end_others()
         kept = _kept(recipe, work, source)
         report = _measure(recipe, base, variants, kept)
         if others and report.suite is not None:
@@ -214,6 +218,7 @@ def load_base(recipe: Recipe, variants: Iterable[str] = (), train: bool = False,
 
     All that can be wrong with them, and with converting the teacher to `variants`, shows here, the quickest first.
     """
+    processes.start()
     train = train and bool(_stages(recipe))
     if train and heldout and recipe.data.train == recipe.data.heldout != "wiki":
         raise LinearizeError(
@@ -324,12 +329,14 @@ def train_variant(recipe: Recipe, name: str, base: Base, work: Path) -> Trained:
         curves = []
         for stage, (settings, loss) in _stages(recipe).items():
             curves.append(train_stage(recipe, stage, name, settings, loss, student, base, work))
-        with new_folder(done, kind="trained weights") as folder:
-            tensors = {key: p.detach().cpu().contiguous() for key, p in trainable.items()}
-            save_file(tensors, folder / "trainable.safetensors")
-            checkpoint.write_curves(curves, folder)
-        for stage in _stages(recipe):
-            shutil.rmtree(work / f"{name}-{stage}", ignore_errors=True)  # what an interrupted stage would resume from
+        if processes.is_first():
+            with new_folder(done, kind="trained weights") as folder:
+                tensors = {key: p.detach().cpu().contiguous() for key, p in trainable.items()}
+                save_file(tensors, folder / "trainable.safetensors")
+                checkpoint.write_curves(curves, folder)
+            for stage in _stages(recipe):
+                shutil.rmtree(work / f"{name}-{stage}", ignore_errors=True)  # an interrupted stage would resume from it
+        processes.wait()
     if recipe.lora is not None:
         keep(student, recipe.lora.kept)
     return Trained(student.eval(), mixer, checkpoint.read_curves(done))
@@ -419,4 +426,5 @@ def _work(recipe: Recipe, out: Path, source: Path | None = None) -> Iterator[Pat
     try:
         yield folder / hashlib.sha256(key.encode()).hexdigest()[:12]
     finally:
-        remove_empty(folder)
+        if processes.is_first():
+            remove_empty(folder)

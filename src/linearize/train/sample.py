@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from linearize.assets import cache_folder, resolve_model
+from linearize.assets import cache_folder, locked, resolve_model
 from linearize.checkpoint import load_pretrained
 from linearize.convert import attention_of, decoder, is_linearized
 from linearize.decoding import UNEVEN
@@ -298,6 +298,22 @@ def sampled_documents(
     kinds = scripts(tokenizer)
     given = [_fingerprint(teacher), kinds, length, temperature, seed]
     folder = cache_folder() / "samples" / hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]
+    with locked(folder):  # of several processes one samples, and the others then read
+        return _read_or_sampled(teacher, tokenizer, folder, kinds, tokens, length, seed, temperature, rows)
+
+
+def _read_or_sampled(
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    kinds: Sequence[Script],
+    tokens: int,
+    length: int,
+    seed: int,
+    temperature: float,
+    rows: int | None,
+) -> list[np.ndarray]:
+    """As `sampled_documents`, in batches that `folder` keeps."""
     documents: list[np.ndarray] = []
     batch, made = 0, 0
     while made < tokens and (kept := _kept(folder / str(batch))) is not None:

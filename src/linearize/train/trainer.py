@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
+from linearize import processes
 from linearize.checkpoint import Student, unwrapped
 from linearize.convert import decoder
 from linearize.errors import LinearizeError
@@ -138,6 +139,9 @@ class LinearizeTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.watch.look(self.state)
+        if not processes.is_first():
+            self.store_flos()  # which all of them add up
+            return
         runs, name = self.args.output_dir, f"checkpoint-{self.state.global_step}"
         with new_folder(Path(runs) / name, kind="training checkpoint") as temporary:
             self.args.output_dir = str(temporary)
@@ -191,7 +195,8 @@ class _Progress(TrainerCallback):
         self.label, self.tokens_per_step, self.tokens = label, tokens_per_step, tokens
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(desc=self.label, total=self.tokens, initial=self._seen(state), unit="token", unit_scale=True)
+        bar = {"unit": "token", "unit_scale": True, "disable": not processes.is_first()}
+        self.bar = tqdm(desc=self.label, total=self.tokens, initial=self._seen(state), **bar)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(self._seen(state) - self.bar.n)
@@ -240,6 +245,9 @@ def train(
         train_dataset=sequences,
         callbacks=[_Progress(f"{stage} {name}", tokens_per_step, tokens), *callbacks],
     )
+    if processes.is_first():
+        newest_checkpoint(folder)  # damaged ones are gone then
+    processes.wait()
     last, started = newest_checkpoint(folder), time.perf_counter()
     try:
         with compiled_layers(base, teacher, whole=stage == "distill" and not settings.gradient_checkpointing):
