@@ -1,5 +1,4 @@
-"""Several processes of one job, a GPU each, as `torchrun` starts them: all of them train, and the first one alone
-measures and writes."""
+"""Several processes of one job, as `torchrun` starts them: all train, and the first one alone measures and writes."""
 
 import os
 
