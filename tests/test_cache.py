@@ -1,5 +1,7 @@
 """Cached decoding is the full forward, in constant memory, through everything that generation does with a cache."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from tiny import FAMILIES, assert_close, ids, logits, tiny
@@ -216,9 +218,15 @@ def test_crop_is_refused():
 
 
 def test_assisted_decoding_is_refused():
-    model = converted()
-    with pytest.raises(LinearizeError, match="assisted decoding does not work"):
-        model.generate(ids(1, 9), max_new_tokens=8, prompt_lookup_num_tokens=3, do_sample=False)
+    """Before anything is generated; as an assistant, where its guesses are to be taken back."""
+    model, given = converted(), {"max_new_tokens": 8, "do_sample": False}
+    with (
+        patch.object(type(model), "forward", side_effect=AssertionError),
+        pytest.raises(LinearizeError, match="assisted decoding does not work"),
+    ):
+        model.generate(ids(1, 9), prompt_lookup_num_tokens=3, **given)
+    with pytest.raises(LinearizeError, match="nor can it assist"):
+        tiny().generate(ids(1, 9), assistant_model=model, **given)
 
 
 def test_the_cache_of_an_unconverted_model_is_refused():

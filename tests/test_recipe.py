@@ -20,14 +20,16 @@ def test_shipped_recipes_read_and_read_back(name, tmp_path):
 
 def test_a_recipe_on_top_of_another(tmp_path):
     (tmp_path / "mine.yaml").write_text("base: default\nmixer: {window: 32}\nseed: 3")
-    (tmp_path / "next.yaml").write_text(f"base: {tmp_path / 'mine.yaml'}\ndistill: {{tokens: 5M}}")
+    (tmp_path / "next.yaml").write_text("base: mine.yaml\ndistill: {tokens: 5M}")  # beside it, wherever one is
     assert read(tmp_path / "next.yaml") == read("default", ["mixer.window=32", "seed=3", "distill.tokens=5M"])
-    (tmp_path / "mine.yaml").write_text(f"base: {tmp_path / 'next.yaml'}")
+    (tmp_path / "mine.yaml").write_text("base: next.yaml")
     with pytest.raises(LinearizeError, match="has itself as a base"):
         read(tmp_path / "next.yaml")
     (tmp_path / "mine.yaml").write_text("base: nothing")
     with pytest.raises(LinearizeError, match="unknown recipe 'nothing'"):
         read(tmp_path / "next.yaml")
+    with pytest.raises(LinearizeError, match=r"window-only, or a \.yaml file$"):
+        read("nothing")
 
 
 def test_the_window_alone_is_the_default_without_its_recurrence():

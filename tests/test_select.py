@@ -195,7 +195,7 @@ def test_probes_come_from_documents_that_are_long_enough():
     found = tokenize([texts[1], texts[3]], words)
     assert all(any(torch.equal(row, torch.tensor(ids[:128]).long()) for ids in found) for row in made.sequences[:2])
     assert [asked.rows.shape for asked in made.needles] == [(2, 256), (2, 512)]
-    with pytest.raises(LinearizeError, match="fewer than 128"):
+    with pytest.raises(LinearizeError, match="no document has 512 tokens"):
         probes(texts[:1], words, 128, 1, 1, seed=0)
 
 

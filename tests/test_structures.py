@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from tiny import assert_close, tiny
+from tiny import assert_close, ids, tiny
 from transformers import DynamicCache
 
 from linearize import LinearizeError, MixerConfig, convert
+from linearize.convert import mixers
 from linearize.evaluate.layers import layer_statistics
 from linearize.features import softmax
 from linearize.gates import Gate, pooled
@@ -90,6 +91,27 @@ def test_gradients_are_finite_at_any_scale(name):
 def test_memory_times_are_those_of_the_gates(name):
     for row in layer_statistics(model_with(name), torch.randint(3, 90, (15,))):
         assert all((0 < time < 1e5) == (name in {*GATED, "lightning"}) for time in row.decay_tokens)
+
+
+@pytest.mark.parametrize("mixing", ["per_head", "data_dependent", "shared_normalizer"])
+def test_mixing_weights_are_those_of_the_text(mixing):
+    """What the output of both branches is made by, not where it started."""
+    model, tokens = convert(tiny(), window=4, mixing=mixing, mixing_weight=0.3, feature_map="softmax"), ids(1, 30)
+    for mixer in mixers(model):
+        for parameter in mixer.mixing.parameters():
+            torch.nn.init.normal_(parameter, 0.3, 0.2)
+    seen = []
+
+    def watch(module, arguments, output):
+        recurrent, local, *_ = (x.double() for x in arguments[:2])
+        seen.append(((output - local) / (recurrent - local)).mean((0, 1, 3)))
+
+    hooks = [mixer.mixing.register_forward_hook(watch) for mixer in mixers(model)]
+    rows = layer_statistics(model, tokens[0])
+    for hook in hooks:
+        hook.remove()
+    for row, expected in zip(rows, seen, strict=True):
+        assert row.mixing == pytest.approx(expected.tolist(), rel=1e-2)
 
 
 def test_they_are_different_structures():

@@ -146,7 +146,9 @@ class MixerCacheLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Raises unless nothing is to be removed: a recurrence cannot go back."""
         if tokens_to_remove != 0:
-            raise LinearizeError("a linearized model's cache cannot be cropped, so assisted decoding does not work")
+            raise LinearizeError(
+                "a linearized model's cache cannot be cropped, so assisted decoding does not work, nor can it assist"
+            )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""

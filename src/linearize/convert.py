@@ -247,6 +247,9 @@ def linearized_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[Pr
                 output = next_token(self, dict(zip(_POSITIONAL, args, strict=False)) | kwargs)
             return super().forward(*args, **kwargs) if output is None else output
 
+        def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+            raise LinearizeError("a linearized model's cache cannot go back, so assisted decoding does not work")
+
         def initialize_weights(self) -> None:
             super().initialize_weights()  # the decoder, a model with rules of its own, leaves mixing weights alone
             for mixer in mixers(self):

@@ -8,7 +8,7 @@ class LinearizeError(ValueError):
     """
 
 
-def unknown(kind: str, given: object, valid: object) -> LinearizeError:
-    """An error for a name that is not among the `valid` ones (any iterable of names)."""
-    names = ", ".join(sorted(str(v) for v in valid))  # type: ignore[attr-defined]
+def unknown(kind: str, given: object, valid: object, *others: str) -> LinearizeError:
+    """An error for a name that is not among the `valid` ones (any iterable of names); `others` say what else is."""
+    names = ", ".join([*sorted(str(v) for v in valid), *others])  # type: ignore[attr-defined]
     return LinearizeError(f"unknown {kind} {given!r}; valid: {names}")

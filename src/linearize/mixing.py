@@ -24,10 +24,16 @@ class Fixed(nn.Module):
         """`[H]`."""
         return torch.full((self.heads,), self.initial)
 
+    def shares(self, hidden: Tensor, log_ratio: Tensor | None) -> Any:
+        """w, broadcast over `[B, T, H]`."""
+        return self.initial
+
     def forward(self, recurrent: Tensor, local: Tensor, hidden: Tensor, log_ratio: Tensor | None) -> Tensor:
         """recurrent and local `[B, T, H, D]`; hidden, the layer's input, `[B, T, hidden]`; log_ratio `[B, T, H]`: the
         logarithm of the recurrence's sum of weights over the window's, where there are such sums."""
-        return self.initial * recurrent + (1 - self.initial) * local
+        w = self.shares(hidden, log_ratio)
+        w = w[..., None].to(local.dtype) if isinstance(w, Tensor) else w
+        return w * recurrent + (1 - w) * local
 
 
 class PerHead(Fixed):
@@ -45,10 +51,9 @@ class PerHead(Fixed):
         """`[H]`."""
         return self.weight.detach().float().cpu()
 
-    def forward(self, recurrent: Tensor, local: Tensor, hidden: Tensor, log_ratio: Tensor | None) -> Tensor:
+    def shares(self, hidden: Tensor, log_ratio: Tensor | None) -> Tensor:
         """As `Fixed`."""
-        w = self.weight[:, None].to(local.dtype)
-        return w * recurrent + (1 - w) * local
+        return self.weight
 
 
 class DataDependent(Fixed):
@@ -69,10 +74,9 @@ class DataDependent(Fixed):
         """`[H]`: of an input of 0."""
         return self.bias.detach().float().sigmoid().cpu()
 
-    def forward(self, recurrent: Tensor, local: Tensor, hidden: Tensor, log_ratio: Tensor | None) -> Tensor:
+    def shares(self, hidden: Tensor, log_ratio: Tensor | None) -> Tensor:
         """As `Fixed`."""
-        w = (few_outputs(hidden, self.weight) + self.bias).sigmoid()[..., None].to(local.dtype)
-        return w * recurrent + (1 - w) * local
+        return (few_outputs(hidden, self.weight) + self.bias).sigmoid()
 
 
 class SharedNormalizer(Fixed):
@@ -94,10 +98,14 @@ class SharedNormalizer(Fixed):
         """`[H]`: c."""
         return self.log_weight.detach().float().exp().cpu()
 
-    def forward(self, recurrent: Tensor, local: Tensor, hidden: Tensor, log_ratio: Tensor | None) -> Tensor:
+    def shares(self, hidden: Tensor, log_ratio: Tensor | None) -> Tensor:
         """As `Fixed`."""
         assert log_ratio is not None
-        w = (self.log_weight.float() + log_ratio).sigmoid()[..., None]
+        return (self.log_weight.float() + log_ratio).sigmoid()
+
+    def forward(self, recurrent: Tensor, local: Tensor, hidden: Tensor, log_ratio: Tensor | None) -> Tensor:
+        """As `Fixed`."""
+        w = self.shares(hidden, log_ratio)[..., None]
         return (w * recurrent + (1 - w) * local).to(local.dtype)
 
 

@@ -55,6 +55,8 @@ def probes(
         long += [ids for ids in some if len(ids) >= needed]
         if len(long) >= sequences:
             break
+    if not long:
+        raise LinearizeError(f"{source}: no document has {needed} tokens, which sequences and needles take")
     windows = heldout_sequences(long, length, sequences, source)
     return Probes(windows, [needles(long, tokenizer, size, trials, seed) for size in NEEDLE_LENGTHS])
 

@@ -215,7 +215,7 @@ def _load(source: str, chain: tuple[str, ...] = ()) -> dict[str, Any]:
         if path.suffix in (".yaml", ".yml"):
             raise LinearizeError(f"there is no recipe {source!r}; shipped: {', '.join(shipped())}")
         if source not in shipped():
-            raise unknown("recipe", source, [*shipped(), "or a .yaml file"])
+            raise unknown("recipe", source, shipped(), "or a .yaml file")
         path = shipped()[source]
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -225,9 +225,11 @@ def _load(source: str, chain: tuple[str, ...] = ()) -> dict[str, Any]:
         raise LinearizeError(f"{path} is not a YAML recipe: it holds {type(data).__name__}, not keys and values")
     if (base := data.pop("base", None)) is None:
         return data
-    if base in (chain := (*chain, source)):
+    beside = path.parent / str(base)
+    base = str(beside if beside.is_file() else base)
+    if base in (chain := (*chain, str(path))):
         raise LinearizeError(f"{path} has itself as a base: {' -> '.join((*chain, base))}")
-    return _merged(_load(str(base), chain), data)
+    return _merged(_load(base, chain), data)
 
 
 def _parse(value: str, override: str) -> Any:

@@ -126,10 +126,19 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 - Exact recall from beyond the window is what a conversion loses first. Short benchmarks and perplexity barely see it: \
 test what you need.
-- Nothing was measured beyond {report.sequence_length:,} tokens of context except speed and memory.
+- Nothing was measured beyond {farthest(report):,} tokens of context except speed and memory.
 - Decoding step by step differs from the full forward by {report.decode_parity:.1e} (relative norm of the logits).
 - What holds for {base} (languages, biases, licence, safety) holds for this model too; it was not aligned again.
 """
+
+
+def farthest(report: Report) -> int:
+    """Tokens of the longest context that losses or recall were measured at."""
+    suite, found = report.suite, [report.sequence_length]
+    if suite is not None:
+        found += [gap.length for gap in suite.late]
+        found += [score.distance for scores in suite.recall.values() for score in scores]
+    return max(found)
 
 
 def render(report: Report) -> str:

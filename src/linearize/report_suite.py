@@ -1,5 +1,6 @@
 """The report's sections of the full suite: late gap by length, recall, benchmarks, options and generation."""
 
+import math
 from html import escape
 
 from linearize import page
@@ -139,6 +140,8 @@ def _points(interval: Interval | None) -> str:
 def _share(interval: Interval | None) -> str:
     if interval is None:
         return "–"
+    if math.isinf(interval.low) and math.isinf(interval.high):  # of one article, or one item
+        return f"{percent(interval.value)} [–]".replace(" %", "%")
     return f"{percent(interval.value)} [{percent(interval.low)}, {percent(interval.high)}]".replace(" %", "%")
 
 

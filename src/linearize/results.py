@@ -172,7 +172,7 @@ def findings(report: Report) -> list[str]:
 def percent(share: float) -> str:
     """A share as a percentage, with a real minus sign and digits only where they are needed."""
     text = f"{100 * share:.1f}" if abs(share) < 0.095 else f"{100 * share:.0f}"
-    return text.replace("-", "−") + " %"
+    return text.replace("-", "−").replace("inf", "∞") + " %"
 
 
 def count(value: float) -> str:

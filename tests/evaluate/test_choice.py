@@ -200,6 +200,12 @@ def test_generation_stops_where_it_should(model):
     stop = text[3]
     request.args = ("the text", {"until": [stop], "max_gen_toks": 12})
     assert lm.generate_until([request]) == [text.split(stop)[0]]
+    given = {"until": [stop], "max_gen_toks": 12}
+    request.args = ("t", given)  # the last token of the text, which alone is left where there is no room
+    expected = lm.generate_until([request])
+    for room in (12, 10):
+        lm.max_length, request.args = room, ("the text", given)
+        assert lm.generate_until([request]) == expected
 
 
 def test_rolling_log_likelihood_is_that_of_the_text():

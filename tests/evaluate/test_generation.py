@@ -72,3 +72,19 @@ def test_a_model_s_own_samples_are_as_likely_as_its_entropy():
     other = generation(model, tiny.tiny("qwen2"), tiny.tokenizer(), WORDS, 20)
     assert other.greedy_repetition == found.greedy_repetition
     assert other.judged_loss > found.judged_loss
+
+
+def test_what_a_model_asks_for_of_generation_is_not_measured():
+    """Its other ends of texts are, and what follows them is padding."""
+    model, tokenizer = tiny.tiny(eos_token_id=1), tiny.tokenizer()
+    expected = {sample: continuations(model, tokenizer, WORDS, 12, sample) for sample in (False, True)}
+    config = model.generation_config
+    config.repetition_penalty, config.no_repeat_ngram_size, config.min_p = 5.0, 1, 0.9
+    for sample, found in expected.items():
+        assert continuations(model, tokenizer, WORDS, 12, sample) == found
+    assert model.generation_config is config
+    config.eos_token_id = [1, expected[False][0][3]]
+    ended = [
+        row[: row.index(config.eos_token_id[1])] if config.eos_token_id[1] in row else row for row in expected[False]
+    ]
+    assert continuations(model, tokenizer, WORDS, 12, sample=False) == ended

@@ -94,3 +94,9 @@ def test_late_losses_are_the_model_s():
         logits = model(ids).logits[:, :-1].log_softmax(-1)
     expected = -logits.gather(2, ids[:, 1:, None])[..., 0][:, 20:].mean(1)
     assert late_losses(model, ids) == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_of_one_article_nothing_is_known_of_others():
+    found = closed([[3.2, 3.3]], [[3.15, 3.2]], [[3.1, 3.1]], [21, 21])
+    assert found.value == pytest.approx(0.5)
+    assert (found.low, found.high) == (-math.inf, math.inf)

@@ -133,3 +133,21 @@ def test_what_cannot_be_asked_is_refused(arguments, words):
     given = {"filler": FILLER, "distances": [64]} | arguments
     with pytest.raises(LinearizeError, match=words):
         recall(tiny.tiny(), tiny.tokenizer(), trials=1, **given)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_trial_begins_as_its_tokenizer_begins_texts(language, fake, task):
+    """However much is cut off so that all are as long as the shortest."""
+    seen = []
+
+    def watched(ids):
+        seen.append(ids)
+        return oracle(ids)
+
+    random, first = np.random.default_rng(0), tiny.VOCAB - 1
+    begun = language._replace(begin=[first])
+    trials = [TASKS[task](begun, 96, random) for _ in range(20)]
+    score = module._scored(fake(watched), task, 96, trials, begin=1)
+    assert score.exact == 1
+    assert all((ids[:, 0] == first).all() for ids in seen)
+    assert len({ids.shape[1] for ids in seen}) == 1

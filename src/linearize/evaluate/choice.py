@@ -119,7 +119,7 @@ def check(tasks: Sequence[str], data: Path | None = None) -> None:
         known = {*(manager := _manager()).all_tasks, *manager.all_groups, *manager.all_tags}
         for name in others:
             if name not in known:
-                raise unknown("task", name, [*LOCAL, "or another of lm-evaluation-harness"])
+                raise unknown("task", name, LOCAL, "or another of lm-evaluation-harness")
 
 
 @cache
@@ -250,8 +250,8 @@ def short_tasks(ours: Sequence[Answers], teacher: Sequence[Answers]) -> Interval
 
 
 def _mean(values: np.ndarray) -> tuple[float, float]:
-    """Mean and its standard error."""
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    """Mean and its standard error, of which one value says nothing."""
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return float(values.mean()), float(error)
 
 

@@ -1,10 +1,13 @@
 """Continuations of fifty fixed prompts: how much they repeat themselves, and what the teacher thinks of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.convert import decoder
 from linearize.families import Head
@@ -95,19 +98,37 @@ def continuations(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int, sample: bool
 ) -> list[list[int]]:
     """The tokens generated after each prompt, all prompts at once, up to the end of the text (which is left out)."""
-    ends, rows = tokenizer.eos_token_id, [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends or 0
+    ends, rows = ends_of(model, tokenizer), [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     longest = max(map(len, rows))
     ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
     given = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), unchanged_scores(model, tokenizer):
         torch.manual_seed(0)
         output = model.generate(
             ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=sample, pad_token_id=padding, **given
         )
-    found = output[:, longest:].tolist()
-    return [row[: row.index(ends)] if ends in row else row for row in found]
+    return [list(takewhile(lambda token: token not in ends, row)) for row in output[:, longest:].tolist()]
+
+
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a text: the tokenizer's, and those that the model's generation config has."""
+    config: Any = model.generation_config
+    given = [] if config is None else config.eos_token_id
+    listed = given if isinstance(given, list) else [given]
+    return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
+
+
+@contextmanager
+def unchanged_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Without what else that config asks for, as a penalty on repetition, which is measured here."""
+    kept: Any = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=sorted(ends_of(model, tokenizer)) or None)
+    try:
+        yield
+    finally:
+        model.generation_config = kept
 
 
 def repetition(tokens: Sequence[int]) -> float:

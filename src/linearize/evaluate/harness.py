@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from linearize.evaluate.generation import unchanged_scores
 from linearize.evaluate.perplexity import last_hidden
 from linearize.families import Head
 
@@ -126,16 +127,18 @@ class InMemory(TemplateLM):
         for context, given in tqdm(asked, desc=f"generate {self.label}", file=self.progress, delay=1, leave=False):
             until = [given["until"]] if isinstance(given.get("until"), str) else list(given.get("until") or [])
             most = int(given.get("max_gen_toks", 256))
-            ids = torch.tensor([self.tok_encode(context)[-(self.max_length - most) :]], device=self.model.device)
+            room = max(1, self.max_length - most)
+            ids = torch.tensor([self.tok_encode(context)[-room:]], device=self.model.device)
             stop = Stop(self.tokenizer, ids.shape[1], list(filter(None, until)))
-            output = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=most,
-                do_sample=False,
-                pad_token_id=self.eot_token_id,
-                stopping_criteria=StoppingCriteriaList([stop]),
-            )
+            with unchanged_scores(self.model, self.tokenizer):
+                output = self.model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=most,
+                    do_sample=False,
+                    pad_token_id=self.eot_token_id,
+                    stopping_criteria=StoppingCriteriaList([stop]),
+                )
             texts.append(stop.before(output))
         return texts
 

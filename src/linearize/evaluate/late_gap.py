@@ -60,8 +60,9 @@ def closed(
     """(baseline - ours) / (baseline - teacher), of mean losses, with its 95 % bootstrap interval.
 
     Losses are those of each training seed on each sequence; seeds are averaged. Whole articles are resampled, and all
-    models together, since sequences of one article are alike and models err in the same places. None where the
-    baseline is no worse than the teacher, or a loss is not finite.
+    models together, since sequences of one article are alike and models err in the same places: of one article alone
+    nothing is known of others, and the interval has no ends. None where the baseline is no worse than the teacher, or a
+    loss is not finite.
     """
     base, mine = np.array(baseline, dtype=float), np.array(ours, dtype=float)
     best = np.array(teacher, dtype=float).mean(0)
@@ -74,7 +75,7 @@ def closed(
     gains, gaps = sums[:, drawn].sum(-1)
     shares = np.copysign(np.inf, gains)  # of a sample without a gap there is no share: the interval has no end there
     np.divide(gains, gaps, out=shares, where=gaps > 0)
-    low, high = np.percentile(shares, [2.5, 97.5], method="nearest")
+    low, high = np.percentile(shares, [2.5, 97.5], method="nearest") if sums.shape[1] > 1 else (-np.inf, np.inf)
     seeds = [float((b - m).sum() / (b - best).sum()) for b, m in zip(base, mine, strict=True)]
     return Interval(value=float(gain.sum() / gap.sum()), low=float(low), high=float(high), by_seed=seeds)
 

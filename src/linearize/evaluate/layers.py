@@ -16,8 +16,10 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of half-lives, over the channels of
 
 @torch.no_grad()
 def layer_statistics(model: PreTrainedModel, ids: Int[Tensor, "T"]) -> list[Layer]:
-    """A row for each layer with a recurrence; decay times are means over the tokens of `ids` and over channels."""
+    """A row for each layer with a recurrence; its weights and decay times are means over the tokens of `ids`, and the
+    latter over channels as well."""
     rows: list[Layer] = []
+    weights: dict[int, list[float]] = {}
 
     def watch(mixer: Any) -> Any:
         def hook(recurrence: Any, arguments: tuple[Any, ...]) -> None:
@@ -38,11 +40,20 @@ def layer_statistics(model: PreTrainedModel, ids: Int[Tensor, "T"]) -> list[Laye
 
         return hook
 
+    def watch_mixing(mixer: Any) -> Any:
+        def hook(mixing: Any, arguments: tuple[Any, ...]) -> None:
+            w = torch.as_tensor(mixing.shares(*arguments[2:])).double()
+            weights[mixer.layer_idx] = w.expand(*arguments[0].shape[:3]).mean(dim=(0, 1)).tolist()
+
+        return hook
+
     recurrent: list[Any] = [mixer for mixer in mixers(model) if mixer.recurrence is not None]
     handles = [mixer.recurrence.register_forward_pre_hook(watch(mixer)) for mixer in recurrent]
+    both = [mixer for mixer in recurrent if mixer.mixing is not None]  # and where there is one branch, its weight is 1
+    handles += [mixer.mixing.register_forward_pre_hook(watch_mixing(mixer)) for mixer in both]
     try:
         decoder(model)(input_ids=ids[None].to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return rows
+    return [row.model_copy(update={"mixing": weights.get(row.layer, row.mixing)}) for row in rows]

@@ -95,7 +95,7 @@ def recall(
         for name, distance in cells:
             random = np.random.default_rng([seed, sorted(TASKS).index(name), distance])
             made = [TASKS[name](language, distance, random) for _ in range(trials)]
-            scores.append(_scored(model, name, distance, made))
+            scores.append(_scored(model, name, distance, made, len(language.begin)))
             bar.update(trials * (distance + 2 * LEAD))
     return scores
 
@@ -249,14 +249,15 @@ TASKS: dict[str, Callable[[Language, int, np.random.Generator], Trial]] = {
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-def _scored(model: PreTrainedModel, task: str, distance: int, trials: list[Trial]) -> RecallScore:
-    """Means over the trials, which are cut at their beginnings to one length and go through `model` in batches."""
+def _scored(model: PreTrainedModel, task: str, distance: int, trials: list[Trial], begin: int) -> RecallScore:
+    """Means over the trials, which are cut to one length, after the `begin` tokens that the tokenizer puts first, and
+    go through `model` in batches."""
     length = min(len(trial.ids) for trial in trials)
     rows = max(1, AT_ONCE.get(model.device.type, AT_ONCE["cpu"]) // length)
     found: list[tuple[float, float, float]] = []
     for start in range(0, len(trials), rows):
         batch = trials[start : start + rows]
-        ids = torch.tensor([_cut(trial.ids, length) for trial in batch])
+        ids = torch.tensor([_cut(trial.ids, length, begin) for trial in batch])
         most = max(len(trial.answer) for trial in batch)
         guesses, first = _asked(model, ids, most, distance if task == "copy" else None)
         for place, trial in enumerate(batch):
@@ -265,8 +266,8 @@ def _scored(model: PreTrainedModel, task: str, distance: int, trials: list[Trial
     return RecallScore(task=task, distance=distance, trials=len(trials), chance=chance, accuracy=accuracy, exact=exact)
 
 
-def _cut(ids: list[int], length: int) -> list[int]:
-    return ids[len(ids) - length :]
+def _cut(ids: list[int], length: int, begin: int) -> list[int]:
+    return ids[:begin] + ids[begin + len(ids) - length :]
 
 
 @torch.no_grad()
