@@ -37,7 +37,7 @@ def _late(suite: Suite) -> str:
     note = (
         "Mean loss in nats at positions T / 2 and up of sequences of T tokens. Closed is the share of a "
         "baseline's gap to the teacher that the recurrence closes, with its 95 % interval over articles"
-        f"{f', of {seeds} training seeds' if seeds > 1 else ''}."
+        f"{f', of {seeds} training seeds' if seeds > 1 else ''}; one article gives none."
     )
     return page.section("Late gap by length", page.table(head, rows, "plain") + _note(note))
 

@@ -80,7 +80,9 @@ class Layer(Schema):
     """What one converted layer learned."""
 
     layer: int = Field(ge=0)
-    mixing: list[float] = Field(description="weight of the recurrence, for each query head that is converted")
+    mixing: list[float] = Field(
+        description="weight of the recurrence, a mean over a held-out text, for each query head that is converted"
+    )
     decay_tokens: list[float] = Field(
         description="mean decay time, -1 / mean log decay, for each key/value head that is converted"
     )

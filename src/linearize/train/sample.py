@@ -299,53 +299,38 @@ def sampled_documents(
     given = [_fingerprint(teacher), kinds, length, temperature, seed]
     folder = cache_folder() / "samples" / hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]
     with locked(folder):  # of several processes one samples, and the others then read
-        return _read_or_sampled(teacher, tokenizer, folder, kinds, tokens, length, seed, temperature, rows)
-
-
-def _read_or_sampled(
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    kinds: Sequence[Script],
-    tokens: int,
-    length: int,
-    seed: int,
-    temperature: float,
-    rows: int | None,
-) -> list[np.ndarray]:
-    """As `sampled_documents`, in batches that `folder` keeps."""
-    documents: list[np.ndarray] = []
-    batch, made = 0, 0
-    while made < tokens and (kept := _kept(folder / str(batch))) is not None:
-        documents, made, batch = documents + kept, made + sum(map(len, kept)), batch + 1
-    if made >= tokens:
+        documents: list[np.ndarray] = []
+        batch, made = 0, 0
+        while made < tokens and (kept := _kept(folder / str(batch))) is not None:
+            documents, made, batch = documents + kept, made + sum(map(len, kept)), batch + 1
+        if made >= tokens:
+            return documents
+        model = _sampler(teacher)
+        rows = min(rows or _rows(model, length), -(-(tokens - made) // length))
+        with tqdm(desc="sample", total=tokens, initial=made, unit="tok", unit_scale=True) as bar:
+            while made < tokens:
+                given_seed = int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:6])
+                try:
+                    some = sample(
+                        model,
+                        kinds,
+                        stop_tokens(teacher, tokenizer, kinds),
+                        rows,
+                        length,
+                        temperature,
+                        given_seed,
+                        bar.update,
+                    )
+                except torch.OutOfMemoryError:
+                    if rows == 1:
+                        raise
+                    rows, bar.n = rows // 2, made
+                    torch.cuda.empty_cache()
+                    continue
+                _keep(some, folder / str(batch))
+                documents, made, batch = documents + some, made + sum(map(len, some)), batch + 1
+                bar.update(made - bar.n)
         return documents
-    model = _sampler(teacher)
-    rows = min(rows or _rows(model, length), -(-(tokens - made) // length))
-    with tqdm(desc="sample", total=tokens, initial=made, unit="tok", unit_scale=True) as bar:
-        while made < tokens:
-            given_seed = int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:6])
-            try:
-                some = sample(
-                    model,
-                    kinds,
-                    stop_tokens(teacher, tokenizer, kinds),
-                    rows,
-                    length,
-                    temperature,
-                    given_seed,
-                    bar.update,
-                )
-            except torch.OutOfMemoryError:
-                if rows == 1:
-                    raise
-                rows, bar.n = rows // 2, made
-                torch.cuda.empty_cache()
-                continue
-            _keep(some, folder / str(batch))
-            documents, made, batch = documents + some, made + sum(map(len, some)), batch + 1
-            bar.update(made - bar.n)
-    return documents
 
 
 def _sampler(teacher: PreTrainedModel) -> PreTrainedModel:
