@@ -1,8 +1,10 @@
 """lm-evaluation-harness around a model in memory: its own prompts, local data, any batch the same scores."""
 
+import contextlib
 import gzip
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -229,6 +231,84 @@ def test_an_unknown_task_is_named(data, model):
 def test_a_task_of_the_hub_needs_one(data, model):
     with pytest.raises(LinearizeError, match=r"boolq did not run: .*where a hub answers"):
         answers(model, tiny.tokenizer(), ["boolq"], data=data)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Gives tasks of the harness, which keep their own metrics and filters, rows for data."""
+    pytest.importorskip("lm_eval")
+    import datasets
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    def give(task: str, rows: list[dict]) -> None:
+        index = choice._manager().task_index
+        splits = dict.fromkeys(("train", "validation", "test"), datasets.Dataset.from_list(rows))
+        own = load_yaml(index[task].yaml_path, resolve_func=True)
+        given = {**own, "custom_dataset": lambda **_: splits, "num_fewshot": 0}
+        monkeypatch.setitem(index, task, replace(index[task], yaml_path=None, cfg=given))
+
+    monkeypatch.setattr(choice, "quick_hub", contextlib.nullcontext)
+    return give
+
+
+def written(text: str):
+    """A model that writes `text` whatever it is asked."""
+    return lambda lm, requests, disable_tqdm=False: [text] * len(requests)
+
+
+def test_each_filter_of_a_task_is_a_row(hub, model, monkeypatch):
+    """An answer that only the lenient filter finds."""
+    from linearize.evaluate.harness import InMemory
+
+    hub("gsm8k", [{"question": text, "answer": "#### 5"} for text in SENTENCES])
+    monkeypatch.setattr(InMemory, "generate_until", written("it is 5"))
+    found = answers(model, tiny.tokenizer(), ["gsm8k"])
+    assert [(row.task, row.metric, row.scores) for row in found] == [
+        ("gsm8k", "exact_match, strict-match", [0.0] * 5),
+        ("gsm8k", "exact_match, flexible-extract", [1.0] * 5),
+    ]
+    rows = task_scores(found, found)
+    assert [(row.items, row.score, row.difference.value) for row in rows] == [(5, 0, 0), (5, 1, 0)]
+
+
+def test_of_a_task_only_means_are_shown(hub, model):
+    hub("lambada_openai", [{"text": text} for text in SENTENCES])
+    found = answers(model, tiny.tokenizer(), ["lambada_openai"])
+    assert [(row.metric, len(row.scores)) for row in found] == [("acc", 5)]
+
+
+def test_means_are_numpys_too_and_what_the_harness_takes_for_undeclared_metrics():
+    import numpy as np
+
+    pytest.importorskip("lm_eval")
+
+    task = type("Task", (), {"aggregation": lambda self: {"contains": np.mean, "f1": max}})()
+    samples = [{"filter": "none", "metrics": ["contains", "f1", "length"], "contains": 1, "f1": 1, "length": 4}]
+    found = choice._collected(["swde"], {}, {"swde": task}, {"swde": samples})
+    assert [(row.metric, row.scores) for row in found] == [("contains", [1.0]), ("length", [4.0])]
+
+
+def test_a_task_without_a_mean_is_named_before_anything_runs(hub, data, model, monkeypatch):
+    hub("wikitext", [{"page": text} for text in SENTENCES])
+    monkeypatch.setattr("lm_eval.evaluator.evaluate", lambda *_, **__: pytest.fail("it ran"))
+    found = (
+        r"^no metric of wikitext \(word_perplexity, byte_perplexity, bits_per_byte\) is a mean .*valid: piqa, .*mmlu"
+    )
+    with pytest.raises(LinearizeError, match=found):
+        answers(model, tiny.tokenizer(), ["piqa", "wikitext"], data=data)
+
+
+def test_mmlu_takes_no_other_task_whose_name_begins_so(hub, data, model, monkeypatch):
+    from linearize.evaluate.harness import InMemory
+
+    row = {"options": ["a", "b"], "answer": "B", "category": "biology"}
+    hub("mmlu_pro_biology", [{**row, "question": text} for text in SENTENCES])
+    monkeypatch.setattr(InMemory, "generate_until", written("the answer is (B)"))
+    found = answers(model, tiny.tokenizer(), ["mmlu", "mmlu_pro_biology"], data=data)
+    assert [(row.task, row.metric, len(row.scores)) for row in found] == [
+        ("mmlu", "acc", 14),
+        ("mmlu_pro_biology", "exact_match, custom-extract", 5),
+    ]
 
 
 def test_without_the_harness_it_says_what_to_install(monkeypatch, model, tmp_path):

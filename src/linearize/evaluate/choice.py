@@ -54,10 +54,11 @@ def answers(
     label: str = "",
     data: Path | None = None,
 ) -> list[Answers]:
-    """Each of `tasks` with each of its metrics, item by item; at most `limit` items of a task (of mmlu, of a subject).
+    """Each of `tasks` with each metric that is a mean, item by item; at most `limit` items of a task (mmlu: a subject).
 
     `data` is the folder of the local tasks' files, by default the embedded one. Batches are of up to `rows` texts.
-    Raises LinearizeError without the extra `eval`, and for a task that the harness does not know or cannot load.
+    Raises LinearizeError without the extra `eval`, for a task that the harness does not know or cannot load, and,
+    before an item is scored, for one without such a metric.
     """
     check(tasks, data)
     from lm_eval.evaluator import evaluate
@@ -66,8 +67,9 @@ def answers(
 
     specs: list[Any] = _others(tasks)
     hub = quick_hub() if specs else contextlib.nullcontext()
-    if ours := [config for task in tasks if task in LOCAL for config in configs(task, data)]:
-        specs.append({"group": "local", "task": ours})  # in a group the harness puts each onto its task of that name
+    ours = [(task, config) for task in tasks if task in LOCAL for config in configs(task, data)]
+    if ours:  # in a group the harness puts each onto its task of that name
+        specs.append({"group": "local", "task": [config for _, config in ours]})
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm = InMemory(model, tokenizer, rows, label, progress=sys.stderr)
     try:
@@ -75,18 +77,22 @@ def answers(
         with hub, compiled_templates(), warnings.catch_warnings(), quiet:
             warnings.simplefilter("ignore")
             loaded = _manager().load(specs)
+            _check_means(loaded["tasks"])
             for task in loaded["tasks"].values():
                 if task.get_config("num_fewshot") is None:
                     task.set_config("num_fewshot", 0)
                 task.set_fewshot_seed(SEED)
             found = evaluate(lm, loaded, limit=limit, bootstrap_iters=0)
+    except LinearizeError:
+        raise
     except Exception as error:  # the harness's, the hub's and the data sets' have no common class
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise LinearizeError(
             f"the tasks {', '.join(tasks)} did not run: {reason}; "
             f"valid: {', '.join(LOCAL)}, or another of lm-evaluation-harness where a hub answers"
         ) from error
-    return _collected(tasks, found["samples"])
+    names = {config["task"]: task for task, config in ours}
+    return _collected(tasks, names, loaded["tasks"], found["samples"])
 
 
 @contextlib.contextmanager
@@ -181,19 +187,45 @@ def _dataset(rows: Any, path: Path) -> Any:
     return Dataset(rows, fingerprint=hashlib.sha256(str(path).encode()).hexdigest()[:16])
 
 
-def _collected(tasks: Sequence[str], samples: Mapping[str, list[dict[str, Any]]]) -> list[Answers]:
-    """By task, in the order of `tasks`, and metric; the subjects of mmlu as one."""
-    grouped: dict[str, list[dict[str, Any]]] = {task: [] for task in tasks}
+def _check_means(loaded: Mapping[str, Any]) -> None:
+    """Raise LinearizeError for tasks without a metric that is a mean: they would have no row."""
+    found = {name: task.aggregation() for name, task in loaded.items()}
+    others = [f"{name} ({', '.join(has)})" for name, has in found.items() if not any(map(_is_mean, has.values()))]
+    if others:
+        raise LinearizeError(
+            f"no metric of {', '.join(others)} is a mean over items; "
+            f"valid: {', '.join(LOCAL)}, or another task of lm-evaluation-harness with one that is"
+        )
+
+
+def _is_mean(aggregation: Any) -> bool:
+    """Whether it makes a task's score out of its items' as intervals and paired differences take for granted."""
+    from lm_eval.api.metrics import mean
+
+    return aggregation in (mean, np.mean)
+
+
+def _collected(
+    tasks: Sequence[str],
+    names: Mapping[str, str],
+    loaded: Mapping[str, Any],
+    samples: Mapping[str, list[dict[str, Any]]],
+) -> list[Answers]:
+    """By task, in the order of `tasks`, filter, and metric that is a mean; `names` are ours, of mmlu's subjects one."""
+    grouped: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for name, rows in samples.items():
-        grouped.setdefault("mmlu" if "mmlu" in tasks and name.startswith("mmlu_") else name, []).extend(rows)
+        aggregation = loaded[name].aggregation()
+        for row in rows:  # of each item one for each filter: a way to find the answer in what the model wrote
+            for metric in row["metrics"]:
+                if _is_mean(aggregation.get(metric, np.mean)):  # which is the harness's default as well
+                    grouped.setdefault((names.get(name, name), row["filter"], metric), []).append(row)
+    place = {task: number for number, task in enumerate(tasks)}
     found = []
-    for task, rows in grouped.items():
-        for metric in rows[0]["metrics"] if rows else ():
-            scores = [float(row[metric]) for row in rows if isinstance(row[metric], int | float)]
-            if not scores:
-                continue
-            options = [option for row in rows if (option := _option(row)) is not None] if metric == "acc" else []
-            found.append(Answers(task, metric, scores, [a for a, _ in options], [r for _, r in options]))
+    for (task, kind, metric), rows in sorted(grouped.items(), key=lambda group: place.get(group[0][0], len(place))):
+        options = [option for row in rows if (option := _option(row)) is not None] if metric == "acc" else []
+        shown = metric if kind == "none" else f"{metric}, {kind}"
+        scores = [float(row[metric]) for row in rows]
+        found.append(Answers(task, shown, scores, [a for a, _ in options], [r for _, r in options]))
     return found
 
 
