@@ -2,11 +2,13 @@
 
     python -m benchmarks.train --out docs/results/train_h100.json
     python -m benchmarks.train --length 32768 --batch 1 --out docs/results/train_h100.json
+    torchrun --nproc-per-node 2 -m benchmarks.train --out docs/results/train_h100.json
 
 The student has the default model's shape (SmolLM2-135M) and random weights, and so has its teacher; tokens are random
 and packed into documents. Every side goes through the same `linearize.train.trainer.train` with LoRA of rank 32, in
 bf16 autocast on a GPU: "original attention" is the unconverted model as its own student. The teacher's forward pass is
-timed apart in each. Sides of one length are kept when the command is given again for another.
+timed apart in each. Sides of one length are kept when the command is given again for another. Of several processes,
+each with a batch of its own, the first one's times are written.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainerCallback
 
 from benchmarks.results import provenance, write
-from linearize import convert, recipe
+from linearize import convert, processes, recipe
 from linearize.convert import decoder
 from linearize.mixer import LinearizedAttention
 from linearize.packing import document_masks, packing
@@ -65,18 +67,21 @@ def main() -> None:
     parser.add_argument("--compiled", choices=COMPILED, default="layers")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(GOALS))
     arguments = parser.parse_args()
+    processes.start()
     results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {**provenance(), "rows": []}
     teacher = random_model(arguments.layers, arguments.length)
     shape = {key: getattr(arguments, key) for key in ("batch", "length", "documents", "layers", "compiled")}
+    shape["processes"] = processes.count()
     for name in arguments.sides:
         try:
             row = {"side": name, **shape, **measure(name, teacher, arguments)}
-            print(f"{name:20} {_line(row)}", flush=True)
-            for kernel, (seconds, launches) in row["kernels"].items():
-                print(f"    {1000 * seconds:7.3f} ms {launches:6.0f}× {kernel}", flush=True)
         except torch.OutOfMemoryError as error:
             row = {"side": name, **shape, "error": str(error).splitlines()[0]}
-            print(f"{name:20} {row['error']}", flush=True)
+        if not processes.is_first():
+            continue
+        print(f"{name:20} {row['error'] if 'error' in row else _line(row)}", flush=True)
+        for kernel, (seconds, launches) in row.get("kernels", {}).items():
+            print(f"    {1000 * seconds:7.3f} ms {launches:6.0f}× {kernel}", flush=True)
         same = {"side": name, **shape}.items()
         results["rows"] = [*(old for old in results["rows"] if not same <= old.items()), row]
         write(arguments.out, results)
@@ -151,9 +156,9 @@ def measure(name: str, teacher: PreTrainedModel, arguments: argparse.Namespace, 
         student = convert(student, **{"mixing_weight": 0.1} | settings)
     wrapped = trainer.with_lora(student, LoraSettings())
     steps = WARM + arguments.steps + profiled
-    tokens = steps * arguments.batch * arguments.length
-    sequences = random_sequences(steps * arguments.batch, arguments.length, arguments.documents)
-    stage = DistillSettings(tokens=tokens, batch_size=arguments.batch, save_every=0)
+    count = steps * arguments.batch * processes.count()
+    sequences = random_sequences(count, arguments.length, arguments.documents)
+    stage = DistillSettings(tokens=count * arguments.length, batch_size=arguments.batch, save_every=0)
     unfused: AbstractContextManager[Any] = (
         nullcontext() if fused else patch.object(LinearizedAttention, "fused", lambda *_: (None, None))
     )
@@ -205,7 +210,7 @@ def _teacher_seconds(teacher: PreTrainedModel, sequences: list[dict[str, Tensor]
 
 
 def _line(row: dict[str, Any]) -> str:
-    speed = row["batch"] * row["length"] / statistics.median(row["seconds"])
+    speed = row["processes"] * row["batch"] * row["length"] / statistics.median(row["seconds"])
     idle = "" if row["idle"] is None else f", idle {row['idle']:.0%}"
     return (
         f"{speed:10,.0f} tokens/s, step {1000 * statistics.median(row['seconds']):7.1f} ms, teacher "

@@ -1,5 +1,6 @@
 """Two processes train as one does in batches twice as large, and write once."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,17 @@ def test_two_processes_are_one_with_batches_twice_as_large(tmp_path):
     for name, x in theirs.items():
         torch.testing.assert_close(ours[name], x, rtol=1e-3, atol=1e-5, msg=name)
     assert not any(path.name.startswith(".two.") for path in tmp_path.iterdir())
+
+
+def test_unfinished_work_is_of_so_many_processes(tmp_path, monkeypatch):
+    """Whose steps are as many times as large."""
+    tiny.checkpoint(tmp_path / "model")
+    recipe, places = recipe_in(tmp_path, 1), []
+    for count in ("1", "2"):
+        monkeypatch.setenv("WORLD_SIZE", count)
+        with importlib.import_module("linearize.run")._work(recipe, tmp_path / "out") as place:
+            places.append(place)
+    assert places[0] != places[1]
 
 
 def test_others_end_where_the_first_goes_on(monkeypatch):

@@ -212,7 +212,7 @@ class Decoder:
         with torch.cuda.device_of(self.ids):
             on_the_side(self.run)
             try:
-                self.graph, self.logits = record(self.run, errors="thread_local")
+                self.graph, self.logits = record(self.run)
             except RecordingError as error:
                 self.clock.shared.clear()
                 warn_once(f"decoding steps are not one CUDA graph, several times slower: {error}")

@@ -25,17 +25,12 @@ def on_the_side(run: Callable[[], T], times: int = WARM_UP, stream: torch.cuda.S
     return result
 
 
-def record(
-    run: Callable[[], T], stream: torch.cuda.Stream | None = None, errors: str = "global"
-) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A graph of `run`, and what it gives: tensors that each replay writes again. Nothing runs.
-
-    `errors` is whose calls spoil a recording: any thread's ("global") or this one's alone ("thread_local"). Raises
-    RecordingError where recording fails, but for memory that runs out.
-    """
+def record(run: Callable[[], T], stream: torch.cuda.Stream | None = None) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A graph of `run`, and what it gives: tensors that each replay writes again. Nothing runs, and what other threads
+    do meanwhile spoils nothing. Raises RecordingError where recording fails, but for memory that runs out."""
     graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode=errors):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             return graph, run()
     except RuntimeError as error:
         torch.cuda.set_stream(before)  # which a failed recording does not leave as it was

@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def keep(student: Student, share: float) -> None:
 
 
 class Pair(nn.Module):
-    """Student and teacher in one forward, so that whatever wraps this module (DDP, autocast) sees the whole step."""
+    """Student and teacher in one forward, so that what wraps this module, as autocast does, sees the whole step."""
 
     def __init__(
         self, student: Student, teacher: PreTrainedModel, loss: Loss, documents: int | None = None, graph: bool = False
@@ -101,6 +102,11 @@ class LinearizeTrainer(Trainer):
         self.mixing_learning_rate = mixing_learning_rate
         self.loss_is_scaled_for_ga = False  # a mean over each batch
         self.model_accepts_loss_kwargs = False
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Without DistributedDataParallel, under whose hooks no CUDA graph can be recorded: `Watch` averages."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over two groups: what the conversion added, and the rest."""
@@ -141,6 +147,7 @@ class LinearizeTrainer(Trainer):
         self.watch.look(self.state)
         if not processes.is_first():
             self.store_flos()  # which all of them add up
+            self._save_rng_state("")
             return
         runs, name = self.args.output_dir, f"checkpoint-{self.state.global_step}"
         with new_folder(Path(runs) / name, kind="training checkpoint") as temporary:
@@ -153,6 +160,11 @@ class LinearizeTrainer(Trainer):
                 path.rename(temporary / path.name)
             (temporary / name).rmdir()
         rotate_checkpoints(output_dir=runs, save_total_limit=self.args.save_total_limit)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Of every process, in the first one's checkpoint."""
+        super()._save_rng_state(processes.told(output_dir))
+        processes.wait()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / "trainable.safetensors")
@@ -167,7 +179,7 @@ class LinearizeTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
 
-def most_documents(sequences: list[Batch]) -> int:
+def most_documents(sequences: Sequence[Batch]) -> int:
     """Documents of the sequence that has most, by position ids that start over."""
     return max(int((s["position_ids"][1:] != s["position_ids"][:-1] + 1).sum()) for s in sequences) + 1
 
@@ -216,7 +228,7 @@ def train(
     student: Student,
     teacher: PreTrainedModel,
     loss: Loss,
-    sequences: list[Batch],
+    sequences: Sequence[Batch],
     settings: StageSettings,
     folder: Path,
     seed: int,
@@ -235,16 +247,18 @@ def train(
     length = len(sequences[0]["input_ids"])
     tokens = len(sequences) * length
     tokens_per_step = settings.batch_size * settings.accumulate * length * arguments.world_size
-    # a graph knows neither other processes nor the random state that checkpointing restores
-    graph = arguments.device.type == "cuda" and arguments.world_size == 1 and not settings.gradient_checkpointing
+    gpu = arguments.device.type == "cuda"
+    most = most_documents(sequences) if gpu else None  # a GPU is not to be asked what a batch has
+    graph = gpu and not settings.gradient_checkpointing  # which restores a random state that no graph knows
     trainer = LinearizeTrainer(
-        Pair(student, teacher, loss, most_documents(sequences), graph),
+        Pair(student, teacher, loss, most, graph),
         arguments,
         settings.mixing_learning_rate,
         settings.clip,
         train_dataset=sequences,
         callbacks=[_Progress(f"{stage} {name}", tokens_per_step, tokens), *callbacks],
     )
+    processes.make_same(parameter for parameter in student.parameters() if parameter.requires_grad)
     if processes.is_first():
         newest_checkpoint(folder)  # damaged ones are gone then
     processes.wait()

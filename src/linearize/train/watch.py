@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from linearize import processes
 from linearize.errors import LinearizeError
 from linearize.train.graph import Batch
 
@@ -24,7 +25,8 @@ class Step(NamedTuple):
 
 
 class Watch(TrainerCallback):
-    """Clips gradients, writes each step's loss into the trainer's history, and stops at what is not a number.
+    """Averages gradients over processes, clips them, writes losses into the trainer's history, and stops at what is
+    not a number.
 
     With a fused optimizer, as on a GPU, a step's values are looked at when the next step has been queued, so that there
     is always one for the GPU to do. What is not a number does not reach the weights meanwhile: the optimizer reads
@@ -54,6 +56,7 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """With all gradients there."""
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        processes.average(list(gradients.values()))
         norms = torch.stack(torch._foreach_norm(list(gradients.values())))  # in few kernels
         torch._foreach_mul_(list(gradients.values()), (self.clip / (norms.norm() + 1e-6)).clamp(max=1.0))
         values = torch.cat([torch.stack(self.losses).mean()[None], norms])
