@@ -135,5 +135,13 @@ def test_folders_that_are_no_checkpoint(tmp_path):
 
 def test_a_model_without_its_tokenizer(tmp_path):
     tiny.tiny().save_pretrained(tmp_path)
-    with pytest.raises(LinearizeError, match="cannot load a model from"):
+    with pytest.raises(LinearizeError, match="cannot load a tokenizer from"):
+        load_pretrained(str(tmp_path))
+
+
+def test_a_model_of_another_shape_than_its_settings(tmp_path):
+    tiny.checkpoint(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"intermediate_size": 80}))
+    with pytest.raises(LinearizeError, match=r"mlp.down_proj.weight is \[\d+, \d+\], by its config.json \[\d+, 80\]"):
         load_pretrained(str(tmp_path))

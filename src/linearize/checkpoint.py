@@ -1,5 +1,7 @@
 """Checkpoint folders: ordinary transformers checkpoints, with the recipe that made them; LoRA merged or beside them."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -59,11 +61,13 @@ def write(
     folder: Path,
     out: Path,
 ) -> None:
-    """Write a checkpoint into `folder`, which is to become `out`; merging changes `student`'s weights in place.
+    """Write a checkpoint into `folder`, which is to become `out`; merging, and another `recipe.dtype`, change
+    `student`'s weights in place.
 
     `recipe.adapter` decides what becomes of LoRA: "merged" into the weights, or "separate", a PEFT adapter with the
     converted model in `base/` beside it.
     """
+    student.to(getattr(torch, recipe.dtype))
     if not isinstance(student, PeftModel):
         student.save_pretrained(folder)
     elif recipe.adapter == "merged":
@@ -107,10 +111,30 @@ def load_pretrained(
     kwargs.setdefault("dtype", torch.float32)
     with nullcontext() if Path(name).is_dir() else quick_hub(), _readable(name):
         family_of(AutoConfig.from_pretrained(name))
-        model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+        told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are told below
+        model, found = AutoModelForCausalLM.from_pretrained(name, **told, **kwargs)
         if missing := sorted(found["missing_keys"]):
             raise LinearizeError(f"{name} lacks weights ({', '.join(missing[:3])}); give a whole model")
+        if other := sorted(found["mismatched_keys"]):
+            key, here, wanted = other[0]
+            raise LinearizeError(
+                f"{name}: {key} is {list(here)}, by its config.json {list(wanted)}; give a whole model"
+            )
+    with _readable(name, "a tokenizer", "a folder that has its files too, like tokenizer.json"):
         return model.eval(), AutoTokenizer.from_pretrained(tokenizer or name)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A hash of the settings and of some values of every parameter: another one for other weights, without reading all
+    of them."""
+    apart = ("_name_or_path", "transformers_version", "dtype")  # where it is kept, and how
+    settings = {key: value for key, value in model.config.to_diff_dict().items() if key not in apart}
+    found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
+        found.update(f"{name} {tuple(parameter.shape)}".encode() + some.tobytes())
+    return found.hexdigest()
 
 
 def read_recipe(folder: Path, overrides: Iterable[str] = (), given: Mapping[str, Any] | None = None) -> Recipe:
@@ -139,8 +163,11 @@ def read_curves(folder: Path) -> list[Curve]:
 _CURVES = TypeAdapter(list[Curve])
 
 
+MODELS = f"a whole model, in a folder or on a hub that answers, of {', '.join(FAMILIES)}"
+
+
 @contextmanager
-def _readable(name: str) -> Iterator[None]:
+def _readable(name: str, what: str = "a model", valid: str = MODELS) -> Iterator[None]:
     """What transformers, PEFT, safetensors and the hub raise has no common class: here it becomes a LinearizeError."""
     try:
         yield
@@ -149,10 +176,7 @@ def _readable(name: str) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         reason = reason if " " in reason else f"{type(error).__name__} {reason}"  # a KeyError's is only a key
-        raise LinearizeError(
-            f"cannot load a model from {name!r}: {reason}; "
-            f"valid: a whole model, in a folder or on a hub that answers, of {', '.join(FAMILIES)}"
-        ) from error
+        raise LinearizeError(f"cannot load {what} from {name!r}: {reason}; valid: {valid}") from error
 
 
 def _check_exists(folder: Path) -> None:

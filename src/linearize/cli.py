@@ -21,7 +21,8 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure what models of a kind can do, apart from any checkpoint.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
-Out = Annotated[Path, typer.Option(help="Folder for the result: new, empty, or written by linearize.")]
+Out = Annotated[Path, typer.Option(help="Folder for the result: new or empty.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is in the folder already.")]
 Checkpoint = Annotated[Path, typer.Argument(help="Folder of a checkpoint that linearize wrote.")]
 Set = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a recipe key, as in distill.tokens=2M.")
@@ -70,6 +71,7 @@ def run(
     baseline: Baselines = [],  # noqa: B006 - typer's way of a repeated option
     no_baseline: NoBaseline = False,
     set_: Set = [],  # noqa: B006
+    overwrite: Overwrite = False,
 ) -> None:
     """Do the whole job: convert, align, distill, eval, report.
 
@@ -79,7 +81,7 @@ def run(
     from linearize import report as reports
     from linearize.run import run as run_recipe
 
-    report = run_recipe(_recipe(recipe, set_, flags), out)
+    report = run_recipe(_recipe(recipe, set_, flags), out, overwrite)
     print(reports.table(report))
     print(f"\n{reports.verdict(report)}\n\n{out / 'report.html'}")
 
@@ -98,6 +100,7 @@ def convert(
     softmax_every: SoftmaxEvery = None,
     softmax_heads: SoftmaxHeads = None,
     set_: Set = [],  # noqa: B006
+    overwrite: Overwrite = False,
 ) -> None:
     """Swap softmax attention for Liger Attention, without training.
 
@@ -106,31 +109,43 @@ def convert(
     flags = locals()
     from linearize.run import convert_only
 
-    convert_only(_recipe("default", set_, flags), out)
+    convert_only(_recipe("default", set_, flags), out, overwrite)
     print(out)
 
 
 @app.command()
-def align(checkpoint: Checkpoint, out: Out, recipe: RecipeName = "default", set_: Set = []) -> None:  # noqa: B006
+def align(
+    checkpoint: Checkpoint,
+    out: Out,
+    recipe: RecipeName = "default",
+    set_: Set = [],  # noqa: B006
+    overwrite: Overwrite = False,
+) -> None:
     """Train converted layers, each to give the teacher's output.
 
     LoRA stays beside the weights, so that distill goes on with it.
     """
     from linearize.run import stage_only
 
-    stage_only("align", checkpoint, _recipe(recipe, set_), out)
+    stage_only("align", checkpoint, _recipe(recipe, set_), out, overwrite)
     print(out)
 
 
 @app.command()
-def distill(checkpoint: Checkpoint, out: Out, recipe: RecipeName = "default", set_: Set = []) -> None:  # noqa: B006
+def distill(
+    checkpoint: Checkpoint,
+    out: Out,
+    recipe: RecipeName = "default",
+    set_: Set = [],  # noqa: B006
+    overwrite: Overwrite = False,
+) -> None:
     """Train a converted or aligned checkpoint as a whole.
 
     It learns to give the teacher's distribution of the next token.
     """
     from linearize.run import stage_only
 
-    stage_only("distill", checkpoint, _recipe(recipe, set_), out)
+    stage_only("distill", checkpoint, _recipe(recipe, set_), out, overwrite)
     print(out)
 
 
@@ -139,6 +154,7 @@ def evaluate(
     checkpoint: Checkpoint,
     suite: Suite = None,
     limit: Limit = None,
+    heldout: Heldout = None,
     seed_of: Annotated[
         list[Path],
         typer.Option(help="A checkpoint of another seed that has its full report: late gaps are pooled with its."),
@@ -158,6 +174,7 @@ def evaluate(
     given = {
         "evaluation.suite": suite,
         "evaluation.limit": limit,
+        "data.heldout": heldout,
         "baselines": _baselines(baseline, no_baseline),
     }
     given = {key: value for key, value in given.items() if value is not None}
@@ -180,11 +197,11 @@ def report(checkpoint: Checkpoint) -> None:
 
 
 @app.command()
-def merge(checkpoint: Checkpoint, out: Out) -> None:
+def merge(checkpoint: Checkpoint, out: Out, overwrite: Overwrite = False) -> None:
     """Merge a checkpoint's LoRA adapter into its weights."""
     from linearize.run import merge_only
 
-    merge_only(checkpoint, out)
+    merge_only(checkpoint, out, overwrite)
     print(out)
 
 
@@ -236,7 +253,9 @@ def select(
     trials: Annotated[int, typer.Option(min=1, help="Needles of each length.")] = 8,
     tokens: Annotated[str, typer.Option(help="To align on, with align.")] = "32K",
     out: Annotated[Path | None, typer.Option(help="File for all scores, as JSON.")] = None,
-    data: Data = None,
+    data: Annotated[
+        str | None, typer.Option(help="Text to choose by: wiki, a file, a folder, or a hub data set.")
+    ] = None,
     structure: Structure = None,
     window: Window = None,
     sinks: Sinks = None,

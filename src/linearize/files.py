@@ -18,11 +18,17 @@ REWRITTEN = ("README.md", "report.json", "report.html")  # in place, by eval and
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise unless `folder` is absent, empty, or was written by this package, and its place can be written to."""
+    """Raise unless `folder` is absent, empty, or all of it was written by this package, and its place can be written
+    to."""
     try:
         if folder.is_dir():
-            if any(folder.iterdir()) and not (folder / MARKER).is_file():
-                raise LinearizeError(f"{folder} holds something else; give a folder that is new, empty or linearize's")
+            written = read_json(folder / MARKER).get("sha256") if (folder / MARKER).is_file() else {}
+            found = [path for path in sorted(folder.rglob("*")) if path.is_file() or path.is_symlink()]
+            names = (path.relative_to(folder).as_posix() for path in found if path.name not in (MARKER, *REWRITTEN))
+            if written is not None and (other := next((name for name in names if name not in written), None)):
+                raise LinearizeError(
+                    f"{folder} holds something else ({other}); give a folder that is new, empty or linearize's"
+                )
         elif folder.exists() or folder.is_symlink():
             raise LinearizeError(f"{folder} is a file; give a folder that is new, empty or linearize's")
         check_writable(folder)
@@ -41,7 +47,7 @@ def check_writable(path: Path) -> None:
 
 
 @contextmanager
-def new_folder(folder: str | Path, kind: str, **more: str) -> Iterator[Path]:
+def new_folder(folder: str | Path, kind: str, **more: str | None) -> Iterator[Path]:
     """Yield a temporary sibling of `folder`; when the block ends without an error it takes the folder's place.
 
     `kind` says what the folder holds and is written to its marker, with `more` that somebody wants to know later. On
@@ -134,7 +140,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _fsync(path: Path) -> None:
-    with open(path, "rb") as file:
+    with open(path, "r+b") as file:  # Windows flushes nothing that is open to be read alone
         os.fsync(file.fileno())
 
 

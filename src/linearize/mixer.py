@@ -201,7 +201,7 @@ class LinearizedAttention(nn.Module):
         settings, rope = self.kernel, None if self.rotate is unrotated else angles
         reason = settings if isinstance(settings, str) else liger.why_not_fused(q, k, v, settings, tokens.first, rope)
         if isinstance(settings, str) or reason is not None:
-            if q.is_cuda:
+            if q.is_cuda and self.config.structure not in liger.DELTA:  # whose branches have kernels of their own
                 liger.warn_once(f"Liger Attention runs unfused, slower: {reason}")
             return None, None
         padded_right = cache is not None and tokens.valid is not None and not bool(tokens.valid[:, -1].all())

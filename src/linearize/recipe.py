@@ -9,9 +9,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from linearize.assets import MODELS
 from linearize.config import MixerSettings, drop_idle, validated
 from linearize.errors import LinearizeError, unknown
 
+NAMES = {"wiki", "self", *MODELS}  # of what is nowhere
 SUFFIXES = {"k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -27,6 +29,15 @@ def parse_tokens(given: Any) -> Any:
 
 
 Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=1)]
+
+
+def parse_place(given: Any) -> Any:
+    """What is here, by a path that says so from anywhere."""
+    path = Path(given).expanduser() if isinstance(given, str) else None
+    return given if path is None or given in NAMES or not path.exists() else str(path.absolute())
+
+
+Place = Annotated[str, BeforeValidator(parse_place)]
 Ranges = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) is int else given)]  # YAML reads 7 so
 
 
@@ -37,11 +48,11 @@ class Settings(BaseModel):
 class DataSettings(Settings):
     """Where text comes from: `wiki` is the embedded default; else a file, a folder or a hub data set."""
 
-    train: str = Field(
+    train: Place = Field(
         "wiki",
         description="text to train on: wiki (embedded), self (the model's own), a file, a folder or a hub data set",
     )
-    heldout: str = Field("wiki", description="text to measure on, which must be another")
+    heldout: Place = Field("wiki", description="text to measure on, which must be another")
     sequence_length: int = Field(1024, ge=8, description="tokens that are packed into one sequence")
     shortest: int = Field(0, ge=0, description="tokens of a document to train on; shorter ones are left out")
     repeats: float = Field(
@@ -139,7 +150,7 @@ Baseline = Literal["window_only", "window_equal_memory"]
 class Recipe(Settings):
     """A run of the main job."""
 
-    model: str = Field("smollm2-135m", description="an embedded name, a folder, or a hub name owner/name")
+    model: Place = Field("smollm2-135m", description="an embedded name, a folder, or a hub name owner/name")
     layers: Ranges = Field("all", description="to convert: all, or numbers and ranges like 0-7,16")
     softmax_every: int | None = Field(None, ge=1, description="leave every so many-th layer as it is")
     softmax_heads: str | None = Field(
@@ -154,6 +165,9 @@ class Recipe(Settings):
     baselines: tuple[Baseline, ...] = Field(("window_only",), description="trained as well, to compare with")
     adapter: Literal["merged", "separate"] = Field(
         "merged", description="LoRA merged into the weights, or kept beside them"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the weights as they are written; what is measured is float32"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="of adapters, order and dropout")
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from peft import PeftModel
+from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +44,7 @@ from linearize.files import (
 )
 from linearize.inspect import equal_memory_window
 from linearize.measures import Suite
-from linearize.recipe import Recipe, StageSettings
+from linearize.recipe import AlignSettings, DataSettings, DistillSettings, Recipe, StageSettings
 from linearize.results import Curve, Report
 from linearize.results import read as read_report
 from linearize.train.align import align_loss
@@ -77,18 +78,19 @@ class Trained(NamedTuple):
         return sum(curve.tokens[-1] for curve in self.curves)
 
 
-def run(recipe: Recipe, out: str | Path) -> Report:
+def run(recipe: Recipe, out: str | Path, overwrite: bool = False) -> Report:
     """The whole job by `recipe`; the checkpoint, its card, its recipe and its report are written to `out`.
 
     What an interrupted run has done is in `<out>.work` and is used again; a finished run of the same recipe is read,
-    not repeated. Of several processes, as `torchrun` starts them, only the first comes back from here. Raises
-    LinearizeError for whatever is wrong with what was given, before anything is written.
+    not repeated; another checkpoint in its place is replaced if `overwrite`. Of several processes, as `torchrun` starts
+    them, only the first comes back from here. Raises LinearizeError for whatever is wrong with what was given, before
+    anything is written.
     """
     out = Path(out)
-    check_replaceable(out)
     if done := _finished(recipe, out):
         print(f"{out} holds this recipe's result already; remove it to run again", file=sys.stderr)
         return done
+    _check_free(out, overwrite)
     names = ("converted", *recipe.baselines)
     base = load_base(recipe, names, train=True, heldout=True)
     with _work(recipe, out) as work:
@@ -96,7 +98,8 @@ def run(recipe: Recipe, out: str | Path) -> Report:
         processes.end_others()
         kept = _kept(recipe, work)
         report = _measure(recipe, base, variants, kept)
-        with new_folder(out, kind="checkpoint", sources=_sources(recipe)) as folder:
+        teacher = checkpoint.fingerprint(base.teacher)
+        with new_folder(out, kind="checkpoint", sources=_sources(recipe), teacher=teacher) as folder:
             # last, since merging writes into parameters that the teacher and the other variants share
             ours = variants["converted"]
             checkpoint.write(ours.student, base.tokenizer, recipe, ours.curves, folder, out)
@@ -105,29 +108,39 @@ def run(recipe: Recipe, out: str | Path) -> Report:
     return report
 
 
-def convert_only(recipe: Recipe, out: Path) -> None:
-    """The first stage alone: an untrained conversion in `out`."""
+def _check_free(out: Path, overwrite: bool) -> None:
+    """LinearizeError where `out` is no place for a checkpoint, or there is one that is not to be replaced."""
     check_replaceable(out)
+    if (out / MARKER).is_file() and not overwrite:
+        raise LinearizeError(f"{out} holds a checkpoint already; give another --out, or --overwrite")
+
+
+def convert_only(recipe: Recipe, out: Path, overwrite: bool = False) -> None:
+    """The first stage alone: an untrained conversion in `out`."""
+    _check_free(out, overwrite)
     base = load_base(recipe)
     recipe = recipe.model_copy(update={"align": None, "distill": None})
-    with new_folder(out, kind="checkpoint") as folder:
+    with new_folder(out, kind="checkpoint", teacher=checkpoint.fingerprint(base.teacher)) as folder:
         student = build(recipe, recipe.mixer, base.teacher)
         checkpoint.write(student, base.tokenizer, recipe, [], folder, out)
 
 
-def stage_only(name: str, source: Path, recipe: Recipe, out: Path) -> None:
-    """One training stage of the checkpoint in `source`, to `out`.
+def stage_only(name: str, source: Path, recipe: Recipe, out: Path, overwrite: bool = False) -> None:
+    """One training stage of the checkpoint in `source`, to `out`; a recipe without it leaves it as it is by itself.
 
     `align` leaves LoRA beside the weights, so that `distill` goes on with it as `run` would.
     """
-    check_replaceable(out)
     if source.resolve() == out.resolve():
         raise LinearizeError(f"{source} cannot be both source and out; give another --out")
+    _check_free(out, overwrite)
     before, curves = checkpoint.read_recipe(source), checkpoint.read_curves(source)
     student, tokenizer = checkpoint.load(source)
     recipe = _continued(recipe, before, source, trained=bool(curves))
-    recipe = recipe.model_copy(update={"distill": None} if name == "align" else {"align": before.align})
+    stage = getattr(recipe, name) or {"align": AlignSettings, "distill": DistillSettings}[name]()
+    others: dict[str, Any] = {"distill": None} if name == "align" else {"align": before.align}
+    recipe = recipe.model_copy(update={name: stage} | others)
     base = load_base(recipe, train=True)
+    _check_teacher(base.teacher, source)
     student.to(base.teacher.device)
     if not isinstance(student, PeftModel):
         student = with_adapters(recipe, student)
@@ -137,7 +150,7 @@ def stage_only(name: str, source: Path, recipe: Recipe, out: Path) -> None:
         processes.end_others()
         if recipe.lora is not None and name == "distill":
             keep(student, recipe.lora.kept)
-        with new_folder(out, kind="checkpoint") as folder:
+        with new_folder(out, kind="checkpoint", teacher=checkpoint.fingerprint(base.teacher)) as folder:
             kept = recipe.model_copy(update={"adapter": "separate"}) if name == "align" else recipe
             checkpoint.write(student, tokenizer, kept, [*curves, curve], folder, out)
         shutil.rmtree(work, ignore_errors=True)  # absent where no checkpoints were asked for
@@ -148,27 +161,46 @@ def _continued(recipe: Recipe, before: Recipe, source: Path, trained: bool) -> R
 
     Only so is a baseline, which goes through all stages of one recipe, matched.
     """
-    shared = {"model", "layers", "softmax_every", "softmax_heads", "mixer"}
+    shared = {"layers", "softmax_every", "softmax_heads", "mixer"}
     shared |= {"lora", "seed", "data"} if trained else set()
     default = recipes.read("default")
     for key in sorted(shared):
-        given, kept = getattr(recipe, key), getattr(before, key)
-        if key == "data":
-            given = given.model_copy(update={"heldout": kept.heldout})
-        if given not in (kept, getattr(default, key)):
-            raise LinearizeError(f"{key} is {given}, but {source} was made with {kept}; both must be the same")
-    return recipe.model_copy(update={key: getattr(before, key) for key in shared})
+        given, kept, usual = (_leaves(key, getattr(recipe, key)) for recipe in (recipe, before, default))
+        for name, value in given.items():
+            if name != "data.heldout" and value not in (kept.get(name), usual.get(name)):
+                raise LinearizeError(
+                    f"{name} is {value}, but {source} was made with {kept.get(name)}; both must be the same"
+                )
+    same = {key: getattr(before, key) for key in shared}
+    elsewhere = {} if recipe.model == default.model else {"model": recipe.model}
+    return recipe.model_copy(update={"model": before.model} | same | elsewhere)
 
 
-def merge_only(source: Path, out: Path) -> None:
-    """The checkpoint in `source` with its LoRA adapter merged, to `out`."""
-    check_replaceable(out)
+def _leaves(key: str, value: Any) -> dict[str, Any]:
+    """A recipe's key, or the keys of its section, with their values."""
+    inner = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    return {f"{key}.{name}": x for name, x in inner.items()} if isinstance(inner, dict) else {key: inner}
+
+
+def _check_teacher(teacher: PreTrainedModel, source: Path) -> None:
+    """LinearizeError where this is not what the checkpoint in `source` was made of."""
+    known = read_json(source / MARKER).get("teacher") if (source / MARKER).is_file() else None
+    if known not in (None, checkpoint.fingerprint(teacher)):
+        raise LinearizeError(f"the model is another than {source} was made of; give that one, by --set model=FOLDER")
+
+
+def merge_only(source: Path, out: Path, overwrite: bool = False) -> None:
+    """The checkpoint in `source` with its LoRA adapter merged, to `out`, with its report if it has one."""
+    _check_free(out, overwrite)
     student, tokenizer = checkpoint.load(source)
     if not isinstance(student, PeftModel):
         raise LinearizeError(f"{source} has no adapter to merge; its weights are whole")
     recipe = checkpoint.read_recipe(source).model_copy(update={"adapter": "merged"})
-    with new_folder(out, kind="checkpoint") as folder:
+    marker = read_json(source / MARKER)
+    with new_folder(out, kind="checkpoint", teacher=marker.get("teacher")) as folder:
         checkpoint.write(student, tokenizer, recipe, checkpoint.read_curves(source), folder, out)
+        if (source / "report.json").is_file():
+            _write_report(read_report(source), recipe, folder)
 
 
 def evaluate_only(source: Path, recipe: Recipe, seeds: Sequence[Path] = ()) -> Report:
@@ -179,12 +211,16 @@ def evaluate_only(source: Path, recipe: Recipe, seeds: Sequence[Path] = ()) -> R
     check_writable(source / "report.json")
     others = [_other_seed(seed, recipe) for seed in seeds]
     before = checkpoint.read_recipe(source)
-    free: Any = {"evaluation": True, "baselines": True, "data": {"heldout"}}
+    free: Any = {"model": True, "evaluation": True, "baselines": True, "data": {"train", "heldout"}}
     if recipe.model_dump(exclude=free) != before.model_dump(exclude=free):
-        raise LinearizeError(f"{source} was made by its recipe.yaml; valid to set: evaluation, baselines, data.heldout")
+        raise LinearizeError(
+            f"{source} was made by its recipe.yaml; valid to set: evaluation, baselines, data.heldout and, where they "
+            "have moved, model and data.train"
+        )
     student, _ = checkpoint.load(source)
     curves = checkpoint.read_curves(source)
     base = load_base(recipe, recipe.baselines, train=bool(recipe.baselines), heldout=True)
+    _check_teacher(base.teacher, source)
     variants = {"converted": Trained(student.to(base.teacher.device), recipe.mixer, curves)}
     with _work(recipe, source) as work:
         for name in recipe.baselines:
@@ -219,11 +255,10 @@ def load_base(recipe: Recipe, variants: Iterable[str] = (), train: bool = False,
     All that can be wrong with them, and with converting the teacher to `variants`, shows here, the quickest first.
     """
     processes.start()
-    train = train and bool(_stages(recipe))
-    if train and heldout and recipe.data.train == recipe.data.heldout != "wiki":
-        raise LinearizeError(
-            f"data.train and data.heldout are both {recipe.data.train!r}; give a held-out text of its own"
-        )
+    trained = bool(_stages(recipe))
+    train = train and trained
+    if trained and heldout and (both := _trained_and_heldout(recipe.data)):
+        raise LinearizeError(f"data.train and data.heldout are both {both!r}; give a held-out text of its own")
     texts = load_documents(recipe.data.train, "train") if train and recipe.data.train != SELF else []
     heldout_texts: dict[int, str] = {}
     if heldout:
@@ -241,6 +276,14 @@ def load_base(recipe: Recipe, variants: Iterable[str] = (), train: bool = False,
     if train and recipe.data.train == SELF:
         documents = _sampled(recipe, teacher, tokenizer)
     return Base(teacher, tokenizer, documents, sequences, heldout_texts)
+
+
+def _trained_and_heldout(data: DataSettings) -> str | None:
+    """What would be trained on and measured with, if there is such a text; articles are kept apart by number."""
+    if data.train == data.heldout:
+        return None if data.train == "wiki" else data.train
+    train, heldout = ({path.resolve() for path in files_of(source)} for source in (data.train, data.heldout))
+    return next((str(path) for path in sorted(train & heldout)), None)
 
 
 def _sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document]) -> Tensor:
@@ -419,7 +462,8 @@ def _sources(recipe: Recipe, source: Path | None = None, heldout: bool = True) -
 @contextmanager
 def _work(recipe: Recipe, out: Path, source: Path | None = None) -> Iterator[Path]:
     """Where unfinished work is kept, by all that decides what the trained weights are; nothing empty stays of it."""
-    parts = recipe.model_dump(mode="json", exclude={"evaluation", "baselines", "adapter"})
+    parts = recipe.model_dump(mode="json", exclude={"evaluation", "baselines", "adapter", "dtype"})
+    parts["processes"] = processes.count()  # steps are as many times as large
     del parts["data"]["heldout"]
     key = json.dumps(parts, sort_keys=True) + _sources(recipe, source, heldout=False)
     folder = out.absolute().with_name(f"{out.absolute().name}.work")

@@ -59,6 +59,8 @@ def evaluate(
     for name, model in (("teacher", teacher), ("converted", ours)):
         with as_merged(model):
             speed[name], size[name] = decode_speed(model, settings.contexts, settings.decode_tokens, name)
+    with as_merged(ours):  # else it would not be the steps that a merged model takes
+        parity = decode_parity(ours, heldout[0])
     return Report(
         model=recipe.model,
         structure=", ".join(recipe.mixer.values("structure")),
@@ -68,7 +70,7 @@ def evaluate(
         eval_tokens=heldout.shape[0] * (heldout.shape[1] - 1),
         heldout=recipe.data.heldout,
         models=Models(**results),
-        decode_parity=decode_parity(ours, heldout[0]),
+        decode_parity=parity,
         cache_bytes=size,
         tokens_per_second=speed,
         cache_dtype=str(ours.dtype).removeprefix("torch."),

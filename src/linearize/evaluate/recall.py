@@ -1,8 +1,8 @@
 """Recall from beyond the window: needles, lookups and copies at set distances, generated from a seed.
 
 What is asked for was said `distance` tokens before the place where it must be given, with running text between, and
-nothing else in the text tells it. So a model that sees only its last W tokens is right as often as chance from W on,
-but for what its layers hand on, one window after the other; the same layers without a recurrence, beside it, show how
+nothing else in the text tells it. So a model that sees only its last W tokens is right as often as chance beyond W, but
+for what its layers hand on, one window after the other; the same layers without a recurrence, beside it, show how
 much that is. One forward pass scores a trial: the logarithmic probability of ten answers at the place where one is
 due, and whether greedy decoding would give exactly the right one.
 """

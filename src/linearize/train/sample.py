@@ -32,7 +32,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from linearize.assets import cache_folder, locked, resolve_model
-from linearize.checkpoint import load_pretrained
+from linearize.checkpoint import fingerprint, load_pretrained
 from linearize.convert import attention_of, decoder, is_linearized
 from linearize.decoding import UNEVEN
 from linearize.errors import LinearizeError
@@ -45,8 +45,8 @@ from linearize.train.trainer import shared_copy
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")  # of documents in pretraining; a chat model's own ends are of turns
 SPEECH = "linearize"  # a user's words, to find their place in a chat template
 FREE = -1  # in a script: the model speaks
-MOST_ROWS = {"cuda": 2048, "cpu": 32}
-FREE_MEMORY = 0.6  # the share of a GPU's that rows may take
+ROWS = {"cuda": (256, 2048), "cpu": (8, 32)}  # of the first batch, and the most; each has twice those of the one before
+MEMORY = 0.5  # the share of a GPU's that rows may take
 GRAPHED = 256  # tokens for which one CUDA graph serves
 
 
@@ -285,8 +285,9 @@ def sampled_documents(
     """At least `tokens` tokens of documents (int32) of at most `length` each, chats and plain text by turns.
 
     They are kept in the cache folder, by teacher, seed, length and temperature, batch after batch: what an interrupted
-    call has done is not done again, and a later call for more goes on. A GPU works in bf16. Raises LinearizeError for
-    a converted model, and for numbers that make no sense.
+    call has done is not done again, and a later call for more goes on. A batch is the same whatever is asked for, so
+    that fewer tokens are the first of more. A GPU works in bf16. Raises LinearizeError for a converted model, and for
+    numbers that make no sense.
     """
     if is_linearized(teacher):
         raise LinearizeError("text is sampled from an original model, and this one is converted; give its teacher")
@@ -296,7 +297,7 @@ def sampled_documents(
             f"{length}, {temperature}"
         )
     kinds = scripts(tokenizer)
-    given = [_fingerprint(teacher), kinds, length, temperature, seed]
+    given = [fingerprint(teacher), kinds, length, temperature, seed, rows, ROWS]
     folder = cache_folder() / "samples" / hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]
     with locked(folder):  # of several processes one samples, and the others then read
         documents: list[np.ndarray] = []
@@ -304,33 +305,40 @@ def sampled_documents(
         while made < tokens and (kept := _kept(folder / str(batch))) is not None:
             documents, made, batch = documents + kept, made + sum(map(len, kept)), batch + 1
         if made >= tokens:
-            return documents
+            return _first(documents, tokens)
         model = _sampler(teacher)
-        rows = min(rows or _rows(model, length), -(-(tokens - made) // length))
+        least, most = (rows, rows) if rows else _rows(model, length)
         with tqdm(desc="sample", total=tokens, initial=made, unit="tok", unit_scale=True) as bar:
             while made < tokens:
+                size = min(least << batch, most)
                 given_seed = int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:6])
                 try:
                     some = sample(
                         model,
                         kinds,
                         stop_tokens(teacher, tokenizer, kinds),
-                        rows,
+                        size,
                         length,
                         temperature,
                         given_seed,
                         bar.update,
                     )
                 except torch.OutOfMemoryError:
-                    if rows == 1:
+                    if size == 1:
                         raise
-                    rows, bar.n = rows // 2, made
+                    most, bar.n = size // 2, made
                     torch.cuda.empty_cache()
                     continue
                 _keep(some, folder / str(batch))
                 documents, made, batch = documents + some, made + sum(map(len, some)), batch + 1
                 bar.update(made - bar.n)
-        return documents
+        return _first(documents, tokens)
+
+
+def _first(documents: list[np.ndarray], tokens: int) -> list[np.ndarray]:
+    """As many as make up so many tokens."""
+    ends = np.cumsum([len(document) for document in documents])
+    return documents[: int(np.searchsorted(ends, tokens)) + 1]
 
 
 def _sampler(teacher: PreTrainedModel) -> PreTrainedModel:
@@ -344,14 +352,15 @@ def _sampler(teacher: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def _rows(model: PreTrainedModel, length: int) -> int:
-    """As many rows as are of use, or fit."""
-    most, config = MOST_ROWS[model.device.type], model.config
+def _rows(model: PreTrainedModel, length: int) -> tuple[int, int]:
+    """Rows of the first batch, and the most: as many as are of use, or as a GPU like this one has room for."""
+    (least, most), config = ROWS[model.device.type], model.config
     if model.device.type != "cuda":
-        return most
+        return least, most
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * attention_of(model, 0).head_dim * 2
-    free = FREE_MEMORY * torch.cuda.mem_get_info()[0]
-    return max(1, min(most, int(free / (length * token + 16 * config.vocab_size))))  # logits in fp32, a few times
+    room = MEMORY * torch.cuda.get_device_properties(model.device).total_memory  # what is free just now may differ
+    fit = max(1, int(room / (length * token + 16 * config.vocab_size)))  # logits in fp32, a few times
+    return min(least, fit), min(most, fit)
 
 
 def _keep(documents: Sequence[np.ndarray], folder: Path) -> None:
@@ -371,16 +380,6 @@ def _kept(folder: Path) -> list[np.ndarray] | None:
         return None
     found = load_file(folder / "sample.safetensors")
     return np.split(found["tokens"], np.cumsum(found["lengths"])[:-1])
-
-
-def _fingerprint(model: PreTrainedModel) -> str:
-    """A hash of some values of every parameter: another one for other weights, without reading all of them."""
-    found = hashlib.sha256(str(model.config.to_diff_dict()).encode())
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        some = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
-        found.update(f"{name} {tuple(parameter.shape)}".encode() + some.tobytes())
-    return found.hexdigest()
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

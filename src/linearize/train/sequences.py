@@ -1,7 +1,7 @@
 """From documents to what training and evaluation take: token ids, cut into sequences."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -91,9 +91,44 @@ def _ended(ids: list[int], eos: int | None) -> np.ndarray:
 # --- sequences -------------------------------------------------------------------------------------------------------
 
 
+class Packed(Sequence[dict[str, Tensor]]):
+    """Sequences of `length` tokens, cut when they are asked for: of tokens `ids` `[N]`, counted round and round, with
+    documents that begin where `begins` `[N]` says. `pack` makes them and says what is in them."""
+
+    def __init__(self, ids: np.ndarray, begins: np.ndarray, length: int, number: int, repeats: float) -> None:
+        self.ids, self.begins, self.length, self.number, self.repeats = ids, begins, length, number, repeats
+
+    def __len__(self) -> int:
+        return self.number
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Int64[Tensor, "T"]]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Int64[Tensor, "T"]]]: ...
+
+    def __getitem__(self, index: int | slice) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """One sequence, or some."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(self.number)[index]]
+        start, count = range(self.number)[index] * self.length, np.arange(self.length)
+        place = (start + count) % len(self.ids)
+        begin, ids = self.begins[place], self.ids[place].astype(np.int64)
+        begin[0] = True
+        if self.repeats:
+            ids = repeated(ids, np.flatnonzero(begin), self.repeats, np.random.default_rng(start))
+        targets = np.full(self.length, IGNORED)
+        targets[:-1] = np.where(begin[1:], IGNORED, ids[1:])
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "position_ids": torch.from_numpy(count - np.maximum.accumulate(np.where(begin, count, 0))),
+            "targets": torch.from_numpy(targets),
+        }
+
+
 def pack(
     documents: Sequence[np.ndarray], sequence_length: int, tokens: int, source: str = "the text", repeats: float = 0.0
-) -> list[dict[str, Int64[Tensor, "T"]]]:
+) -> Packed:
     """Cut the documents, one after the other, into sequences of `sequence_length` tokens, at least `tokens` in all.
 
     Text shorter than that starts over. Each sequence has `input_ids`; `position_ids`, which start from 0 at every
@@ -107,28 +142,9 @@ def pack(
     total = sum(map(len, documents))
     if total < sequence_length:
         raise LinearizeError(f"{source} has {total} tokens, fewer than one sequence of {sequence_length}")
-    ids = np.concatenate([np.asarray(document, dtype=np.int64) for document in documents])
+    ids = np.concatenate([np.asarray(document, dtype=np.int32) for document in documents])
     begins = np.concatenate([np.arange(len(document)) == 0 for document in documents])
-    sequences = -(-tokens // sequence_length)
-    starts = range(0, sequences * sequence_length, sequence_length)
-    return [_cut(ids, begins, start, sequence_length, repeats) for start in starts]
-
-
-def _cut(ids: np.ndarray, begins: np.ndarray, start: int, length: int, repeats: float) -> dict[str, Int64[Tensor, "T"]]:
-    """One sequence: `length` tokens from `start` on, counted round and round; `begins`: a document begins here."""
-    place = np.arange(start, start + length) % len(ids)
-    begin, ids = begins[place], ids[place]
-    begin[0] = True
-    if repeats:
-        ids = repeated(ids, np.flatnonzero(begin), repeats, np.random.default_rng(start))
-    count = np.arange(length)
-    targets = np.full(length, IGNORED)
-    targets[:-1] = np.where(begin[1:], IGNORED, ids[1:])
-    return {
-        "input_ids": torch.from_numpy(ids),
-        "position_ids": torch.from_numpy(count - np.maximum.accumulate(np.where(begin, count, 0))),
-        "targets": torch.from_numpy(targets),
-    }
+    return Packed(ids, begins, sequence_length, -(-tokens // sequence_length), repeats)
 
 
 def repeated(ids: np.ndarray, begins: np.ndarray, share: float, random: np.random.Generator) -> np.ndarray:
