@@ -32,6 +32,7 @@ from linearize.structures import STRUCTURES
 ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md",
+    "docs/ablations.md",
     "docs/families.md",
     "docs/performance.md",
     "docs/recipe.md",
