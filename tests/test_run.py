@@ -449,7 +449,7 @@ def test_weights_in_another_dtype(recipe, tmp_path):
 def test_a_folder_with_files_of_others_is_left_alone(recipe, tmp_path):
     job.convert_only(recipe, tmp_path / "out")
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(LinearizeError, match=r"holds something else \(notes\.txt\)"):
+    with pytest.raises(LinearizeError, match=r"holds files of others as well \(notes\.txt\)"):
         job.convert_only(recipe, tmp_path / "out", overwrite=True)
 
 

@@ -18,22 +18,24 @@ REWRITTEN = ("README.md", "report.json", "report.html")  # in place, by eval and
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise unless `folder` is absent, empty, or all of it was written by this package, and its place can be written
-    to."""
+    """Raise unless `folder` is absent, empty, or was written by this package, and its place can be written to."""
     try:
         if folder.is_dir():
-            written = read_json(folder / MARKER).get("sha256") if (folder / MARKER).is_file() else {}
-            found = [path for path in sorted(folder.rglob("*")) if path.is_file() or path.is_symlink()]
-            names = (path.relative_to(folder).as_posix() for path in found if path.name not in (MARKER, *REWRITTEN))
-            if written is not None and (other := next((name for name in names if name not in written), None)):
-                raise LinearizeError(
-                    f"{folder} holds something else ({other}); give a folder that is new, empty or linearize's"
-                )
+            if any(folder.iterdir()) and not (folder / MARKER).is_file():
+                raise LinearizeError(f"{folder} holds something else; give a folder that is new, empty or linearize's")
         elif folder.exists() or folder.is_symlink():
             raise LinearizeError(f"{folder} is a file; give a folder that is new, empty or linearize's")
         check_writable(folder)
     except OSError as error:  # a name too long, a folder that cannot be looked into
         raise disk_error(folder, error) from error
+
+
+def files_of_others(folder: Path) -> list[str]:
+    """Names in a folder of this package that it did not write."""
+    written = _entries(folder / MARKER, "sha256")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    names = [path.relative_to(folder).as_posix() for path in files if path.name not in (MARKER, *REWRITTEN)]
+    return [name for name in names if name not in written]
 
 
 def check_writable(path: Path) -> None:

@@ -36,6 +36,7 @@ from linearize.files import (
     MARKER,
     check_replaceable,
     check_writable,
+    files_of_others,
     new_folder,
     read_json,
     remove_empty,
@@ -111,8 +112,11 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False) -> Report:
 def _check_free(out: Path, overwrite: bool) -> None:
     """LinearizeError where `out` is no place for a checkpoint, or there is one that is not to be replaced."""
     check_replaceable(out)
-    if (out / MARKER).is_file() and not overwrite:
-        raise LinearizeError(f"{out} holds a checkpoint already; give another --out, or --overwrite")
+    if (out / MARKER).is_file():
+        if not overwrite:
+            raise LinearizeError(f"{out} holds a checkpoint already; give another --out, or --overwrite")
+        if others := files_of_others(out):
+            raise LinearizeError(f"{out} holds files of others as well ({others[0]}); move them, or give another --out")
 
 
 def convert_only(recipe: Recipe, out: Path, overwrite: bool = False) -> None:
