@@ -401,6 +401,8 @@ def test_stages_must_share_what_makes_a_baseline_matched(recipe, tmp_path):
     job.stage_only("align", tmp_path / "converted", recipe, tmp_path / "aligned")
     with pytest.raises(LinearizeError, match=r"lora\.r is 2, .* was made with 4; .* must be the same"):
         job.stage_only("distill", tmp_path / "aligned", changed(recipe, lora={"r": 2}), tmp_path / "out")
+    with pytest.raises(LinearizeError, match=r"lora is null, .* must be the same"):
+        job.stage_only("distill", tmp_path / "aligned", changed(recipe, lora=None), tmp_path / "out")
     for key, value in (("mixer", {"window": 50}), ("data", {"sequence_length": 16})):
         other = changed(recipe, **{key: getattr(recipe, key).model_dump() | value})
         with pytest.raises(LinearizeError, match=r"valid to set: evaluation, baselines, data\.heldout"):
@@ -436,7 +438,10 @@ def test_paths_of_a_recipe_are_known_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = Recipe(data={"train": "text.txt"})
     assert recipe.data.train == str(tmp_path / "text.txt")
+    (tmp_path / "wiki").mkdir()
+    recipe = Recipe(data={"train": "text.txt"})
     assert (recipe.model, recipe.data.heldout) == ("smollm2-135m", "wiki")
+    assert [Recipe(model=name).model for name in ("", "x" * 300, "~nobody/x")] == ["", "x" * 300, "~nobody/x"]
 
 
 def test_weights_in_another_dtype(recipe, tmp_path):
@@ -446,10 +451,32 @@ def test_weights_in_another_dtype(recipe, tmp_path):
     assert load(tmp_path / "out")[0].dtype == torch.float32
 
 
+def test_weights_are_merged_before_they_are_rounded(recipe, done, tmp_path):
+    job.run(changed(recipe, dtype="bfloat16", baselines=[]), tmp_path / "out")
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", done))
+    assert all(torch.equal(ours[name], x.bfloat16()) for name, x in theirs.items())
+
+
+def test_baselines_are_of_the_same_text_and_steps(recipe, tmp_path, monkeypatch):
+    text = tmp_path / "train.txt"
+    text.write_text(tiny.text(2000, 1), encoding="utf-8")
+    mine = changed(recipe, data=recipe.data.model_dump() | {"train": str(text)}, baselines=[])
+    job.run(mine, tmp_path / "out")
+    (tmp_path / "other.txt").write_text(tiny.text(2000, 4), encoding="utf-8")
+    data = mine.data.model_dump() | {"train": str(tmp_path / "other.txt")}
+    job.evaluate_only(tmp_path / "out", changed(mine, data=data))
+    with pytest.raises(LinearizeError, match="valid to set"):
+        job.evaluate_only(tmp_path / "out", changed(mine, data=data, baselines=["window_only"]))
+    monkeypatch.setattr(job.processes, "count", lambda: 2)
+    with pytest.raises(LinearizeError, match="was trained by 1 processes"):
+        job._check_made_of(load(recipe.model)[0], tmp_path / "out", trains=True)
+
+
 def test_a_folder_with_files_of_others_is_left_alone(recipe, tmp_path):
     job.convert_only(recipe, tmp_path / "out")
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(LinearizeError, match=r"holds files of others as well \(notes\.txt\)"):
+    (tmp_path / "out" / "notes").mkdir()
+    (tmp_path / "out" / "notes" / "README.md").write_text("mine")
+    with pytest.raises(LinearizeError, match=r"holds files of others as well \(notes/README\.md\)"):
         job.convert_only(recipe, tmp_path / "out", overwrite=True)
 
 

@@ -67,11 +67,11 @@ def write(
     `recipe.adapter` decides what becomes of LoRA: "merged" into the weights, or "separate", a PEFT adapter with the
     converted model in `base/` beside it.
     """
+    if isinstance(student, PeftModel) and recipe.adapter == "merged":
+        student = student.merge_and_unload()
     student.to(getattr(torch, recipe.dtype))
     if not isinstance(student, PeftModel):
         student.save_pretrained(folder)
-    elif recipe.adapter == "merged":
-        student.merge_and_unload().save_pretrained(folder)
     else:
         student.peft_config["default"].base_model_name_or_path = str(out.absolute() / BASE)
         student.save_pretrained(
@@ -111,8 +111,8 @@ def load_pretrained(
     kwargs.setdefault("dtype", torch.float32)
     with nullcontext() if Path(name).is_dir() else quick_hub(), _readable(name):
         family_of(AutoConfig.from_pretrained(name))
-        told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are told below
-        model, found = AutoModelForCausalLM.from_pretrained(name, **told, **kwargs)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are told below
+        model, found = AutoModelForCausalLM.from_pretrained(name, **kwargs)
         if missing := sorted(found["missing_keys"]):
             raise LinearizeError(f"{name} lacks weights ({', '.join(missing[:3])}); give a whole model")
         if other := sorted(found["mismatched_keys"]):

@@ -31,11 +31,10 @@ def check_replaceable(folder: Path) -> None:
 
 
 def files_of_others(folder: Path) -> list[str]:
-    """Names in a folder of this package that it did not write."""
-    written = _entries(folder / MARKER, "sha256")
-    files = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
-    names = [path.relative_to(folder).as_posix() for path in files if path.name not in (MARKER, *REWRITTEN)]
-    return [name for name in names if name not in written]
+    """Names in a folder of this package that it did not write; hidden ones, which systems leave, are none."""
+    written = {MARKER, *REWRITTEN, *_entries(folder / MARKER, "sha256")}
+    files = [path for path in sorted(folder.rglob("[!.]*")) if path.is_symlink() or not path.is_dir()]
+    return [name for path in files if (name := path.relative_to(folder).as_posix()) not in written]
 
 
 def check_writable(path: Path) -> None:

@@ -65,9 +65,7 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 def end_others() -> None:
     """What is left to do is for the first one."""
-    if count() > 1:
-        from accelerate import PartialState
-
-        PartialState().destroy_process_group()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     if not is_first():
         raise SystemExit(0)

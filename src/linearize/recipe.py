@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,8 +34,11 @@ Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=1)]
 
 def parse_place(given: Any) -> Any:
     """What is here, by a path that says so from anywhere."""
-    path = Path(given).expanduser() if isinstance(given, str) else None
-    return given if path is None or given in NAMES or not path.exists() else str(path.absolute())
+    if isinstance(given, str) and given and given not in NAMES:
+        with suppress(OSError, RuntimeError):  # a name too long, a home of nobody
+            if (path := Path(given).expanduser()).exists():
+                return str(path.absolute())
+    return given
 
 
 Place = Annotated[str, BeforeValidator(parse_place)]

@@ -88,7 +88,9 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False) -> Report:
     anything is written.
     """
     out = Path(out)
+    check_replaceable(out)
     if done := _finished(recipe, out):
+        processes.end_others()
         print(f"{out} holds this recipe's result already; remove it to run again", file=sys.stderr)
         return done
     _check_free(out, overwrite)
@@ -99,8 +101,7 @@ def run(recipe: Recipe, out: str | Path, overwrite: bool = False) -> Report:
         processes.end_others()
         kept = _kept(recipe, work)
         report = _measure(recipe, base, variants, kept)
-        teacher = checkpoint.fingerprint(base.teacher)
-        with new_folder(out, kind="checkpoint", sources=_sources(recipe), teacher=teacher) as folder:
+        with new_folder(out, kind="checkpoint", sources=_sources(recipe), **_made_of(base.teacher)) as folder:
             # last, since merging writes into parameters that the teacher and the other variants share
             ours = variants["converted"]
             checkpoint.write(ours.student, base.tokenizer, recipe, ours.curves, folder, out)
@@ -124,7 +125,8 @@ def convert_only(recipe: Recipe, out: Path, overwrite: bool = False) -> None:
     _check_free(out, overwrite)
     base = load_base(recipe)
     recipe = recipe.model_copy(update={"align": None, "distill": None})
-    with new_folder(out, kind="checkpoint", teacher=checkpoint.fingerprint(base.teacher)) as folder:
+    processes.end_others()
+    with new_folder(out, kind="checkpoint", teacher=_made_of(base.teacher)["teacher"]) as folder:
         student = build(recipe, recipe.mixer, base.teacher)
         checkpoint.write(student, base.tokenizer, recipe, [], folder, out)
 
@@ -144,7 +146,7 @@ def stage_only(name: str, source: Path, recipe: Recipe, out: Path, overwrite: bo
     others: dict[str, Any] = {"distill": None} if name == "align" else {"align": before.align}
     recipe = recipe.model_copy(update={name: stage} | others)
     base = load_base(recipe, train=True)
-    _check_teacher(base.teacher, source)
+    _check_made_of(base.teacher, source, trains=True)
     student.to(base.teacher.device)
     if not isinstance(student, PeftModel):
         student = with_adapters(recipe, student)
@@ -154,7 +156,7 @@ def stage_only(name: str, source: Path, recipe: Recipe, out: Path, overwrite: bo
         processes.end_others()
         if recipe.lora is not None and name == "distill":
             keep(student, recipe.lora.kept)
-        with new_folder(out, kind="checkpoint", teacher=checkpoint.fingerprint(base.teacher)) as folder:
+        with new_folder(out, kind="checkpoint", **_made_of(base.teacher)) as folder:
             kept = recipe.model_copy(update={"adapter": "separate"}) if name == "align" else recipe
             checkpoint.write(student, tokenizer, kept, [*curves, curve], folder, out)
         shutil.rmtree(work, ignore_errors=True)  # absent where no checkpoints were asked for
@@ -170,27 +172,47 @@ def _continued(recipe: Recipe, before: Recipe, source: Path, trained: bool) -> R
     default = recipes.read("default")
     for key in sorted(shared):
         given, kept, usual = (_leaves(key, getattr(recipe, key)) for recipe in (recipe, before, default))
+        free = {"data.heldout", *["data.train"] * _gone(before.data.train)}
         for name, value in given.items():
-            if name != "data.heldout" and value not in (kept.get(name), usual.get(name)):
+            if name not in free and (name, value) not in {*kept.items(), *usual.items()}:
                 raise LinearizeError(
                     f"{name} is {value}, but {source} was made with {kept.get(name)}; both must be the same"
                 )
     same = {key: getattr(before, key) for key in shared}
+    if "data" in same and _gone(before.data.train):
+        same["data"] = before.data.model_copy(update={"train": recipe.data.train})
     elsewhere = {} if recipe.model == default.model else {"model": recipe.model}
     return recipe.model_copy(update={"model": before.model} | same | elsewhere)
 
 
-def _leaves(key: str, value: Any) -> dict[str, Any]:
-    """A recipe's key, or the keys of its section, with their values."""
+def _leaves(key: str, value: Any) -> dict[str, str]:
+    """A recipe's key, or the keys of its section, with their values in words."""
     inner = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-    return {f"{key}.{name}": x for name, x in inner.items()} if isinstance(inner, dict) else {key: inner}
+    found = {f"{key}.{name}": x for name, x in inner.items()} if isinstance(inner, dict) else {key: inner}
+    return {name: json.dumps(x) for name, x in found.items()}
 
 
-def _check_teacher(teacher: PreTrainedModel, source: Path) -> None:
-    """LinearizeError where this is not what the checkpoint in `source` was made of."""
-    known = read_json(source / MARKER).get("teacher") if (source / MARKER).is_file() else None
-    if known not in (None, checkpoint.fingerprint(teacher)):
+def _made_of(teacher: PreTrainedModel) -> dict[str, str]:
+    """What a checkpoint's marker says of its training."""
+    return {"teacher": checkpoint.fingerprint(teacher), "processes": str(processes.count())}
+
+
+def _check_made_of(teacher: PreTrainedModel, source: Path, trains: bool) -> None:
+    """LinearizeError where this is not what the checkpoint in `source` was made of, or, where it `trains`, it did with
+    other steps."""
+    marker = read_json(source / MARKER) if (source / MARKER).is_file() else {}
+    if marker.get("teacher") not in (None, checkpoint.fingerprint(teacher)):
         raise LinearizeError(f"the model is another than {source} was made of; give that one, by --set model=FOLDER")
+    if trains and (count := marker.get("processes")) not in (None, str(processes.count())):
+        raise LinearizeError(
+            f"{source} was trained by {count} processes at once, not {processes.count()}; start as many, or steps have "
+            "another size"
+        )
+
+
+def _gone(place: str) -> bool:
+    """Whether a recipe's text is no longer where it was."""
+    return Path(place).is_absolute() and not Path(place).exists()
 
 
 def merge_only(source: Path, out: Path, overwrite: bool = False) -> None:
@@ -215,7 +237,8 @@ def evaluate_only(source: Path, recipe: Recipe, seeds: Sequence[Path] = ()) -> R
     check_writable(source / "report.json")
     others = [_other_seed(seed, recipe) for seed in seeds]
     before = checkpoint.read_recipe(source)
-    free: Any = {"model": True, "evaluation": True, "baselines": True, "data": {"train", "heldout"}}
+    moved = _gone(before.data.train) or not recipe.baselines  # else a baseline would be of another text
+    free: Any = {"model": True, "evaluation": True, "baselines": True, "data": {"heldout", *["train"] * moved}}
     if recipe.model_dump(exclude=free) != before.model_dump(exclude=free):
         raise LinearizeError(
             f"{source} was made by its recipe.yaml; valid to set: evaluation, baselines, data.heldout and, where they "
@@ -224,7 +247,7 @@ def evaluate_only(source: Path, recipe: Recipe, seeds: Sequence[Path] = ()) -> R
     student, _ = checkpoint.load(source)
     curves = checkpoint.read_curves(source)
     base = load_base(recipe, recipe.baselines, train=bool(recipe.baselines), heldout=True)
-    _check_teacher(base.teacher, source)
+    _check_made_of(base.teacher, source, trains=bool(recipe.baselines))
     variants = {"converted": Trained(student.to(base.teacher.device), recipe.mixer, curves)}
     with _work(recipe, source) as work:
         for name in recipe.baselines:
@@ -246,9 +269,11 @@ def _other_seed(folder: Path, recipe: Recipe) -> Suite:
     report = read_report(folder)
     if report.suite is None or recipe.evaluation.suite != "full":
         raise LinearizeError(f"{folder} cannot be pooled: both need --suite full")
-    given, other = recipe.model_dump(mode="json"), report.recipe
-    differ = [key for key in given if key != "seed" and given[key] != other.get(key)]
-    if differ or given["seed"] == other["seed"]:
+    given, other = recipe, Recipe.model_validate(report.recipe)
+    apart: Any = {"seed": True, "model": True, "dtype": True, "data": {"train"}}  # places may be called otherwise
+    found = (one.model_dump(mode="json", exclude=apart).items() for one in (given, other))
+    differ = [key for (key, ours), (_, theirs) in zip(*found, strict=True) if ours != theirs]
+    if differ or given.seed == other.seed:
         raise LinearizeError(f"{folder} is no other seed of this recipe: {', '.join(differ) or 'the seed is the same'}")
     return report.suite
 
@@ -284,7 +309,7 @@ def load_base(recipe: Recipe, variants: Iterable[str] = (), train: bool = False,
 
 def _trained_and_heldout(data: DataSettings) -> str | None:
     """What would be trained on and measured with, if there is such a text; articles are kept apart by number."""
-    if data.train == data.heldout:
+    if data.heldout in (data.train, data.train.removesuffix(":train"), f"{data.train}:train"):
         return None if data.train == "wiki" else data.train
     train, heldout = ({path.resolve() for path in files_of(source)} for source in (data.train, data.heldout))
     return next((str(path) for path in sorted(train & heldout)), None)

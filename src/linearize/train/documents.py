@@ -81,6 +81,8 @@ def _has_text(document: Document) -> bool:
 def files_of(source: str) -> list[Path]:
     """The local files that `source` names, in the order in which they are read; none of an embedded or a hub's text."""
     path = Path(source).expanduser()
+    if source in ("wiki", SELF):
+        return []
     if path.is_dir():
         return sorted(inner for inner in path.rglob("*") if inner.is_file() and _suffix(inner))
     return [path] if path.is_file() else []

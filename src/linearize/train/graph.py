@@ -50,7 +50,9 @@ class Graphed:
 
     def _record(self, batch: Batch) -> None:
         kept = {name: value.clone() for name, value in batch.items()}
-        with _recast(), torch.enable_grad():
+        here = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        # forked, or a run that goes on would have other dropout than one that never stopped
+        with _recast(), torch.enable_grad(), torch.random.fork_rng(here):
             on_the_side(lambda: self._run_compiled(kept))
             gc.collect()
             torch.cuda.empty_cache()
