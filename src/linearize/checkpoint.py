@@ -24,6 +24,7 @@ from linearize.recipe import Recipe
 from linearize.results import Curve
 
 BASE = "base"  # the subfolder of the converted model that an adapter belongs to
+WHOLE = f"a whole model, in a folder or on a hub that answers, of {', '.join(FAMILIES)}"
 
 Student: TypeAlias = "PreTrainedModel | PeftModel"
 
@@ -163,11 +164,8 @@ def read_curves(folder: Path) -> list[Curve]:
 _CURVES = TypeAdapter(list[Curve])
 
 
-MODELS = f"a whole model, in a folder or on a hub that answers, of {', '.join(FAMILIES)}"
-
-
 @contextmanager
-def _readable(name: str, what: str = "a model", valid: str = MODELS) -> Iterator[None]:
+def _readable(name: str, what: str = "a model", valid: str = WHOLE) -> Iterator[None]:
     """What transformers, PEFT, safetensors and the hub raise has no common class: here it becomes a LinearizeError."""
     try:
         yield

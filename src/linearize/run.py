@@ -222,8 +222,8 @@ def merge_only(source: Path, out: Path, overwrite: bool = False) -> None:
     if not isinstance(student, PeftModel):
         raise LinearizeError(f"{source} has no adapter to merge; its weights are whole")
     recipe = checkpoint.read_recipe(source).model_copy(update={"adapter": "merged"})
-    marker = read_json(source / MARKER)
-    with new_folder(out, kind="checkpoint", teacher=marker.get("teacher")) as folder:
+    made_of = {key: read_json(source / MARKER).get(key) for key in ("teacher", "processes")}
+    with new_folder(out, kind="checkpoint", **made_of) as folder:
         checkpoint.write(student, tokenizer, recipe, checkpoint.read_curves(source), folder, out)
         if (source / "report.json").is_file():
             _write_report(read_report(source), recipe, folder)
