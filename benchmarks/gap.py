@@ -24,9 +24,9 @@ from benchmarks.results import provenance, write
 from linearize.checkpoint import unwrapped
 from linearize.evaluate.late_gap import texts
 from linearize.evaluate.perplexity import score
-from linearize.run import load_base, train_variant
 from linearize.train.documents import heldout_documents
 from linearize.train.sequences import tokenize
+from linearize.variants import load_base, train_variant
 
 KINDS = {
     "near": "with the token before it, in the window",

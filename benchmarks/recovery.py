@@ -32,9 +32,9 @@ from linearize.evaluate.perplexity import score, summarize
 from linearize.evaluate.recall import TASKS, recall
 from linearize.inspect import inspect
 from linearize.recipe import Recipe
-from linearize.run import Base, load_base, train_variant
 from linearize.train.documents import heldout_documents
 from linearize.train.sequences import tokenize
+from linearize.variants import Base, load_base, train_variant
 
 
 def main() -> None:

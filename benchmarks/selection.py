@@ -22,9 +22,9 @@ from benchmarks.results import provenance, write
 from linearize import recipe as recipes
 from linearize.convert import choose_layers
 from linearize.probes import probes
-from linearize.run import load_base, mixer_of
 from linearize.select import Candidates, by_alignment, by_gain, uniform
 from linearize.train.documents import heldout_documents, load_documents
+from linearize.variants import load_base, mixer_of
 
 KEEP = (1, 3, 4)
 KEEP_HEADS = (3, 9, 18)

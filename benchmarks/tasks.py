@@ -16,7 +16,7 @@ from benchmarks.results import provenance, write
 from linearize.checkpoint import unwrapped
 from linearize.evaluate.choice import LOCAL, Answers, answers, short_tasks, task_scores
 from linearize.measures import TaskScore
-from linearize.run import load_base, train_variant
+from linearize.variants import load_base, train_variant
 
 
 def main() -> None:

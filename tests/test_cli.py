@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -20,10 +19,9 @@ from transformers import (
 )
 
 import linearize
-from linearize import LinearizeError, cli
+from linearize import LinearizeError, cli, variants
 from linearize.assets import quick_hub
 
-RUN = import_module("linearize.run")  # linearize.run is the function
 SMALL = (  # a run of seconds
     "run --out out --model llama --data text.txt --window 8 --heldout heldout.txt --set data.sequence_length=32 "
     "--set align.tokens=64 --set distill.tokens=64 --set evaluation.sequence_length=48 --set evaluation.sequences=2 "
@@ -204,7 +202,7 @@ def assert_refused(arguments: list[str], words: str, capsys) -> None:
 
 @pytest.mark.parametrize(("arguments", "words"), REFUSED, ids=[case[0] for case in REFUSED])
 def test_run_refuses_before_training(arguments, words, here, capsys, monkeypatch):
-    monkeypatch.setattr(RUN, "train", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr(variants, "train", lambda *_: pytest.fail("it trained"))
     assert_refused(f"{SMALL} {arguments}".split(), words, capsys)
 
 
@@ -270,7 +268,7 @@ def test_full_disk(fails_in, here, capsys, monkeypatch):
     owner, name, error = {
         "model": (PreTrainedModel, "save_pretrained", OSError(28, "No space left on device")),
         "tokenizer": (PreTrainedTokenizerFast, "save_pretrained", Exception("No space left (os error 28)")),
-        "trained weights": (RUN, "save_file", RuntimeError("[enforce fail at inline_container.cc:672]")),
+        "trained weights": (variants, "save_file", RuntimeError("[enforce fail at inline_container.cc:672]")),
     }[fails_in]
 
     def save(*_, **__):
@@ -325,7 +323,7 @@ def test_nan_leaves_no_empty_folders(here, monkeypatch, capsys):
         arguments[-2].mkdir(parents=True)
         raise LinearizeError("the loss is nan at step 1 of 2; try a lower learning_rate")
 
-    monkeypatch.setattr(RUN, "train", train)
+    monkeypatch.setattr(variants, "train", train)
     assert_refused(SMALL.split(), "nan step 1 of 2 learning_rate", capsys)
 
 

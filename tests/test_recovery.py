@@ -9,7 +9,7 @@ import yaml
 
 from benchmarks import recovery
 from linearize.recipe import read
-from linearize.run import Base
+from linearize.variants import Base
 
 ROWS = sorted((Path(recovery.__file__).parent / "rows").glob("*.yaml"))
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny import assert_close, ids, logits, relative, timeless
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from linearize import LinearizeError, Recipe, convert, load
+from linearize import LinearizeError, Recipe, convert, load, variants
 from linearize.checkpoint import read_curves, read_recipe
 from linearize.convert import mixers
 from linearize.decoding import Decoder
@@ -71,8 +71,8 @@ def trained(monkeypatch) -> list[tuple[str, str]]:
         calls.append((stage, name))
         return original(stage, name, *rest)
 
-    original = job.train
-    monkeypatch.setattr(job, "train", watched)
+    original = variants.train
+    monkeypatch.setattr(variants, "train", watched)
     return calls
 
 
@@ -82,8 +82,8 @@ def kill_at(monkeypatch, stage: str, name: str) -> None:
             raise KeyboardInterrupt
         return original(*args)
 
-    original = job.train
-    monkeypatch.setattr(job, "train", killed)
+    original = variants.train
+    monkeypatch.setattr(variants, "train", killed)
 
 
 def test_the_folder_holds_all_that_belongs_to_it(done, recipe):

@@ -17,10 +17,10 @@ from linearize.evaluate.perplexity import score
 from linearize.heads import parse_heads
 from linearize.probes import WORDS, Needles, Probes, needles, probes, recall
 from linearize.ranges import spans
-from linearize.run import load_base
 from linearize.select import Candidates, by_alignment, by_gain, uniform
 from linearize.train.align import align_loss
 from linearize.train.sequences import pack, tokenize
+from linearize.variants import load_base
 
 WINDOW = MixerSettings.model_validate({"structure": "none", "window": 6, "sinks": 2})
 LAYERS = 4

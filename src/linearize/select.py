@@ -31,11 +31,11 @@ from linearize.probes import Probes, probes, recall
 from linearize.ranges import spans
 from linearize.recipe import AlignSettings, Recipe
 from linearize.results import Schema
-from linearize.run import Base, build, load_base, mixer_of, train_stage, with_adapters
 from linearize.train.align import align_loss, layer_errors
 from linearize.train.documents import load_documents
 from linearize.train.sequences import pack
 from linearize.train.trainer import shared_copy
+from linearize.variants import Base, build, load_base, mixer_of, train_stage, with_adapters
 
 SELECTORS = ("late", "recall", "both", "gradient", "align")
 FINGERPRINT_TOKENS = 32  # past window and sinks, where conversions begin to differ

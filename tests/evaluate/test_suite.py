@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 import tiny
 
-from linearize import LinearizeError, Recipe
+from linearize import LinearizeError, Recipe, variants
 from linearize.convert import mixers
 from linearize.evaluate import suite
 from linearize.evaluate.kept import Kept
@@ -165,7 +165,7 @@ def test_a_baseline_keeps_the_same_softmax_layers(recipe):
     for chosen in (recipe, listed):
         teacher = tiny.tiny()
         for name in ("converted", *chosen.baselines):
-            model = job.build(chosen, job.mixer_of(chosen, name, teacher), teacher)
+            model = variants.build(chosen, variants.mixer_of(chosen, name, teacher), teacher)
             assert [mixer.layer_idx for mixer in mixers(model)] == [0, 2]
             assert model.config.linearize["layers"] == [0, 2]
 

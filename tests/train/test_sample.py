@@ -3,7 +3,6 @@
 import gzip
 import json
 import warnings
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import tiny
 import torch
 from equation import needs_gpu
 
-from linearize import LinearizeError, Recipe, cli, convert
+from linearize import LinearizeError, Recipe, cli, convert, variants
 from linearize import run as run_recipe
 from linearize.assets import cache_folder
 from linearize.checkpoint import load_pretrained
@@ -22,7 +21,6 @@ from linearize.train.sequences import tokenize
 
 TEMPLATE = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '.,' }}{% endfor %}"
 TEMPLATE += "{% if add_generation_prompt %}{{ '<a>' }}{% endif %}"
-JOB = import_module("linearize.run")  # linearize.run is the function
 END = 1
 GREEDY = 1e-5  # a temperature at which the likeliest token is certain
 
@@ -267,7 +265,7 @@ def test_a_run_on_text_of_its_own(recipe, tmp_path, monkeypatch):
         asked.append(given[2:])
         return sampled_documents(*given)
 
-    monkeypatch.setattr(JOB, "sampled_documents", watched)
+    monkeypatch.setattr(variants, "sampled_documents", watched)
     report = run_recipe(recipe, tmp_path / "out")
     assert asked == [(96 + 32, 32, 0, 1.0)]  # once, for both variants
     assert report.models.converted.trained_tokens == report.models.window_only.trained_tokens == 160
@@ -276,7 +274,7 @@ def test_a_run_on_text_of_its_own(recipe, tmp_path, monkeypatch):
 
 def test_fewer_tokens_are_read_again(recipe, tmp_path, monkeypatch):
     data = recipe.data.model_copy(update={"self_tokens": 40, "self_temperature": 0.5})
-    monkeypatch.setattr(JOB, "sampled_documents", lambda *given: asked.append(given[2:]) or made)
+    monkeypatch.setattr(variants, "sampled_documents", lambda *given: asked.append(given[2:]) or made)
     asked, made = [], [np.arange(40, dtype=np.int32)]
     report = run_recipe(recipe.model_copy(update={"data": data}), tmp_path / "out")
     assert asked == [(40, 32, 0, 0.5)]
