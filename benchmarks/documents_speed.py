@@ -166,7 +166,7 @@ def training(name: str) -> str:
     rows = [row for row in data["rows"] if "error" not in row]
     for row in rows:
         lines.append(
-            f"| {row['side']} | {row['batch']} × {row['length']:,} | {row['batch'] * row['documents']} | "
+            f"| {row['side']} | {_batch(row)} | {_gpus(row) * row['batch'] * row['documents']} | "
             f"{1000 * median(row['seconds']):.1f} | "
             f"{_teachers(row)} | {_speed(row):,.0f} | {row['idle']:.1%} | "
             f"{row['peak_bytes'] / 2**30:.1f} |"
@@ -177,9 +177,20 @@ def training(name: str) -> str:
     return "\n".join([*lines, "", f"`python -m benchmarks.train`, medians; {made_on(data)}."])
 
 
+def _gpus(row: dict[str, Any]) -> int:
+    """Processes, of a GPU each, that had a batch of their own."""
+    return row.get("processes", 1)
+
+
+def _batch(row: dict[str, Any]) -> str:
+    """Sequences and their length, of each GPU."""
+    batch = f"{row['batch']} × {row['length']:,}"
+    return batch if _gpus(row) == 1 else f"{_gpus(row)} GPUs, {batch} each"
+
+
 def _speed(row: dict[str, Any]) -> float:
-    """Tokens per second."""
-    return row["batch"] * row["length"] / median(row["seconds"])
+    """Tokens per second, of all GPUs."""
+    return _gpus(row) * row["batch"] * row["length"] / median(row["seconds"])
 
 
 def _teachers(row: dict[str, Any]) -> str:
@@ -195,7 +206,8 @@ def _students(row: dict[str, Any]) -> float:
 def _training_goals(rows: list[dict[str, Any]], length: int) -> Iterator[tuple[str, str, bool]]:
     """Each goal, what was reached, and whether that is enough."""
     long = length == 32768  # of one document, where softmax attention has most to do
-    step = [row for row in rows if row["length"] == length and row["batch"] * length == 32768]
+    alone = [row for row in rows if _gpus(row) == 1]
+    step = [row for row in alone if row["length"] == length and row["batch"] * length == 32768]
     sides = {row["side"]: row for row in step if row["documents"] == 1 or not long}
     if not {"default", "window only", "original attention"} <= sides.keys():
         yield f"{length:,} tokens{' in one document' if long else ''}: all of it", "not measured", False

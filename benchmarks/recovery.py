@@ -9,6 +9,7 @@ interrupted run goes on where it was; results are printed and written as they co
 """
 
 import argparse
+import hashlib
 import json
 import os
 import time
@@ -151,7 +152,7 @@ def _base(recipe: Recipe, every: list[Recipe]) -> Base:
 
 
 def _row(name: str, recipe: Recipe, base: Base, arguments: argparse.Namespace) -> dict[str, Any]:
-    trained = train_variant(recipe, "converted", base, arguments.work / name)
+    trained = train_variant(recipe, "converted", base, work_of(name, recipe, arguments.work))
     model = unwrapped(trained.student).eval()
     row = measure(recipe, model, name, arguments)
     row["tokens"] = trained.tokens
@@ -170,6 +171,12 @@ def _row(name: str, recipe: Recipe, base: Base, arguments: argparse.Namespace) -
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         torch.cuda.reset_peak_memory_stats()
     return row
+
+
+def work_of(name: str, recipe: Recipe, work: Path) -> Path:
+    """Where a row's weights are kept: others of its name, in other files of rows, were trained by another recipe."""
+    how = recipe.model_dump_json(exclude={"evaluation"})
+    return work / f"{name}-{hashlib.sha256(how.encode()).hexdigest()[:8]}"
 
 
 def _texts(recipe: Recipe) -> Iterator[Texts]:

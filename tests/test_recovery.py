@@ -55,6 +55,15 @@ def test_rows_of_another_text_have_tokens_of_their_own(monkeypatch):
     assert {base.teacher for base in bases} == {1}
 
 
+def test_rows_of_one_name_and_several_files_have_weights_of_their_own(tmp_path):
+    """But for how they are evaluated, which weights do not depend on."""
+    rows = [[], ["evaluation.articles=21-30"], ["softmax_heads=8/0"], ["seed=1"], ["distill.tokens=3M"]]
+    recipes = [recovery.recipe_of(row, arguments()) for row in rows]
+    folders = [recovery.work_of("converted-0", recipe, tmp_path) for recipe in recipes]
+    assert folders[0] == folders[1]
+    assert len(set(folders)) == len(rows) - 1
+
+
 @pytest.mark.slow
 def test_more_rows_than_a_pipe_holds(tmp_path, monkeypatch):
     names = "\n".join(f"row-{n}: [{', '.join(['mixer.structure=none'] * 50)}]" for n in range(50))
