@@ -124,9 +124,9 @@ def main() -> None:
 # --- models and caches ---
 
 
-def random_model(name: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """Made on the device in its dtype: no copy in fp32."""
-    config = LlamaConfig(**SHAPES[name], max_position_embeddings=131072)
+def random_model(name: str, dtype: torch.dtype = torch.bfloat16, **others: Any) -> PreTrainedModel:
+    """Of that shape, but for what is `others`; made on the device in its dtype: no copy in fp32."""
+    config = LlamaConfig(**SHAPES[name] | others, max_position_embeddings=131072)
     with torch.device(DEVICE):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
+from benchmarks.decode import random_model
 from benchmarks.results import provenance, write
-from benchmarks.train import random_model
 from linearize import convert, recipe
 from linearize.cache import cache_bytes
 from linearize.decoding import _decoders
@@ -41,7 +41,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=12)
     parser.add_argument("--layers", type=int, default=30)
     arguments = parser.parse_args()
-    original, plain, default = (random_model(arguments.layers, arguments.context) for _ in range(3))
+    torch.manual_seed(0)
+    shape = {"num_hidden_layers": arguments.layers}
+    original, plain, default = (random_model("SmolLM2-135M", torch.float32, **shape) for _ in range(3))
     convert(plain, structure="gla")
     convert(default, **recipe.read("default").mixer.root)
     room = arguments.context + arguments.steps * (arguments.turns + 1)

@@ -3,12 +3,14 @@
     python -m benchmarks.train --out docs/results/train_h100.json
     python -m benchmarks.train --length 32768 --batch 1 --out docs/results/train_h100.json
     torchrun --nproc-per-node 2 -m benchmarks.train --out docs/results/train_h100.json
+    python -m benchmarks.train --model Llama-3.2-1B --batch 4 --sides default --out docs/results/train_h100.json
 
-The student has the default model's shape (SmolLM2-135M) and random weights, and so has its teacher; tokens are random
-and packed into documents. Every side goes through the same `linearize.train.trainer.train` with LoRA of rank 32, in
-bf16 autocast on a GPU: "original attention" is the unconverted model as its own student. The teacher's forward pass is
-timed apart in each. Sides of one length are kept when the command is given again for another. Of several processes,
-each with a batch of its own, the first one's times are written.
+The student has the default model's shape (SmolLM2-135M), or that of `--model`, and random weights in fp32, and so has
+its teacher; tokens are random and packed into documents. Every side goes through the same
+`linearize.train.trainer.train` with LoRA of rank 32, in bf16 autocast on a GPU: "original attention" is the unconverted
+model as its own student. The teacher's forward pass is timed apart in each. Sides of one length are kept when the
+command is given again for another. Of several processes, each with a batch of its own, the first one's times are
+written.
 """
 
 import argparse
@@ -24,8 +26,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
+from benchmarks.decode import SHAPES, random_model
 from benchmarks.results import provenance, write
 from linearize import convert, processes, recipe
 from linearize.convert import decoder
@@ -62,16 +65,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--documents", type=int, default=4, help="packed into each sequence")
-    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--model", choices=SHAPES, default="SmolLM2-135M")
+    parser.add_argument("--layers", type=int, help="as many as the model has, if nothing is said")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--compiled", choices=COMPILED, default="layers")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(GOALS))
     arguments = parser.parse_args()
+    arguments.layers = arguments.layers or SHAPES[arguments.model]["num_hidden_layers"]
     processes.start()
     results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {**provenance(), "rows": []}
-    teacher = random_model(arguments.layers, arguments.length)
-    shape = {key: getattr(arguments, key) for key in ("batch", "length", "documents", "layers", "compiled")}
-    shape["processes"] = processes.count()
+    torch.manual_seed(0)
+    teacher = random_model(arguments.model, torch.float32, num_hidden_layers=arguments.layers)
+    keys = ("model", "batch", "length", "documents", "layers", "gradient_checkpointing", "compiled")
+    shape = {key: getattr(arguments, key) for key in keys} | {"processes": processes.count()}
     for name in arguments.sides:
         try:
             row = {"side": name, **shape, **measure(name, teacher, arguments)}
@@ -87,25 +94,9 @@ def main() -> None:
         write(arguments.out, results)
 
 
-def random_model(layers: int, length: int) -> PreTrainedModel:
-    """SmolLM2-135M's shape."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=max(8192, length),
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def random_sequences(count: int, length: int, documents: int) -> list[dict[str, Tensor]]:
+def random_sequences(vocabulary: int, count: int, length: int, documents: int) -> list[dict[str, Tensor]]:
     """`input_ids`, `position_ids` and `targets` of each sequence."""
-    ids = torch.randint(0, 49152, (count, length))
+    ids = torch.randint(0, vocabulary, (count, length))
     positions = torch.arange(length) % (length // documents)
     return [{"input_ids": row, "position_ids": positions, "targets": row.roll(-1)} for row in ids]
 
@@ -157,8 +148,11 @@ def measure(name: str, teacher: PreTrainedModel, arguments: argparse.Namespace, 
     wrapped = trainer.with_lora(student, LoraSettings())
     steps = WARM + arguments.steps + profiled
     count = steps * arguments.batch * processes.count()
-    sequences = random_sequences(count, arguments.length, arguments.documents)
-    stage = DistillSettings(tokens=count * arguments.length, batch_size=arguments.batch, save_every=0)
+    sequences = random_sequences(teacher.config.vocab_size, count, arguments.length, arguments.documents)
+    stage = DistillSettings(
+        tokens=count * arguments.length, batch_size=arguments.batch, save_every=0,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+    )  # fmt: skip
     unfused: AbstractContextManager[Any] = (
         nullcontext() if fused else patch.object(LinearizedAttention, "fused", lambda *_: (None, None))
     )

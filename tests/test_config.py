@@ -28,6 +28,7 @@ def test_initial_mixing_weight():
         ({"structure": "foo"}, "^unknown structure 'foo'; valid: deltanet, gated_deltanet, .*, none, rwkv6$"),
         ({"window": 0}, "mixer key 'window' is 0: .* greater than or equal to 1"),
         ({"window": 1.5}, "mixer key 'window' is 1.5"),
+        ({"window": True}, "mixer key 'window' is True: it is no switch, and takes a value"),
         ({"sinks": -1}, "mixer key 'sinks' is -1"),
         ({"gate_temperature": 0}, "mixer key 'gate_temperature' is 0: .* greater than 0"),
         ({"gate_temperature": float("inf")}, "mixer key 'gate_temperature' is inf: .* finite"),

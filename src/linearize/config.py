@@ -4,7 +4,17 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    RootModel,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from linearize.errors import LinearizeError, unknown
 from linearize.features import SIGNED
@@ -14,10 +24,21 @@ from linearize.structures.base import absent
 T = TypeVar("T", bound=BaseModel)
 
 
-class MixerConfig(BaseModel):
-    """The settings of Liger Attention in one layer; their names are those of the recipe and of the flags."""
+class Settings(BaseModel):
+    """Settings that a person writes; frozen, and each of them known."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_yes_for_a_number(cls, given: Any, field: ValidationInfo) -> Any:
+        if isinstance(given, bool) and cls.model_fields[field.field_name or ""].annotation is not bool:
+            raise PydanticCustomError("no_switch", "it is no switch, and takes a value")  # which pydantic would make 1
+        return given
+
+
+class MixerConfig(Settings):
+    """The settings of Liger Attention in one layer; their names are those of the recipe and of the flags."""
 
     structure: str = Field("gla", description="the recurrence; none leaves the window and the sinks alone")
     local: Literal["window", "block", "none"] = Field(

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from linearize.assets import MODELS
-from linearize.config import MixerSettings, drop_idle, validated
+from linearize.config import MixerSettings, Settings, drop_idle, validated
 from linearize.errors import LinearizeError, unknown
 
 NAMES = {"wiki", "self", *MODELS}  # of what is nowhere
@@ -43,10 +43,6 @@ def parse_place(given: Any) -> Any:
 
 Place = Annotated[str, BeforeValidator(parse_place)]
 Ranges = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) is int else given)]  # YAML reads 7 so
-
-
-class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataSettings(Settings):
