@@ -7,6 +7,7 @@ which has other tests run kernels, takes more than the compiler does.
 """
 
 import sys
+from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
@@ -17,9 +18,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.tune import Target
-from linearize import convert, recipe
+from linearize import convert, mixer, recipe
 from linearize.decoding import Decoder
-from linearize.ops import dispatch, gated_delta
+from linearize.ops import dispatch, gated_delta, gated_linear, slots
 from linearize.train.distill import distill_loss
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -45,12 +46,12 @@ def main(name: str, *given: str) -> None:
         return run(self, *args, grid=grid, warmup=True, **told)
 
     driver.set_active(Target(H100))
-    with (
-        patch.object(JITFunction, "run", compile_only),
-        patch.object(dispatch, "no_device", lambda x: None),
-        patch("linearize.mixer.kernel_dtype", lambda x: x.dtype),
-        patch.object(gated_delta, "kernel_dtype", lambda x: x.dtype),
-    ):
+    with ExitStack() as patched:
+        for module in (mixer, gated_delta, gated_linear, slots):
+            patched.enter_context(patch.object(module, "kernel_dtype", lambda x: x.dtype))
+        patched.enter_context(patch.object(JITFunction, "run", compile_only))
+        patched.enter_context(patch.object(dispatch, "no_device", lambda x: None))
+        patched.enter_context(patch.object(gated_linear, "FUSED", True))
         ids, positions = torch.randint(0, 1024, (1, LENGTH)), torch.arange(LENGTH)[None] % (LENGTH // DOCUMENTS)
         batch = {"input_ids": ids, "position_ids": positions, "targets": ids}
         distill_loss(student, teacher, batch, documents=DOCUMENTS).backward()

@@ -22,6 +22,7 @@ pytestmark = [
         (["hybrid"], {"step_kernel", "parts_kernel", "together_kernel", "delta_channel_gradients_kernel"}),
         (["liger-paper"], {"step_kernel", "states_kernel", "output_kernel", "key_gradients_kernel"}),
         (["liger-paper", "structure=mamba2"], {"step_kernel", "prepare_kernel", "state_gradients_kernel"}),
+        (["liger-paper", "structure=gsa"], {"given_kernel", "read_kernel", "write_gradients_kernel"}),
         (["liger-paper", "structure=gated_deltanet"], {"step_kernel", "delta_query_gradients_kernel"}),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, list) else "",

@@ -1,4 +1,4 @@
-"""Gated slots, chunked and step, against the equation: forward, state and all gradients."""
+"""Gated slots, in two passes and by steps, against the equation: forward, state and all gradients."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from tiny import assert_close
 from torch import Tensor
 
 from linearize.ops import slots as module
-from linearize.ops.slots import chunked, gated_slots, reference, step
+from linearize.ops.slots import gated_slots, in_two_passes, reference, step
 
 
 def inputs(T: int, KV: int = 2, groups: int = 3, K: int = 12, V: int = 8, M: int = 5):
@@ -22,11 +22,11 @@ def documents(T: int, starts: list[int]) -> Tensor:
     return document.cumsum(0)[None]
 
 
-def assert_is_the_equation(given: list[Tensor], document: Tensor | None = None, **kwargs) -> None:
+def assert_is_the_equation(given: list[Tensor], document: Tensor | None = None) -> None:
     """Outputs, final states and gradients of all five inputs."""
     ours = [x.clone().requires_grad_() for x in given]
     truth = [x.double().requires_grad_() for x in given]
-    results, expected = chunked(*ours, document, **kwargs), reference(*truth, document)
+    results, expected = in_two_passes(*ours, document), reference(*truth, document)
     weights = [torch.randn_like(x) for x in expected]
     for result, other in zip(results, expected, strict=True):
         assert_close(result, other)
@@ -38,7 +38,7 @@ def assert_is_the_equation(given: list[Tensor], document: Tensor | None = None, 
 
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("T", [1, 5, 63, 64, 65, 130])
-def test_chunked_is_the_equation(T, groups):
+def test_in_two_passes_is_the_equation(T, groups):
     assert_is_the_equation(inputs(T, groups=groups))
 
 
@@ -47,9 +47,8 @@ def test_key_value_and_slot_sizes(sizes):
     assert_is_the_equation(inputs(70, K=sizes[0], V=sizes[1], M=sizes[2]))
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 16, 128])
-def test_any_chunk_size(chunk):
-    assert_is_the_equation(inputs(100), documents(100, [16, 40, 64]).expand(2, -1), chunk=chunk)
+def test_documents():
+    assert_is_the_equation(inputs(100), documents(100, [16, 40, 64]).expand(2, -1))
 
 
 def test_without_a_state():
@@ -102,7 +101,7 @@ def test_a_log_decay_of_zero_changes_nothing():
 @pytest.mark.parametrize("splits", [[1], [64], [63, 64, 65], [7, 100], [129]], ids=str)
 def test_any_split_gives_the_same(splits):
     *given, state = inputs(130)
-    expected, last = chunked(*given, state)
+    expected, last = in_two_passes(*given, state)
     parts = []
     for part in zip(*(x.tensor_split(splits, dim=1) for x in given), strict=True):
         output, state = gated_slots(*part, state)
@@ -134,10 +133,10 @@ def test_bfloat16_in_bfloat16_out_and_an_fp32_state(T):
     assert_close(state, last)
 
 
-@pytest.mark.parametrize(("T", "name"), [(1, "step"), (2, "chunked"), (65, "chunked")])
+@pytest.mark.parametrize(("T", "name"), [(1, "step"), (2, "in_two_passes"), (65, "in_two_passes")])
 def test_dispatch(monkeypatch, T, name):
     called = []
-    for choice in ("step", "chunked"):
+    for choice in ("step", "in_two_passes"):
         original = getattr(module, choice)
         monkeypatch.setattr(module, choice, lambda *args, c=choice, f=original: (called.append(c), f(*args))[1])
     gated_slots(*inputs(T)[:4])

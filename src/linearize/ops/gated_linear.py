@@ -12,6 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from linearize.ops.dispatch import kernel_dtype, warn_once, why_no_kernel
+
+FUSED = False  # by kernels, where there is a GPU: to be set when one has run tests/ops/test_gated_linear_fused.py
+
 Output = tuple[Float[Tensor, "B T H V"], Float[Tensor, "B KV K V"]]
 
 
@@ -26,10 +30,58 @@ def gated_linear(
     """The recurrence by the fastest code there is for these inputs: output in q's dtype, final state in fp32."""
     if state is None:
         state = q.new_zeros(q.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
+    dtype = kernel_dtype(v)
     with torch.autocast(q.device.type, enabled=False):  # sums over the whole text do not fit into bf16
-        if q.shape[1] == 1:
-            return step(q, k, v, log_g, state)
-        return chunked(q, k, v, log_g, state, document)
+        return run(q, k, v, log_g, state, document, dtype)
+
+
+def run(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T KV K"],
+    v: Float[Tensor, "B T KV V"],
+    log_g: Float[Tensor, "B T KV #K"] | Float[Tensor, "B T KV #V"],
+    state: Float[Tensor, "B KV K V"],
+    document: Int[Tensor, "B T"] | None,
+    dtype: torch.dtype | None,
+    by_value: bool = False,
+) -> Output:
+    """As `gated_linear`, from a given state, with a decay for each value channel if `by_value`; by kernels only with v
+    in this dtype."""
+    if q.shape[1] == 1 and not by_value:
+        return step(q, k, v, log_g, state)
+    if FUSED and dtype is not None:
+        if (reason := why_not_fused(q, k, v)) is None:
+            return fused(q, k, v.to(dtype), log_g, state, document, by_value)
+        warn_once(f"gated linear attention runs without its kernels, several times slower: {reason}")
+    return (chunked_by_value if by_value else chunked)(q, k, v, log_g, state, document)
+
+
+def why_not_fused(
+    q: Float[Tensor, "B T H K"], k: Float[Tensor, "B T KV K"], v: Float[Tensor, "B T KV V"]
+) -> str | None:
+    """What the kernels lack for these inputs; None if nothing."""
+    K, V = k.shape[3], v.shape[3]
+    unsupported = {
+        f"keys of size {K} and values of size {V}": K != V or K > 128,
+        f"{q.numel()} numbers in q": q.numel() >= 2**31,
+    }
+    return why_no_kernel(q, unsupported)
+
+
+def fused(
+    q: Float[Tensor, "B T H D"],
+    k: Float[Tensor, "B T KV D"],
+    v: Float[Tensor, "B T KV D"],
+    log_g: Float[Tensor, "B T KV #D"],
+    state: Float[Tensor, "B KV D D"],
+    document: Int[Tensor, "B T"] | None = None,
+    by_value: bool = False,
+) -> Output:
+    """By the Triton kernels, which `why_not_fused` must have nothing against: operands of products in bf16, unless v is
+    in fp32, where q, k and their gradients may be. With a decay for each value channel if `by_value`."""
+    from linearize.ops import gated_linear_fused
+
+    return gated_linear_fused.run(q, k, v, log_g, state, document, by_value)
 
 
 def reference(
@@ -116,13 +168,14 @@ def with_bonus(
     """
     if state is None:
         state = q.new_zeros(q.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
+    dtype = kernel_dtype(v)
     with torch.autocast(q.device.type, enabled=False):
         q_, k_, v_, log_g_ = (x.float() for x in (q, k, v, log_g))
         late_k, late_v, late_g = (torch.nn.functional.pad(x, (0, 0, 0, 0, 1, -1)) for x in (k_, v_, log_g_))
         if document is not None:  # a document begins with an empty state: the token before it is of another one
             same = document == torch.cat([document[:, :1], document[:, :-1]], dim=1)
             late_k = late_k * same[:, :, None, None]
-        output, state = gated_linear(q_, late_k, late_v, late_g, state, document)
+        output, state = run(q_, late_k, late_v, late_g, state, document, dtype)
         grouped = q_.unflatten(2, (k.shape[2], -1))
         weight = (grouped * (bonus.float() * k_)[:, :, :, None]).sum(-1, keepdim=True)
         output = output + (weight * v_[:, :, :, None]).flatten(2, 3)

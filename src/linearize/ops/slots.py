@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from linearize.ops.gated_linear import chunked_by_value, gated_linear
+from linearize.ops import gated_linear
+from linearize.ops.dispatch import kernel_dtype
 
 Output = tuple[Float[Tensor, "B T H V"], Float[Tensor, "B KV M K+V"]]
 
@@ -28,10 +29,11 @@ def gated_slots(
     if state is None:
         size = k.shape[3] + v.shape[3]
         state = q.new_zeros(q.shape[0], *log_g.shape[2:], size, dtype=torch.float32)
+    dtype = kernel_dtype(v)
     with torch.autocast(q.device.type, enabled=False):
         if q.shape[1] == 1:
             return step(q, k, v, log_g, state)
-        return chunked(q, k, v, log_g, state, document)
+        return in_two_passes(q, k, v, log_g, state, document, dtype)
 
 
 def reference(
@@ -72,22 +74,23 @@ def step(
     return (read @ values).flatten(1, 2)[:, None].to(q.dtype), state
 
 
-def chunked(
+def in_two_passes(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T KV K"],
     v: Float[Tensor, "B T KV V"],
     log_g: Float[Tensor, "B T KV M"],
     state: Float[Tensor, "B KV M K+V"],
     document: Int[Tensor, "B T"] | None = None,
-    chunk: int = 64,
+    dtype: torch.dtype | None = None,
 ) -> Output:
-    """Two passes of gated linear attention, a softmax between them; differentiable, T of any length.
+    """Two passes of gated linear attention, a softmax between them; differentiable, T of any length. By kernels only
+    with what is written in this dtype.
 
     `q_t K̃_tᵀ` is linear attention whose values are what a token writes to each slot, `1 - α`, decaying by value
     channel; the softmax of it reads Ṽ, whose keys are `1 - α` and whose decay is by key channel.
     """
     keys, values = state.split([k.shape[3], v.shape[3]], dim=-1)
     write = -torch.expm1(log_g.float())  # 1 - α, without the cancellation near 1
-    scores, keys = chunked_by_value(q.float(), k, write, log_g, keys.mT, document, chunk)
-    output, values = gated_linear(scores.softmax(-1), write, v, log_g, values, document)
+    scores, keys = gated_linear.run(q.float(), k, write, log_g, keys.mT, document, dtype, by_value=True)
+    output, values = gated_linear.run(scores.softmax(-1), write, v, log_g, values, document, dtype)
     return output.to(q.dtype), torch.cat([keys.mT, values], dim=-1)
