@@ -101,6 +101,19 @@ def test_beyond_the_length_the_model_was_trained_at(family, layers):
     assert not torch.allclose(full[:, 12:], unclamped[:, 12:], atol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi"])
+def test_given_positions_beyond_the_length_the_model_was_trained_at(family):
+    """Which a text may reach that has not as many tokens."""
+    model = converted(family, "all", max_position_embeddings=LENGTH + 3)
+    positions = torch.arange(LENGTH)[None] + 10
+    full = logits(model, ids(2, LENGTH), position_ids=positions, use_cache=False)
+    for sizes in (one_by_one(8), [12, 6, 6]):
+        cache, parts = DynamicCache(config=model.config), []
+        for part, there in zip(ids(2, LENGTH).split(sizes, 1), positions.split(sizes, 1), strict=True):
+            parts.append(logits(model, part, position_ids=there, past_key_values=cache))
+        assert_close(torch.cat(parts, 1), full)
+
+
 def test_native_sliding_layers_beside_converted_ones():
     model = converted("mistral", "0,2", sliding_window=6)
     full = logits(model, ids(1, LENGTH), use_cache=False)

@@ -1,7 +1,9 @@
 """Steps by fixed addresses are those of the ordinary forward, whatever happens to cache, batch and weights between."""
 
 import copy
+import os
 import pickle
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -325,6 +327,41 @@ def test_weights_that_changed_are_seen(settings, steps):
     assert all(relative(a, b) > 1e-3 for a, b in pairwise(outputs))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"layers": "0,2"}, {"softmax_heads": "0/0"}], ids=str)
+def test_a_cache_that_another_model_goes_on_with(settings, steps):
+    """A copy of the first, once and in turns."""
+    model, tokens = converted(**settings), ids(2, LENGTH).to(DEVICE)
+    other, full = copy.deepcopy(model), logits(model, tokens, use_cache=False)
+    for turns in ([model] * 8 + [other] * LENGTH, [model, other] * LENGTH):
+        _, cache = in_parts(model, tokens[:, :9], [9])
+        for t, chosen in zip(range(9, LENGTH), turns, strict=False):
+            assert_close(chosen(tokens[:, [t]], past_key_values=cache).logits, full[:, [t]])
+    assert len(steps) == 2 * (LENGTH - 9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["weights", "hook", "ablation", "layer"])
+def test_what_is_done_to_a_model_between_two_tokens(change, steps):
+    """It is seen by a cache that has been decoded with, as by one that has not."""
+    model, tokens, called = converted(), ids(2, LENGTH).to(DEVICE), []
+    caches = [in_parts(model, tokens[:, :12], sizes)[1] for sizes in (one_by_one(9)[:4], [12])]
+    assert len(steps) == 3
+    layer = model.model.layers[1]
+    if change == "weights":
+        model.load_state_dict({name: 1.1 * x for name, x in model.state_dict().items()}, assign=True)
+    elif change == "hook":
+        layer.mlp.register_forward_hook(lambda *_: called.append(1))
+    elif change == "ablation":
+        layer.self_attn.ablated = "recurrence"
+    else:
+        layer.mlp = copy.deepcopy(layer.mlp).requires_grad_(False).to(DEVICE)
+        layer.mlp.down_proj.weight.mul_(-1)
+    live, fresh = (model(tokens[:, [12]], past_key_values=cache).logits for cache in caches)
+    assert_close(live, fresh)
+    assert len(called) == 2 * (change == "hook")
+
+
 @pytest.mark.parametrize("settings", [{}, WHOLE[1]], ids=["published", "gated"])
 def test_a_model_is_saved_trained_and_copied_as_before(settings, tmp_path, steps):
     """Though projections of one input are parts of one tensor now."""
@@ -357,6 +394,26 @@ def test_a_model_is_saved_trained_and_copied_as_before(settings, tmp_path, steps
 )
 def test_models_without_a_decoder_say_why(settings, reason):
     assert decoding.why_not(converted(**settings)) == reason
+
+
+def test_float64_goes_the_ordinary_way(steps):
+    model, tokens = converted().double(), ids(2, LENGTH).to(DEVICE)
+    assert_close(in_parts(model, tokens, one_by_one(9))[0], logits(model, tokens, use_cache=False))
+    assert not steps
+
+
+@pytest.mark.slow
+def test_a_cache_that_lives_to_the_end():
+    """What is left of it when Python ends disturbs nobody."""
+    script = (
+        "import tiny, torch; from linearize import convert; from transformers import DynamicCache\n"
+        "model, ids = convert(tiny.tiny('llama'), window=5, layers='0,2'), tiny.ids(1, 12)\n"
+        "cache = DynamicCache(config=model.config)\n"
+        "with torch.no_grad(): [model(part, past_key_values=cache) for part in ids.split([10, 1, 1], 1)]\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert "Exception ignored" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp", "lm_head"])

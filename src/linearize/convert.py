@@ -321,6 +321,7 @@ def _prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     if past is not None:
         adopt(past, plan["layers"], config.num_hidden_layers)
         layer = past.layers[plan["layers"][0]]
+    documents = kwargs.pop("documents", None)
     tokens = describe(
         tuple(inputs.shape[:2]),
         most_sinks(plan),
@@ -328,14 +329,14 @@ def _prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
         kwargs.get("attention_mask"),
         positions,
         layer,
-        kwargs.pop("documents", None),
+        documents,
     )
     if tokens.document is not None:
         if kwargs.get("past_key_values") is not None:
             raise LinearizeError("packed documents do not fit a cache, which holds one for each row; pass none")
         past = None
     kwargs["past_key_values"], kwargs["use_cache"] = past, past is not None
-    kwargs["tokens"] = _with_ropes(tokens, module, inputs, positions, past)
+    kwargs["tokens"] = with_ropes(tokens, module, inputs, positions, past, documents)
     everything = len(plan["layers"]) == config.num_hidden_layers and "softmax_heads" not in plan
     if everything:  # nobody needs the quadratic mask: a 4-D one is taken as it is
         kwargs["attention_mask"] = inputs.new_zeros(1, 1, 1, 1)
@@ -344,12 +345,23 @@ def _prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     return (), kwargs
 
 
-def _with_ropes(tokens: Tokens, module: Any, inputs: torch.Tensor, positions: torch.Tensor | None, past: Any) -> Tokens:
-    """With what mixers have to know of RoPE besides the angles of the tokens themselves."""
+def with_ropes(
+    tokens: Tokens,
+    module: Any,
+    inputs: torch.Tensor,
+    positions: torch.Tensor | None,
+    past: Any = None,
+    documents: int | None = None,
+) -> Tokens:
+    """With what mixers have to know of RoPE besides the angles of the tokens themselves; `documents` as `describe`
+    has it, without which positions are looked at."""
     (B, T), limit = inputs.shape[:2], module.config.max_position_embeddings
+    far = tokens.start + T > limit
     if positions is None:
         positions = torch.arange(tokens.start, tokens.start + T, device=inputs.device)[None]
-    if tokens.start + T > limit:  # sinks are kept within the length the model was trained at, however long the text
+    elif documents is None and not far:
+        far = bool((positions >= limit).any())
+    if far:  # sinks are kept within the length the model was trained at, however long the text
         clamped = positions.clamp(max=limit - 1)
         tokens = replace(tokens, sink_rope=ropes(module, [clamped] * module.config.num_hidden_layers))
     if past is not None:

@@ -8,8 +8,10 @@ generate with one model have the decoder in turns, a token each. What stays soft
 (`growing`): a graph has room for more of them, and is made anew where it is full.
 """
 
+import sys
 import weakref
 from collections.abc import Mapping
+from itertools import chain
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -117,6 +119,8 @@ def why_not(model: PreTrainedModel) -> str | None:
         return f"the frequencies of {moving[0]} RoPE depend on the length"
     if any(mixer.ablated for mixer in mixers):
         return "a branch is left out"
+    if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
+        return "weights are in float64"
     devices = {parameter.device.type for parameter in model.parameters()}
     if len({parameter.device for parameter in model.parameters()}) > 1 or "meta" in devices:
         return "the model is spread over several devices"
@@ -174,6 +178,11 @@ class Decoder:
             ]
         self.lent: list[weakref.ref[Any]] = []  # the cache's layers
         self.signature = _signature(model)
+        modules = [*self.stack.modules(), self.head.output]
+        self.parameters = [x._parameters for x in modules if x._parameters]
+        self.children = [x._modules for x in modules if x._modules]
+        self.hooks = [hooks for x in modules for hooks in (x._forward_hooks, x._forward_pre_hooks)]
+        self.taken: tuple[Any, ...] = ()  # the model's `state` when it took the cache
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None
         if not self.grows:
@@ -184,12 +193,22 @@ class Decoder:
         return self.ids.shape[0] == batch and self.signature == _signature(model)
 
     def holds(self, cache: Cache) -> bool:
-        """Whether the cache's layers show these buffers, and there is room for another token."""
-        if self.grows and self.time >= self.seen.shape[1]:
+        """Whether the cache's layers show these buffers, there is room for another token, and nothing was done to the
+        model since."""
+        if (self.grows and self.time >= self.seen.shape[1]) or self.taken != self.state():
             return False
         return all(
             layer.lender is self if isinstance(layer, MixerCacheLayer) else kept is not None and kept.holds(layer.keys)
             for layer, kept in zip(cache.layers, self.growing, strict=True)
+        )
+
+    def state(self) -> tuple[Any, ...]:
+        """What tells whether the model is as it was, without much ado: it is asked before every token."""
+        return (
+            [x.data_ptr() for parameters in self.parameters for x in parameters.values() if x is not None],
+            [*map(id, chain.from_iterable(children.values() for children in self.children))],
+            [*map(len, self.hooks)],
+            [mixer.ablated for mixer in self.mixers],
         )
 
     def reserve(self, tokens: int) -> None:
@@ -324,6 +343,8 @@ class Decoder:
         """The cache's tokens come into the buffers, and its layers show these from now on; `mask` `[B, tokens]` is 0 at
         padding."""
         layers: list[MixerCacheLayer] = [layer for layer in cache.layers if isinstance(layer, MixerCacheLayer)]
+        for layer in layers:
+            layer.settle()  # another model's decoder may have them
         self.time = layers[0].seen
         if self.grows:
             self.reserve(self.time)
@@ -349,10 +370,10 @@ class Decoder:
                     getattr(held, name).copy_(x.roll(back, 1) if name in RINGS else x)
             self._show(layer, held)
             layer.lender = self
-        own = weakref.ref(self)
+        own, self.taken = weakref.ref(self), self.state()
 
-        def gone(reference: Any) -> None:
-            if (decoder := own()) is not None:
+        def gone(reference: Any, ending: Any = sys.is_finalizing) -> None:  # bound: at the end modules are empty
+            if not ending() and (decoder := own()) is not None:
                 decoder.forget(reference)
 
         self.lent = [weakref.ref(layer, gone) for layer in cache.layers]

@@ -201,8 +201,8 @@ def evaluate_only(source: Path, recipe: Recipe, seeds: Sequence[Path] = ()) -> R
     check_writable(source / "report.json")
     others = [_other_seed(seed, recipe) for seed in seeds]
     before = checkpoint.read_recipe(source)
-    moved = _gone(before.data.train) or not recipe.baselines  # else a baseline would be of another text
-    free: Any = {"model": True, "evaluation": True, "baselines": True, "data": {"heldout", *["train"] * moved}}
+    moved = ["train"] * _gone(before.data.train)
+    free: Any = {"model": True, "evaluation": True, "baselines": True, "data": {"heldout", *moved}}
     if recipe.model_dump(exclude=free) != before.model_dump(exclude=free):
         raise LinearizeError(
             f"{source} was made by its recipe.yaml; valid to set: evaluation, baselines, data.heldout and, where they "

@@ -22,7 +22,7 @@ from linearize.config import MixerSettings
 from linearize.convert import attention_of, check_convertible, convert
 from linearize.errors import LinearizeError
 from linearize.evaluate import suite as suites
-from linearize.files import new_folder, verify_folder
+from linearize.files import new_folder, sha256, verify_folder
 from linearize.inspect import equal_memory_window
 from linearize.recipe import DataSettings, Recipe, StageSettings
 from linearize.results import Curve
@@ -90,8 +90,11 @@ def _trained_and_heldout(data: DataSettings) -> str | None:
     """What would be trained on and measured with, if there is such a text; articles are kept apart by number."""
     if data.heldout in (data.train, data.train.removesuffix(":train"), f"{data.train}:train"):
         return None if data.train == "wiki" else data.train
-    train, heldout = ({path.resolve() for path in files_of(source)} for source in (data.train, data.heldout))
-    return next((str(path) for path in sorted(train & heldout)), None)
+    train, heldout = (files_of(source) for source in (data.train, data.heldout))
+    sizes = {path.stat().st_size for path in train}
+    alike = [path for path in heldout if path.stat().st_size in sizes]  # a copy is the same text as well
+    digests = {sha256(path) for path in train} if alike else set()
+    return next((str(path) for path in alike if sha256(path) in digests), None)
 
 
 def _sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document]) -> Tensor:

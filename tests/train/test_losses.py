@@ -11,6 +11,7 @@ from linearize.convert import attention_of, decoder
 from linearize.train.align import align_loss
 from linearize.train.distill import distill_loss
 from linearize.train.losses import IGNORED, distillation_loss, relative_error
+from linearize.train.trainer import shared_copy
 
 N, HIDDEN, VOCAB = 23, 6, 11
 
@@ -175,6 +176,18 @@ def test_alignment_does_not_leak_between_documents(family):
 def test_alignment_is_zero_where_nothing_is_lost(family):
     student = convert(tiny(family), window=64, mixing="fixed", mixing_weight=0)
     assert align_loss(student, tiny(family), batch(*LENGTHS)).item() < 1e-10
+
+
+def test_alignment_beyond_the_length_the_model_was_trained_at():
+    """Sinks are met as the model itself meets them."""
+    teacher = tiny("llama", max_position_embeddings=10)
+    student, seen = convert(shared_copy(teacher), structure="none", window=4, sinks=2, layers="0"), []
+    given = batch(24)
+    for model in (teacher, student):
+        hook = attention_of(model, 0).register_forward_hook(lambda _, __, output: seen.append(output[0]))
+        model(given["input_ids"], position_ids=given["position_ids"], use_cache=False)
+        hook.remove()
+    assert_close(align_loss(student, teacher, given), relative_error(seen[1], seen[0]))
 
 
 def test_no_gradient_of_alignment_runs_from_layer_to_layer():

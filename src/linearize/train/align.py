@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_cuda_stream_capturing
 
-from linearize.convert import attention_of, decoder, mixers
+from linearize.convert import attention_of, decoder, mixers, with_ropes
 from linearize.mixer import LinearizedAttention
 from linearize.packing import document_masks, packing
 from linearize.tokens import describe, most_sinks
@@ -42,10 +42,12 @@ def layer_errors(
     layers = mixers(student)
     with packing(documents):
         seen = _watch(teacher, [mixer.layer_idx for mixer in layers], batch)
-    shape, sinks, errors = batch["input_ids"].shape, most_sinks(student.config.linearize), {}
+    ids, positions, errors = batch["input_ids"], batch["position_ids"], {}
+    sinks = most_sinks(student.config.linearize)
     for mixer in layers:
         kwargs, target = seen.pop(mixer.layer_idx)
-        tokens = describe(shape, sinks, target.device, position_ids=batch["position_ids"], documents=documents)
+        tokens = describe(ids.shape, sinks, target.device, position_ids=positions, documents=documents)
+        tokens = with_ropes(tokens, decoder(student), ids, positions, documents=documents)
         inputs = (mixer, kwargs["hidden_states"], kwargs["position_embeddings"], tokens, kwargs["attention_mask"])
         if checkpointing:
             output = checkpoint(_run, *inputs, use_reentrant=False)
