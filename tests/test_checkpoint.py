@@ -135,7 +135,17 @@ def test_folders_that_are_no_checkpoint(tmp_path):
 
 def test_a_model_without_its_tokenizer(tmp_path):
     tiny.tiny().save_pretrained(tmp_path)
-    with pytest.raises(LinearizeError, match="cannot load a tokenizer from"):
+    with pytest.raises(LinearizeError, match=r"there is no tokenizer in .*json"):
+        load_pretrained(str(tmp_path))
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    """With tokens that the model has no embeddings for."""
+    tiny.checkpoint(tmp_path)
+    model, tokenizer = load_pretrained(str(tmp_path))
+    tokenizer.add_tokens([f"<{n}>" for n in range(model.config.vocab_size)])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(LinearizeError, match=r"has a token [0-9]+, '<[0-9]+>', and the model embeddings for"):
         load_pretrained(str(tmp_path))
 
 

@@ -122,6 +122,9 @@ REFUSED_ALONE = [
     ("generate converted hi --temperature inf", "temperature inf valid: 0"),
     ("generate converted hi --max-new-tokens 0", "--max-new-tokens greater than or equal to 1"),
     ("generate converted hi --seed -1", "--seed greater than or equal to 0"),
+    ("sample llama --out text.jsonl", "text.jsonl already --overwrite"),
+    ("sample llama --out text.txt --overwrite", "text.txt .jsonl .jsonl.gz .jsonl.xz"),
+    ("select llama --out text.txt", "text.txt already --overwrite"),
     ("inspect nosuch", "'nosuch' valid: smollm2-135m"),
     ("inspect other", f"'other' model_type {FAMILIES}"),
     ("inspect llama --context 0", "--context greater than or equal to 1"),
@@ -162,7 +165,8 @@ def made(tmp_path_factory) -> Path:
         tokenizer().save_pretrained(folder / name)
     for name, content in {
         "text.txt": text(4000),
-        "heldout.txt": text(4000),
+        "text.jsonl": "{}",
+        "heldout.txt": text(4000, 1),
         "empty.txt": " \n",
         "short.txt": "hi",
     }.items():

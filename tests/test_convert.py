@@ -7,7 +7,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import FAMILIES, assert_close, ids, logits, tiny
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+)
 
 import linearize
 from linearize import LinearizeError, convert, revert
@@ -142,6 +151,7 @@ def test_layers(layers, every, expected):
         ("all", 1, "leaves no layer"),
         ([], None, "leaves no layer"),
         ("all", 0, "softmax_every is 0; valid: 1 and up"),
+        ("all", "2", "softmax_every is '2'; valid: 1 and up"),
     ],
 )
 def test_layers_that_are_refused(layers, every, message):
@@ -261,6 +271,29 @@ def test_layers_by_number():
 def test_a_converted_model_can_be_pickled():
     model = convert(tiny())
     assert_close(logits(pickle.loads(pickle.dumps(model)), ids(1, 9)), logits(model, ids(1, 9)))
+
+
+@pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification, type("Mine", (LlamaForCausalLM,), {})])
+def test_what_is_no_causal_language_model_of_its_family_is_refused(kind):
+    """Its class would be lost."""
+    model = kind(tiny().config)
+    with pytest.raises(LinearizeError, match=f"a {kind.__name__} is no LlamaForCausalLM"):
+        convert(model)
+    assert type(model) is kind
+
+
+def test_numbers_are_kept_as_numbers():
+    model = convert(tiny(), window="5", sinks=[2.0, "3"], gate_temperature="1e2")
+    assert (
+        model.config.linearize["mixer"] | {"window": 5, "sinks": [2, 3], "gate_temperature": 100.0}
+        == (model.config.linearize["mixer"])
+    )
+    model(ids(1, 12))
+
+
+def test_attention_weights_are_not_to_be_had():
+    with pytest.raises(LinearizeError, match="has no attention weights to give"):
+        convert(tiny())(ids(1, 5), output_attentions=True)
 
 
 def test_what_is_no_transformers_model_is_refused():

@@ -110,6 +110,16 @@ def test_damaged_files(content, tmp_path):
         read(path)
 
 
+def test_a_key_that_is_there_twice(tmp_path):
+    (path := tmp_path / "recipe.yaml").write_text("seed: 1\ndistill:\n  tokens: 1K\n  tokens: 2K\n", encoding="utf-8")
+    with pytest.raises(LinearizeError, match=r"is not a YAML recipe: the key 'tokens' is there twice, .* line 3"):
+        read(path)
+
+
+def test_one_override_by_itself():
+    assert read("demo", "seed=7") == read("demo", ["seed=7"])
+
+
 def test_missing_files():
     with pytest.raises(LinearizeError, match=r"'nosuch.yaml'; shipped: default, demo"):
         read("nosuch.yaml")

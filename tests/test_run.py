@@ -18,6 +18,7 @@ from linearize.checkpoint import read_curves, read_recipe
 from linearize.convert import mixers
 from linearize.decoding import Decoder
 from linearize.evaluate import ablations, recurrence_off, window_off
+from linearize.measures import Suite
 from linearize.recipe import AlignSettings
 from linearize.results import read as read_report
 
@@ -231,9 +232,16 @@ def test_stage_by_stage_is_the_same_as_in_one_go(recipe, done, tmp_path):
     assert timeless(read_curves(tmp_path / "distilled")) == timeless(read_report(done).curves[:2])
     assert_close(logits(load(tmp_path / "distilled")[0], TOKENS), logits(load(done)[0], TOKENS))
     report = job.evaluate_only(tmp_path / "distilled", changed(recipe, baselines=[]))
+    assert job.evaluate_only(tmp_path / "distilled", changed(recipe, baselines=[])).models == report.models
     expected = read_report(done).models.converted.loss_by_position
     assert report.models.converted.loss_by_position == pytest.approx(expected, rel=1e-5)
+    report.suite = Suite()
+    (tmp_path / "distilled" / "report.json").write_text(report.model_dump_json(), encoding="utf-8")
+    with pytest.raises(LinearizeError, match="has a report with the full suite; measure that again, or --overwrite it"):
+        job.evaluate_only(tmp_path / "distilled", changed(recipe, baselines=[]))
+    report = job.evaluate_only(tmp_path / "distilled", changed(recipe, baselines=[]), overwrite=True)
     assert read_report(tmp_path / "distilled") == report
+    assert report.suite is None
 
 
 def test_a_separate_adapter_is_the_merged_model(recipe, done, tmp_path):

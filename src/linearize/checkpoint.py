@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -108,7 +109,25 @@ def load(path: str | Path, **kwargs: Any) -> tuple[Student, PreTrainedTokenizerB
 def load_pretrained(
     name: str, tokenizer: str | Path | None = None, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in eval mode, fp32 unless `dtype` says otherwise, and its tokenizer, from a folder or the hub."""
+    """A model, as `load_model` loads it, and its tokenizer, from a folder or the hub."""
+    model, place = load_model(name, **kwargs), Path(tokenizer or name)
+    valid = "a folder that has its files too, like tokenizer.json"
+    if place.is_dir() and not [*place.glob("*token*"), *place.glob("vocab*")]:
+        raise LinearizeError(f"there is no tokenizer in {str(place)!r}; valid: {valid}")
+    with _readable(name, "a tokenizer", valid):
+        found = AutoTokenizer.from_pretrained(tokenizer or name)
+    rows = model.get_input_embeddings().weight.shape[0]
+    token, last = max(found.get_vocab().items(), key=itemgetter(1))
+    if last >= rows:
+        raise LinearizeError(
+            f"the tokenizer of {name!r} has a token {last}, {token!r}, and the model embeddings for {rows}; "
+            "give both of one model, or resize_token_embeddings"
+        )
+    return model, found
+
+
+def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
+    """A model in eval mode, fp32 unless `dtype` says otherwise, from a folder or the hub."""
     kwargs.setdefault("dtype", torch.float32)
     with nullcontext() if Path(name).is_dir() else quick_hub(), _readable(name):
         family_of(AutoConfig.from_pretrained(name))
@@ -121,8 +140,7 @@ def load_pretrained(
             raise LinearizeError(
                 f"{name}: {key} is {list(here)}, by its config.json {list(wanted)}; give a whole model"
             )
-    with _readable(name, "a tokenizer", "a folder that has its files too, like tokenizer.json"):
-        return model.eval(), AutoTokenizer.from_pretrained(tokenizer or name)
+    return model.eval()
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -23,6 +23,7 @@ app.add_typer(bench, name="bench")
 
 Out = Annotated[Path, typer.Option(help="Folder for the result: new or empty.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is in the folder already.")]
+OverwriteFile = Annotated[bool, typer.Option("--overwrite", help="Replace a file of that name.")]
 Checkpoint = Annotated[Path, typer.Argument(help="Folder of a checkpoint that linearize wrote.")]
 Set = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Set a recipe key, as in distill.tokens=2M.")
@@ -161,6 +162,7 @@ def evaluate(
     ] = [],  # noqa: B006
     baseline: Baselines = [],  # noqa: B006
     no_baseline: NoBaseline = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that has more.")] = False,
     set_: Set = [],  # noqa: B006
 ) -> None:
     """Measure a checkpoint and write its report.
@@ -178,7 +180,7 @@ def evaluate(
         "baselines": _baselines(baseline, no_baseline),
     }
     given = {key: value for key, value in given.items() if value is not None}
-    report = evaluate_only(checkpoint, read_recipe(checkpoint, set_, given), seed_of)
+    report = evaluate_only(checkpoint, read_recipe(checkpoint, set_, given), seed_of, overwrite)
     print(reports.table(report))
     print(f"\n{reports.verdict(report)}\n\n{checkpoint / 'report.html'}")
 
@@ -253,6 +255,7 @@ def select(
     trials: Annotated[int, typer.Option(min=1, help="Needles of each length.")] = 8,
     tokens: Annotated[str, typer.Option(help="To align on, with align.")] = "32K",
     out: Annotated[Path | None, typer.Option(help="File for all scores, as JSON.")] = None,
+    overwrite: OverwriteFile = False,
     data: Annotated[
         str | None, typer.Option(help="Text to choose by: wiki, a file, a folder, or a hub data set.")
     ] = None,
@@ -267,13 +270,13 @@ def select(
     loss to first order; or by how badly a layer aligns. Prints scores and the key of a recipe that leaves them.
     """
     flags = locals()
-    from linearize.files import check_writable, write_text
+    from linearize.files import check_file, write_text
     from linearize.recipe import parse_tokens
     from linearize.select import select as choose
     from linearize.select import table
 
     if out is not None:
-        check_writable(out)
+        check_file(out, overwrite)
     given = keep, selector, greedy, sequences, trials, parse_tokens(tokens), heads
     chosen = choose(_recipe("default", set_, flags), *given)
     if out is not None:
@@ -286,6 +289,7 @@ def select(
 def sample(
     model: Annotated[str, typer.Argument(help="An embedded model's name, a folder, or a hub name owner/name.")],
     out: Annotated[Path, typer.Option(help="File to write: .jsonl, .jsonl.gz or .jsonl.xz.")],
+    overwrite: OverwriteFile = False,
     tokens: Annotated[str, typer.Option(help="How many, at least.")] = "2M",
     length: Annotated[int, typer.Option(min=2, help="Tokens of a document, at most.")] = 1024,
     temperature: Annotated[float, typer.Option(help="1 is the model's own distribution.")] = 1.0,
@@ -296,9 +300,11 @@ def sample(
 
     Half of it chats, if it has a chat template, half plain text. A run with --data self samples for itself.
     """
+    from linearize.files import check_file
     from linearize.recipe import parse_tokens
     from linearize.train.sample import export
 
+    check_file(out, overwrite)
     documents, written = export(model, parse_tokens(tokens), out, length, temperature, seed, rows)
     print(f"{out}: {documents:,} documents, {written:,} tokens")
 
@@ -420,6 +426,8 @@ def _message(error: Any) -> str | None:
 
     if isinstance(error, LinearizeError):
         return str(error)
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+        return f"there is too little memory for what was asked ({str(error).split(':')[-1].strip()})"
     if isinstance(error, OSError):
         return f"{error.filename or 'disk or network'}: {error.strerror or error}"
     if not hasattr(error, "format_message"):

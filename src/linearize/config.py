@@ -245,19 +245,20 @@ class MixerSettings(RootModel[dict[str, Any]]):
             raise LinearizeError(f"mixer is {given!r}, not settings and their values")
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         for name, value in values.items():
-            if value == ():
+            if isinstance(value, tuple) and not value:
                 raise LinearizeError(f"{name} is an empty list; give a value, or one for each part of the depth")
-        parts, problems = _parts(values), []
+        parts, problems, made = _parts(values), [], []
         idle = _idle(parts)
         for here, without_effect in zip(parts, idle, strict=True):
             ignored = without_effect.keys() - _everywhere(idle).keys()  # what has an effect in another part
             try:
-                validated(MixerConfig, _without(here, ignored), "mixer")
+                made.append(validated(MixerConfig, _without(here, ignored), "mixer"))
             except LinearizeError as error:
                 problems.append(str(error))
         if problems:
             raise LinearizeError("; ".join(dict.fromkeys(problems)))
-        return {name: values.get(name, field.default) for name, field in MixerConfig.model_fields.items()}
+        read = {name: _as_read(name, value, made) for name, value in values.items()}
+        return {name: read.get(name, field.default) for name, field in MixerConfig.model_fields.items()}
 
     def layer(self, index: int, count: int) -> MixerConfig:
         """The settings of layer `index` of `count`; a setting without effect in this layer has its default."""
@@ -287,6 +288,17 @@ def _parts(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     count = math.lcm(*(len(value) for value in values.values() if isinstance(value, tuple)))
     return [{name: _at(value, part, count) for name, value in values.items()} for part in range(count)]
+
+
+def _as_read(name: str, value: Any, parts: list[MixerConfig]) -> Any:
+    """A setting as the parts of the depth have it, 64 of "64", or, where it has no effect, as it was given."""
+    each = value if isinstance(value, tuple) else (value,)
+    size = len(parts) // len(each)
+    found = [
+        next((getattr(part, name) for part in parts[n * size : (n + 1) * size] if name in part.model_fields_set), given)
+        for n, given in enumerate(each)
+    ]
+    return tuple(found) if isinstance(value, tuple) else found[0]
 
 
 def _at(value: Any, index: int, count: int) -> Any:

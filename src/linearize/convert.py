@@ -71,6 +71,8 @@ def check_convertible(
     if is_linearized(model):
         raise LinearizeError("the model is linearized already; linearize.revert(model) undoes it")
     family_of(model.config)
+    if type(model) is not (wanted := base_classes(model.config.model_type)[1]):
+        raise LinearizeError(f"a {type(model).__name__} is no {wanted.__name__}; load it by AutoModelForCausalLM")
     chosen = choose_layers(layers, every, model.config.num_hidden_layers)
     heads: Heads = {}
     if softmax_heads is not None:
@@ -207,8 +209,8 @@ def choose_layers(layers: Layers, softmax_every: int | None, count: int) -> list
             f"layers {layers!r} is not valid; give 'all' or numbers and ranges like '0-7,16'"
         ) from error
     if softmax_every is not None:
-        if softmax_every < 1:
-            raise LinearizeError(f"softmax_every is {softmax_every}; valid: 1 and up")
+        if type(softmax_every) is not int or softmax_every < 1:
+            raise LinearizeError(f"softmax_every is {softmax_every!r}; valid: 1 and up")
         chosen -= set(range(softmax_every - 1, count, softmax_every))
     if outside := sorted(index for index in chosen if not 0 <= index < count):
         raise LinearizeError(f"layers {layers!r} names layer {outside[-1]}; this model's layers are 0-{count - 1}")
@@ -338,6 +340,8 @@ def _prepare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     kwargs["past_key_values"], kwargs["use_cache"] = past, past is not None
     kwargs["tokens"] = with_ropes(tokens, module, inputs, positions, past, documents)
     everything = len(plan["layers"]) == config.num_hidden_layers and "softmax_heads" not in plan
+    if kwargs.get("output_attentions") or config.output_attentions:
+        raise LinearizeError("a linearized model has no attention weights to give; valid: output_attentions=False")
     if everything:  # nobody needs the quadratic mask: a 4-D one is taken as it is
         kwargs["attention_mask"] = inputs.new_zeros(1, 1, 1, 1)
     elif tokens.document is not None:

@@ -30,6 +30,13 @@ def check_replaceable(folder: Path) -> None:
         raise disk_error(folder, error) from error
 
 
+def check_file(path: Path, overwrite: bool) -> None:
+    """LinearizeError where `path` cannot be written, or would replace a file that is not to be replaced."""
+    if path.is_file() and not overwrite:
+        raise LinearizeError(f"there is a file {path} already; give another --out, or --overwrite")
+    check_writable(path)
+
+
 def files_of_others(folder: Path) -> list[str]:
     """Names in a folder of this package that it did not write; hidden ones, which systems leave, are none."""
     written = {MARKER, *REWRITTEN, *_entries(folder / MARKER, "sha256")}

@@ -87,7 +87,7 @@ def parse_heads(text: str, layers: int, heads: int) -> Heads:
     """What "8/0,17/1-2" means: key/value heads by layer, of a model of so many layers and key/value heads."""
     found: dict[int, set[int]] = {}
     try:
-        for part in text.split(","):
+        for part in str(text).split(","):
             layer, _, span = part.partition("/")
             found.setdefault(int(layer), set()).update(numbers(span, heads))
     except ValueError as error:

@@ -8,7 +8,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from linearize.assets import resolve_model
-from linearize.checkpoint import as_merged, load, load_pretrained, unwrapped
+from linearize.checkpoint import as_merged, load, load_model, unwrapped
 from linearize.config import MixerConfig
 from linearize.convert import attention_of, is_linearized, kept_softmax, mixers, native_window
 from linearize.families import base_model_type
@@ -107,7 +107,7 @@ def show(name: str, contexts: list[int]) -> None:
     if (Path(name) / MARKER).is_file():
         model = unwrapped(load(name)[0])
     else:
-        model = load_pretrained(resolve_model(name))[0]
+        model = load_model(resolve_model(name))
     found = inspect(model)
     console = Console()
     console.print(

@@ -29,7 +29,7 @@ def parse_tokens(given: Any) -> Any:
         raise LinearizeError(f"{given!r} is no number of tokens; valid: 500000, 30K, 2.5M, 1B") from error
 
 
-Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=1)]
+Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=1, le=10**13)]
 
 
 def parse_place(given: Any) -> Any:
@@ -183,7 +183,7 @@ def read(
     chosen: dict[str, Any] = {}
     for key, value in (given or {}).items():
         _set(chosen, key.split("."), value)
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise LinearizeError(f"--set {override!r} is not valid; give key=value, as in distill.tokens=2M")
@@ -232,7 +232,7 @@ def _load(source: str, chain: tuple[str, ...] = ()) -> dict[str, Any]:
             raise unknown("recipe", source, shipped(), "or a .yaml file")
         path = shipped()[source]
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LinearizeError(f"{path} is not a YAML recipe: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
@@ -244,6 +244,16 @@ def _load(source: str, chain: tuple[str, ...] = ()) -> dict[str, Any]:
     if base in (chain := (*chain, str(path))):
         raise LinearizeError(f"{path} has itself as a base: {' -> '.join((*chain, base))}")
     return _merged(_load(base, chain), data)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key may be there twice, of which the first would be lost."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for n, key in enumerate(keys) if key in keys[:n]]:
+            raise yaml.YAMLError(f"the key {twice[0]!r} is there twice, {str(node.start_mark).strip()}")
+        return super().construct_mapping(node, deep)
 
 
 def _parse(value: str, override: str) -> Any:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft import PeftModel
@@ -35,7 +35,7 @@ from linearize.files import (
     write_text,
 )
 from linearize.measures import Suite
-from linearize.recipe import AlignSettings, DistillSettings, Recipe
+from linearize.recipe import AlignSettings, Baseline, DistillSettings, Recipe
 from linearize.results import Report
 from linearize.results import read as read_report
 from linearize.train.documents import files_of
@@ -43,15 +43,16 @@ from linearize.train.trainer import keep
 from linearize.variants import Base, Trained, build, load_base, stages, train_stage, train_variant, with_adapters
 
 
-def run(recipe: Recipe, out: str | Path, overwrite: bool = False) -> Report:
-    """The whole job by `recipe`; the checkpoint, its card, its recipe and its report are written to `out`.
+def run(recipe: Recipe | str | Path, out: str | Path, overwrite: bool = False) -> Report:
+    """The whole job by `recipe`, one in hand or the name of a shipped one or of a file; the checkpoint, its card, its
+    recipe and its report are written to `out`.
 
     What an interrupted run has done is in `<out>.work` and is used again; a finished run of the same recipe is read,
     not repeated; another checkpoint in its place is replaced if `overwrite`. Of several processes, as `torchrun` starts
     them, only the first comes back from here. Raises LinearizeError for whatever is wrong with what was given, before
     anything is written.
     """
-    out = Path(out)
+    out, recipe = Path(out), recipe if isinstance(recipe, Recipe) else recipes.read(recipe)
     check_replaceable(out)
     if done := _finished(recipe, out):
         processes.end_others()
@@ -193,14 +194,17 @@ def merge_only(source: Path, out: Path, overwrite: bool = False) -> None:
             _write_report(read_report(source), recipe, folder)
 
 
-def evaluate_only(source: Path, recipe: Recipe, seeds: Sequence[Path] = ()) -> Report:
+def evaluate_only(source: Path, recipe: Recipe, seeds: Sequence[Path] = (), overwrite: bool = False) -> Report:
     """Evaluate the checkpoint in `source` against its teacher and, trained here by its recipe, its baselines.
 
-    `seeds` are checkpoints of the same recipe but for its seed, whose full reports are there: late gaps are pooled.
+    A report that has more than this one will is replaced only if `overwrite`. `seeds` are checkpoints of the same
+    recipe but for its seed, whose full reports are there: late gaps are pooled.
     """
     check_writable(source / "report.json")
     others = [_other_seed(seed, recipe) for seed in seeds]
     before = checkpoint.read_recipe(source)
+    if not overwrite and (lost := _would_lose(source, recipe)):
+        raise LinearizeError(f"{source} has a report with {' and '.join(lost)}; measure that again, or --overwrite it")
     moved = ["train"] * _gone(before.data.train)
     free: Any = {"model": True, "evaluation": True, "baselines": True, "data": {"heldout", *moved}}
     if recipe.model_dump(exclude=free) != before.model_dump(exclude=free):
@@ -226,6 +230,16 @@ def evaluate_only(source: Path, recipe: Recipe, seeds: Sequence[Path] = ()) -> R
         _write_report(report, recipe, source)
         kept.forget()
     return report
+
+
+def _would_lose(source: Path, recipe: Recipe) -> list[str]:
+    """What the report in `source` has and one by this recipe has not."""
+    if not (source / "report.json").is_file():
+        return []
+    report = read_report(source)
+    lost = ["the full suite"] if report.suite is not None and recipe.evaluation.suite != "full" else []
+    baselines = get_args(Baseline)
+    return lost + [name for name in baselines if getattr(report.models, name) and name not in recipe.baselines]
 
 
 def _other_seed(folder: Path, recipe: Recipe) -> Suite:
