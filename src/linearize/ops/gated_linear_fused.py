@@ -1,7 +1,11 @@
 """Gated linear attention by its Triton kernels, with gates that are given: a decay for each key channel, for each value
-channel, or for a head."""
+channel, or for a head.
 
-from typing import Any
+What is written is x yᵀ, of which x decays: `[B, T, KV, D]` both, in states `[B, KV, D, D]` x's channels first. By value
+channel, x is the value.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +15,17 @@ from linearize.ops import liger_backward_triton, liger_forward_triton
 from linearize.ops.liger import Settings, first_tokens
 from linearize.ops.liger_fused import Call, call_of, launch, pass_over_states, without_groups
 
-# What is written is x yᵀ, of which x decays: `[B, T, KV, D]` both, the state `[B, KV, D, D]` x's channels first
+
+class Written(NamedTuple):
+    """What is written, and what `given_kernel` and the pass over the states made of it."""
+
+    x: Tensor
+    y: Tensor
+    log_g: Tensor
+    near_x: Tensor
+    totals: Tensor
+    for_reading: Tensor
+    states: Tensor
 
 
 @torch.library.custom_op("linearize::gated", mutates_args=())
@@ -19,21 +33,17 @@ def operator(
     q: Tensor, x: Tensor, y: Tensor, log_g: Tensor, state: Tensor, first: Tensor | None, by_value: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output, final state and what the gradients need. As one operator, which `torch.compile` does not open."""
-    call, one = _call(q, x if by_value else y, state, first, log_g), {"SCALAR": log_g.shape[3] == 1}
-    near_x, totals, for_reading, states = _made(call, x, log_g)
-    output = torch.empty_like(q)
+    call = _call(q, x if by_value else y, state, first, log_g)
+    near_x, totals, for_reading = _empty(call, x, log_g)
+    told = without_groups(call.heads())
     with torch.cuda.device_of(q):  # kernels run on the current device; backward, autograd sees to it
         kernels.given_kernel[(call.chunks, call.pairs)](
-            x, log_g, near_x, totals, for_reading, q.shape[1], **without_groups(call.heads()), **one,
-            **launch("prepare", call),
-        )  # fmt: skip
-        told, inputs = without_groups(call.heads()), (near_x, y, call.first, totals)
-        states, final = pass_over_states(call, "states", liger_forward_triton.states_kernel, inputs, state, told)
-        if by_value:
-            _read_plain(call, q, x, near_x, y, log_g, for_reading, totals, states, q, output, None)
-        else:
-            near_q = decayed(q, for_reading, call)
-            _read(call, q, near_q, x, near_x, y, log_g, totals, states, output)
+            x, log_g, near_x, totals, for_reading, q.shape[1], SCALAR=call.scalar, **told, **launch("prepare", call)
+        )
+        inputs, kernel = (near_x, y, call.first, totals), liger_forward_triton.states_kernel
+        states, final = pass_over_states(call, "states", kernel, inputs, state, told)
+        written = Written(x, y, log_g, near_x, totals, for_reading, states)
+        output = read_plain(call, written, q)[0] if by_value else read(call, written, q, decayed(call, written, q))
     return output, final, near_x, totals, for_reading, states
 
 
@@ -41,8 +51,9 @@ def operator(
 def _(
     q: Tensor, x: Tensor, y: Tensor, log_g: Tensor, state: Tensor, first: Tensor | None, by_value: bool
 ) -> tuple[Tensor, ...]:
-    call = _call(q, x if by_value else y, state, first, log_g)
-    return torch.empty_like(q), torch.empty_like(state), *_made(call, x, log_g)
+    call, D = _call(q, x if by_value else y, state, first, log_g), x.shape[3]
+    states = x.new_empty(call.pairs, call.chunks, D, D, dtype=call.dtype)
+    return torch.empty_like(q), torch.empty_like(state), *_empty(call, x, log_g), states
 
 
 @torch.library.custom_op("linearize::gated_gradients", mutates_args=())
@@ -51,24 +62,24 @@ def gradients(
     near_x: Tensor, totals: Tensor, for_reading: Tensor, states: Tensor, by_value: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Of q, x, y, the log decay and the initial state. By value, q and the output's gradient change places."""
-    call, T = _call(q, x if by_value else y, dfinal, first, log_g), q.shape[1]
+    call = _call(q, x if by_value else y, dfinal, first, log_g)
+    written = Written(x, y, log_g, near_x, totals, for_reading, states)
     p, r = (doutput, q) if by_value else (q, doutput)
-    near_p = decayed(p, for_reading, call)
-    dq, dx, dy, dlog_g, terms = *(torch.empty_like(t) for t in (q, x, y, log_g)), torch.empty_like(for_reading)
-    ones = torch.ones(q.shape[2], device=q.device)  # weights of heads, which Liger Attention has
-    dstates, dinitial = pass_over_states(
-        call, "state_gradients", liger_backward_triton.state_gradients_kernel, (near_p, r, ones, call.first, totals),
-        dfinal, call.heads(),
-    )  # fmt: skip
-    read = torch.empty_like(q) if by_value else dq  # of by value, the output once more
-    _read_plain(call, near_p, x, near_x, y, log_g, for_reading, totals, states, r, read, terms)
+    near_p, ones = (
+        decayed(call, written, p),
+        torch.ones(q.shape[2], device=q.device),
+    )  # mixing weights, of which are none
+    inputs, kernel = (near_p, r, ones, call.first, totals), liger_backward_triton.state_gradients_kernel
+    dstates, dinitial = pass_over_states(call, "state_gradients", kernel, inputs, dfinal, call.heads())
+    dq, terms = read_plain(call, written, r, near_p)  # by value, the output once more
     if by_value:
-        _read(call, p, near_p, x, near_x, y, log_g, totals, states, dq)
+        dq = read(call, written, p, near_p)
+    dx, dy, dlog_g = (torch.empty_like(t) for t in (x, y, log_g))
     kernels.write_gradients_kernel[(call.chunks, call.pairs)](
-        p, near_p, x, near_x, y, log_g, call.first, totals, states, dstates, r, terms, dx, dy, dlog_g, T,
-        SCALAR=log_g.shape[3] == 1, PACKED=call.packed, **call.heads(), **launch("write_gradients", call),
+        p, near_p, x, near_x, y, log_g, call.first, totals, states, dstates, r, terms, dx, dy, dlog_g, q.shape[1],
+        **_told(call), **launch("write_gradients", call),
     )  # fmt: skip
-    return dq, dx, dy, dlog_g, dinitial
+    return dq.to(q.dtype), dx, dy, dlog_g, dinitial
 
 
 @gradients.register_fake
@@ -103,35 +114,43 @@ def _call(q: Tensor, v: Tensor, state: Tensor, first: Tensor | None, log_g: Tens
     return call_of(q, v, v, unread, fixed, None, state, first, None)[0]
 
 
-def _made(call: Call, x: Tensor, log_g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For what `kernels.given_kernel` makes, and the states."""
-    D = x.shape[3]
-    totals = x.new_empty(call.pairs, call.chunks, D, dtype=torch.float32)
-    states = x.new_empty(call.pairs, call.chunks, D, D, dtype=call.dtype)
-    return torch.empty_like(x, dtype=call.dtype), totals, torch.empty_like(log_g, dtype=torch.float32), states
+def _told(call: Call) -> dict[str, Any]:
+    """What kernels with queries are told."""
+    return call.heads() | {"SCALAR": call.scalar, "PACKED": call.packed}
 
 
-def decayed(p: Tensor, for_reading: Tensor, call: Call) -> Tensor:
+def _empty(call: Call, x: Tensor, log_g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For what `given_kernel` makes."""
+    totals = x.new_empty(call.pairs, call.chunks, x.shape[3], dtype=torch.float32)
+    return torch.empty_like(x, dtype=call.dtype), totals, torch.empty_like(log_g, dtype=torch.float32)
+
+
+def decayed(call: Call, written: Written, p: Tensor) -> Tensor:
     """p `[B, T, H, D]` as it reads."""
-    grouped = p.unflatten(2, (for_reading.shape[2], -1)) * for_reading[:, :, :, None]
+    grouped = p.unflatten(2, (written.x.shape[2], -1)) * written.for_reading[:, :, :, None]
     return grouped.flatten(2, 3).to(call.dtype)
 
 
-def _read(call: Call, p: Tensor, near_p: Tensor, *others: Tensor) -> None:
-    x, near_x, y, log_g, totals, states, output = others
+def read(call: Call, written: Written, p: Tensor, near_p: Tensor) -> Tensor:
+    """As `read_kernel`; `near_p` is p, `decayed`."""
+    x, y, log_g, near_x, totals, _, states = written
+    output = torch.empty_like(p)
     kernels.read_kernel[(call.chunks, p.shape[0] * p.shape[2])](
         p, near_p, x, near_x, y, log_g, call.first, totals, states, output, p.shape[1],
-        SCALAR=log_g.shape[3] == 1, PACKED=call.packed, **call.heads(), **launch("read", call),
+        **_told(call), **launch("read", call),
     )  # fmt: skip
+    return output
 
 
-def _read_plain(call: Call, near_p: Tensor, *others: Any) -> None:
-    x, near_x, y, log_g, for_reading, totals, states, r, output, terms = others
+def read_plain(call: Call, written: Written, r: Tensor, near_p: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `read_gradients_kernel`: what r reads and, of `near_p`, terms of the gate's gradient."""
+    x, y, log_g, near_x, totals, for_reading, states = written
+    output, terms = torch.empty_like(r), torch.empty_like(for_reading)
     kernels.read_gradients_kernel[(call.chunks, call.pairs)](
-        near_p, x, near_x, y, log_g, for_reading, call.first, totals, states, r, output,
-        for_reading if terms is None else terms, r.shape[1], TERMS=terms is not None,
-        SCALAR=log_g.shape[3] == 1, PACKED=call.packed, **call.heads(), **launch("read_gradients", call),
+        r if near_p is None else near_p, x, near_x, y, log_g, for_reading, call.first, totals, states, r, output,
+        terms, r.shape[1], TERMS=near_p is not None, **_told(call), **launch("read_gradients", call),
     )  # fmt: skip
+    return output, terms
 
 
 def run(
