@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.tune import Target
 from linearize import convert, mixer, recipe
 from linearize.decoding import Decoder
-from linearize.ops import dispatch, gated_delta, gated_linear, slots
+from linearize.ops import dispatch, gated_delta, gated_linear, maps, slots
 from linearize.train.distill import distill_loss
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -47,11 +47,12 @@ def main(name: str, *given: str) -> None:
 
     driver.set_active(Target(H100))
     with ExitStack() as patched:
-        for module in (mixer, gated_delta, gated_linear, slots):
+        for module in (mixer, gated_delta, gated_linear, maps, slots):
             patched.enter_context(patch.object(module, "kernel_dtype", lambda x: x.dtype))
         patched.enter_context(patch.object(JITFunction, "run", compile_only))
         patched.enter_context(patch.object(dispatch, "no_device", lambda x: None))
-        patched.enter_context(patch.object(gated_linear, "FUSED", True))
+        for module in (gated_linear, maps):
+            patched.enter_context(patch.object(module, "FUSED", True))
         ids, positions = torch.randint(0, 1024, (1, LENGTH)), torch.arange(LENGTH)[None] % (LENGTH // DOCUMENTS)
         batch = {"input_ids": ids, "position_ids": positions, "targets": ids}
         distill_loss(student, teacher, batch, documents=DOCUMENTS).backward()

@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import initialization
 
+from linearize.ops import maps
+
 FeatureMap = Callable[[Tensor], Tensor]
 RANK = 16  # of the linear map
 KEYS, STATE = 256, 2**14  # of a head, and the numbers of its state: what products make unless they are told
@@ -80,8 +82,11 @@ class Linear(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H D"]:
         """In fp32."""
-        low = torch.einsum("bthd,hdr->bthr", x.float(), self.down.float())
-        return x.float() + torch.einsum("bthr,hre->bthe", low, self.up.float())
+        return maps.added(x, self.down, self.up)
+
+    def unit(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T H D"]:
+        """Divided by its length."""
+        return maps.mapped(x, self.down, self.up)
 
 
 class Products(Linear):

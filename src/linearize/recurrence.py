@@ -10,7 +10,7 @@ from transformers import initialization
 
 from linearize.cache import Memory
 from linearize.convolution import ShortConvolution
-from linearize.features import feature_map, feature_size
+from linearize.features import Linear, feature_map, feature_size
 from linearize.gates import Gate
 from linearize.ops import gated_linear
 from linearize.ops.liger import wide
@@ -110,7 +110,13 @@ class Recurrence(nn.Module):
     def inputs(self, parts: Parts) -> AnyInputs:
         """What the operator takes but for state and document."""
         q, k, v, gate = parts
-        return self.structure.inputs(self.map_q(q), self.map_k(k), v, gate, self.layer)
+        return self.structure.inputs(self._mapped(self.map_q, q), self._mapped(self.map_k, k), v, gate, self.layer)
+
+    def _mapped(self, feature_map: Any, x: Tensor) -> Tensor:
+        """By the feature map, and of length 1 if that is the structure's way."""
+        if self.structure.unit:
+            return feature_map.unit(x) if type(feature_map) is Linear else F.normalize(feature_map(x), dim=-1)
+        return feature_map(x)
 
     def _delayed(
         self, parts: Parts, tokens: Tokens, memory: Memory | None, leaving: tuple[Tensor, Tensor] | None

@@ -234,9 +234,10 @@ def evaluate_only(source: Path, recipe: Recipe, seeds: Sequence[Path] = (), over
 
 def _would_lose(source: Path, recipe: Recipe) -> list[str]:
     """What the report in `source` has and one by this recipe has not."""
-    if not (source / "report.json").is_file():
+    try:
+        report = read_report(source)
+    except LinearizeError:  # there is none, or nobody can read it
         return []
-    report = read_report(source)
     lost = ["the full suite"] if report.suite is not None and recipe.evaluation.suite != "full" else []
     baselines = get_args(Baseline)
     return lost + [name for name in baselines if getattr(report.models, name) and name not in recipe.baselines]

@@ -91,10 +91,9 @@ def _trained_and_heldout(data: DataSettings) -> str | None:
     if data.heldout in (data.train, data.train.removesuffix(":train"), f"{data.train}:train"):
         return None if data.train == "wiki" else data.train
     train, heldout = (files_of(source) for source in (data.train, data.heldout))
-    sizes = {path.stat().st_size for path in train}
-    alike = [path for path in heldout if path.stat().st_size in sizes]  # a copy is the same text as well
-    digests = {sha256(path) for path in train} if alike else set()
-    return next((str(path) for path in alike if sha256(path) in digests), None)
+    sizes = {path.stat().st_size for path in heldout}
+    trained = {sha256(path) for path in train if path.stat().st_size in sizes}  # a copy is the same text as well
+    return next((str(path) for path in heldout if trained and sha256(path) in trained), None)
 
 
 def _sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document]) -> Tensor:

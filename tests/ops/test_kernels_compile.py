@@ -18,7 +18,7 @@ pytestmark = [
 @pytest.mark.parametrize(
     ("arguments", "some"),
     [
-        (["default"], {"step_kernel", "product_kernel", "distillation_kernel", "long_window_kernel"}),
+        (["default"], {"step_kernel", "product_kernel", "distillation_kernel", "map_gradients_kernel"}),
         (["hybrid"], {"step_kernel", "parts_kernel", "together_kernel", "delta_channel_gradients_kernel"}),
         (["liger-paper"], {"step_kernel", "states_kernel", "output_kernel", "key_gradients_kernel"}),
         (["liger-paper", "structure=mamba2"], {"step_kernel", "prepare_kernel", "state_gradients_kernel"}),

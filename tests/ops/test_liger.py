@@ -301,7 +301,8 @@ def test_delta_rules_are_the_structures(gate):
     made = pooled(k, 1).repeat(1, 1, 1, structure.gates)
     expected = structure.inputs(softmax(q), softmax(k), v, made, layer)
     key, log_g, beta = liger.DELTA[gate](k, settings(gate, strength=2.0))
-    assert_close(key, expected.k)
+    assert_close(key, F.normalize(expected.k, dim=-1))
+    assert structure.unit
     assert_close(log_g, expected.log_g)
     assert_close(beta, expected.beta)
 

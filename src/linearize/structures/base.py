@@ -87,8 +87,9 @@ def matrix(config: MixerConfig, key_size: int, value_size: int) -> tuple[int, ..
 class Structure(NamedTuple):
     """A recurrence: `operator(*inputs(q, k, v, gate, layer), state, document)` gives its output and final state.
 
-    `inputs` takes q `[B, T, H, K]` and k `[B, T, KV, K]` after the feature map, v `[B, T, KV, V]`, and the gate before
-    its non-linearity, P in the paper's table: `[B, T, KV, gate_size]` in fp32, or, of two gates, one after the other.
+    `inputs` takes q `[B, T, H, K]` and k `[B, T, KV, K]` after the feature map, of length 1 if `unit`, v
+    `[B, T, KV, V]`, and the gate before its non-linearity, P in the paper's table: `[B, T, KV, gate_size]` in fp32, or,
+    of two gates, one after the other.
     """
 
     inputs: Callable[[Tensor, Tensor, Tensor, Tensor, Layer], Any]
@@ -100,6 +101,7 @@ class Structure(NamedTuple):
     own_keys: bool = False  # whether it writes under keys of its own making, whatever k is
     weighs: bool = True  # whether the output is a sum of values by weights as positive as q and k are
     own_features: bool = False  # whether q and k come as they are, because it has features of its own
+    unit: bool = False  # whether q and k are divided by their length
     by_depth: bool = False  # whether it has constants that differ from layer to layer
 
     def state_bytes(self, config: MixerConfig, key_size: int, value_size: int, heads: int) -> int:

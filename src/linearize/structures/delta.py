@@ -9,9 +9,9 @@ from linearize.structures.base import DeltaInputs, Layer, Structure, per_head
 
 
 def deltanet(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, layer: Layer) -> DeltaInputs:
-    """`β = σ(P)`, twice that with `negative_eigenvalues` (arXiv 2411.12537); no decay; q and k of length 1."""
+    """`β = σ(P)`, twice that with `negative_eigenvalues` (arXiv 2411.12537); no decay."""
     beta = (1 + layer.config.negative_eigenvalues) * gate.sigmoid()
-    return DeltaInputs(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, torch.zeros_like(beta), beta)
+    return DeltaInputs(q, k, v, torch.zeros_like(beta), beta)
 
 
 def gated_deltanet(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, layer: Layer) -> DeltaInputs:
@@ -21,5 +21,5 @@ def gated_deltanet(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, layer: Layer) 
     return deltanet(q, k, v, write, layer)._replace(log_g=log_g)
 
 
-DELTANET = Structure(deltanet, gated_delta, per_head, decays=False, weighs=False)
-GATED_DELTANET = Structure(gated_deltanet, gated_delta, per_head, gates=2, weighs=False)
+DELTANET = Structure(deltanet, gated_delta, per_head, decays=False, weighs=False, unit=True)
+GATED_DELTANET = Structure(gated_deltanet, gated_delta, per_head, gates=2, weighs=False, unit=True)
