@@ -12,6 +12,7 @@ change places: what is read forward is the one's gradient of the other. So queri
 import triton
 import triton.language as tl
 
+from linearize.ops.liger_backward_triton import gradients_of_state
 from linearize.ops.liger_steep_triton import scores, scores_backward
 from linearize.ops.liger_triton import (
     CHUNK,
@@ -23,7 +24,6 @@ from linearize.ops.liger_triton import (
     exp,
     load_first,
     load_gate,
-    load_last_first,
     load_state,
     load_tile,
     load_total,
@@ -31,7 +31,6 @@ from linearize.ops.liger_triton import (
     product,
     query_rows,
     running_sum,
-    state_factors,
     store_gate,
     store_tile,
 )
@@ -171,21 +170,10 @@ def write_gradients_kernel(
     written = load_tile(near_x + theirs, rows, columns, T, KV * D, D)
     values = load_tile(y + theirs, rows, columns, T, KV * D, D)
 
-    dstate = load_state(dstates, pair * chunks + chunk, columns, D)
-    left, right, whole = written, values, state_factors(total)[1]
-    if PACKED:  # what the chunk's last token still sees
-        last_first = load_last_first(first + batch * T, start, T, PACKED)
-        whole = tl.where(continues(last_first, start), whole, 0.0)
-        ends = (rows >= last_first)[:, None]
-        left, right = tl.where(ends, written, 0.0), tl.where(ends, values, 0.0)
-    dvalues = product(left, dstate, DTYPE)
-    dwritten = product(right, tl.trans(dstate), DTYPE)
-    state = load_state(states, pair * chunks + chunk, columns, D)
-    last = tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1) * whole
-    last = (last + tl.sum(written.to(tl.float32) * dwritten, 0))[None, :]  # of the gate of the chunk's last token
-    if SCALAR:
-        last = tl.sum(last, 1, keep_dims=True)
-
+    dwritten, dvalues, last = gradients_of_state(
+        written, values, states, dstates, pair * chunks + chunk, first + batch * T, start, total, columns, T, D, DTYPE,
+        SCALAR, PACKED,
+    )  # fmt: skip
     gathered = load_gate(terms, batch, head, rows, columns, T, KV, D, SCALAR)
     inside = tl.zeros([CHUNK, DP], tl.float32)  # of x itself, where decays are steep
     for group in range(GROUPS):

@@ -135,6 +135,30 @@ def query_gradients_kernel(
     store_gate(terms, batch, head, rows, columns, gathered, T, KV, D, SCALAR)
 
 
+@triton.jit
+def gradients_of_state(
+    key, values, states, dstates, place, first, start, total, columns, T, D: tl.constexpr, DTYPE: tl.constexpr,
+    SCALAR: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """The gradients of near keys and values from that of the state after their chunk; and, `[1, K]`, of the gate of the
+    chunk's last token."""
+    dstate = load_state(dstates, place, columns, D)
+    written, writes, whole = key, values, state_factors(total)[1]
+    if PACKED:  # what the chunk's last token still sees
+        last_first = load_last_first(first, start, T, PACKED)
+        whole = tl.where(continues(last_first, start), whole, 0.0)
+        ends = (start + tl.arange(0, CHUNK) >= last_first)[:, None]
+        written, writes = tl.where(ends, key, 0.0), tl.where(ends, values, 0.0)
+    dvalues = product(written, dstate, DTYPE)
+    dkey = product(writes, tl.trans(dstate), DTYPE)
+    state = load_state(states, place, columns, D)
+    last = tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1) * whole
+    last = (last + tl.sum(key.to(tl.float32) * dkey, 0))[None, :]
+    if SCALAR:
+        last = tl.sum(last, 1, keep_dims=True)
+    return dkey, dvalues, last
+
+
 @triton.jit(do_not_specialize=["T"])
 def key_gradients_kernel(
     k, near_query, near_key, v, mixing, first, decay, totals, states, dstates, terms, doutput, dk, dv, T, rate, lower,
@@ -154,20 +178,10 @@ def key_gradients_kernel(
     key = load_tile(near_key + theirs, rows, columns, T, KV * D, D)
     values = load_tile(v + theirs, rows, columns, T, KV * D, D)
 
-    dstate = load_state(dstates, pair * chunks + chunk, columns, D)
-    written, writes, whole = key, values, state_factors(total)[1]
-    if PACKED:  # what the chunk's last token still sees
-        last_first = load_last_first(first + batch * T, start, T, PACKED)
-        whole = tl.where(continues(last_first, start), whole, 0.0)
-        ends = (rows >= last_first)[:, None]
-        written, writes = tl.where(ends, key, 0.0), tl.where(ends, values, 0.0)
-    dvalues = product(written, dstate, DTYPE)
-    dkey = product(writes, tl.trans(dstate), DTYPE)
-    state = load_state(states, pair * chunks + chunk, columns, D)
-    last = tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1) * whole
-    last = (last + tl.sum(key.to(tl.float32) * dkey, 0))[None, :]  # of the gate of the chunk's last token
-    if SCALAR:
-        last = tl.sum(last, 1, keep_dims=True)
+    dkey, dvalues, last = gradients_of_state(
+        key, values, states, dstates, pair * chunks + chunk, first + batch * T, start, total, columns, T, D, DTYPE,
+        SCALAR, PACKED,
+    )  # fmt: skip
 
     # transposed, so that they are operands as they are
     seen = tl.trans(read_mask(rows, rows, starts, total))  # [key, query]
