@@ -5,6 +5,7 @@ Without a GPU the kernels run in Triton's interpreter, in fp32.
 
 import pytest
 import torch
+from test_gated_delta_fused import documents
 from tiny import assert_close
 from torch import Tensor
 
@@ -25,11 +26,6 @@ def inputs(T: int, by: str = "key", B: int = 1, KV: int = 1, groups: int = 2, D:
     """q, k, v, log_g and a state."""
     q, k, v = torch.randn(B, T, KV * groups, D), torch.randn(B, T, KV, D), torch.randn(B, T, KV, D)
     return [q, k, v, -torch.rand(B, T, KV, 1 if by == "head" else D), torch.randn(B, KV, D, D)]
-
-
-def documents(T: int, *rows: list[int]) -> Tensor:
-    """Numbers, from where documents begin."""
-    return torch.stack([(torch.arange(T) >= torch.tensor(begins)[:, None]).sum(0) for begins in rows])
 
 
 def equation(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, state: Tensor, document: Tensor | None, by: str) -> tuple:
