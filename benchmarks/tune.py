@@ -1,6 +1,7 @@
 """Find the launch settings of the kernels of Liger Attention on this GPU: the table `LAUNCHES` in `liger_fused`.
 
     python -m benchmarks.tune --out docs/results/launches_h100.json --sizes 128 64 --seconds 400
+    python -m benchmarks.tune --out launches.json --gate given-key --kernels read read_gradients write_gradients
     python -m benchmarks.tune --out launches.json --gate deltanet --shape 1 32768 --heads 9 3 --sizes 64 \
         --kernels delta_states delta_carry delta_state_gradients
 
@@ -8,8 +9,9 @@ For every kernel and head size, first where most time goes: each candidate is co
 share Triton's cache), run within a whole forward and backward pass whose results must be those of the settings in the
 table, and timed alone; the median of many runs by device events. bf16, window 64, 4 sinks, random inputs; other shapes
 than 4 x 8,192 tokens, and other gates than `gla`, if told so: `output` runs where there is no group of heads to share
-keys, with `--heads 32 32`, and `group_output` where there is one. What does not compile or does not fit is kept with
-its reason. Prints the table to paste.
+keys, with `--heads 32 32`, and `group_output` where there is one; `read` and the two kernels of gradients that belong
+to it, of recurrences whose gates are given, with `--gate given-key`, `given-value` or `given-head`. What does not
+compile or does not fit is kept with its reason. Prints the table to paste.
 
 Kernels of windows and keys that the fused operator does not take are not tried.
 """
@@ -32,6 +34,8 @@ from torch import Tensor
 
 from benchmarks.results import provenance, write
 from linearize.ops import (
+    gated_linear,
+    gated_linear_triton,
     liger_backward_triton,
     liger_delta_backward_triton,
     liger_delta_forward_triton,
@@ -51,7 +55,9 @@ MODULES = (
     liger_delta_backward_triton,
     liger_steep_triton,
     liger_window_triton,
+    gated_linear_triton,
 )
+GIVEN = ("given-key", "given-value", "given-head")  # gates of the recurrence alone: a decay for each of these
 TOLERANCE = 5e-3  # of results, relative to those of the first candidate: bf16, summed in another order
 
 
@@ -291,6 +297,34 @@ class Problem:
         return [output.detach(), state.detach(), *torch.autograd.grad(output, self.leaves, self.doutput)]
 
 
+class GivenProblem:
+    """One layer's recurrence with given gates, forward and backward."""
+
+    def __init__(
+        self, shape: tuple[int, ...], gate: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        B, T, H, KV, D = shape
+        torch.manual_seed(0)
+        q, k = (torch.randn(B, T, n, D, device=device) for n in (H, KV))
+        v = torch.randn(B, T, KV, D, device=device, dtype=dtype)
+        log_g = -torch.rand(B, T, KV, 1 if gate == "given-head" else D, device=device) / 16
+        self.leaves = [x.requires_grad_() for x in (q, k, v, log_g, torch.randn(B, KV, D, D, device=device))]
+        self.doutput, self.by_value = torch.randn_like(q), gate == "given-value"
+
+    def run(self) -> list[Tensor]:
+        """Output, final state and gradients."""
+        q, k, v, log_g, initial = self.leaves
+        output, state = gated_linear.fused(q, k, v, log_g, initial, None, self.by_value)
+        return [output.detach(), state.detach(), *torch.autograd.grad(output, self.leaves, self.doutput)]
+
+
+def problem_of(
+    shape: tuple[int, ...], gate: str, device: str = "cuda", dtype: torch.dtype = torch.bfloat16
+) -> Problem | GivenProblem:
+    """Of any gate."""
+    return (GivenProblem if gate in GIVEN else Problem)(shape, gate, device, dtype)
+
+
 def difference(results: list[Tensor], expected: list[Tensor]) -> float:
     """The largest relative error among the results."""
     pairs = [(x.float(), y.float()) for x, y in zip(results, expected, strict=True)]
@@ -318,7 +352,7 @@ def seconds_of(tasks: list[Task], runs: int = 25) -> list[float]:
     return [begin.elapsed_time(end) / 1000 for begin, end in events]
 
 
-def tried(problem: Problem, kernel: str, D: int, launch: Launch, expected: list[Tensor] | None) -> tuple:
+def tried(problem: Problem | GivenProblem, kernel: str, D: int, launch: Launch, expected: list[Tensor] | None) -> tuple:
     """A row of results, and what the first candidate computes."""
     row: dict[str, Any] = {}
     try:
@@ -337,7 +371,7 @@ def tried(problem: Problem, kernel: str, D: int, launch: Launch, expected: list[
     return row, expected
 
 
-def seconds_in_table(problem: Problem, kernel: str) -> float:
+def seconds_in_table(problem: Problem | GivenProblem, kernel: str) -> float:
     """Of a kernel by the settings in the table."""
     with recording() as tasks:
         problem.run()
@@ -362,7 +396,7 @@ def main() -> None:
     context, target = multiprocessing.get_context("spawn"), driver.active.get_current_target()
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(given.processes, context, start_compiler, (target,)) as pool:
-        problems = {D: Problem((*given.shape, *given.heads, D), given.gate) for D in given.sizes}
+        problems = {D: problem_of((*given.shape, *given.heads, D), given.gate) for D in given.sizes}
         wanted: list[tuple[int, str, Launch, list[Task]]] = []
         for D, problem in problems.items():
             with recording(runs=False) as tasks:

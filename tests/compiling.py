@@ -51,8 +51,6 @@ def main(name: str, *given: str) -> None:
             patched.enter_context(patch.object(module, "kernel_dtype", lambda x: x.dtype))
         patched.enter_context(patch.object(JITFunction, "run", compile_only))
         patched.enter_context(patch.object(dispatch, "no_device", lambda x: None))
-        for module in (gated_linear, maps):
-            patched.enter_context(patch.object(module, "FUSED", True))
         ids, positions = torch.randint(0, 1024, (1, LENGTH)), torch.arange(LENGTH)[None] % (LENGTH // DOCUMENTS)
         batch = {"input_ids": ids, "position_ids": positions, "targets": ids}
         distill_loss(student, teacher, batch, documents=DOCUMENTS).backward()

@@ -34,12 +34,20 @@ def test_a_candidate_is_run_checked_and_timed(monkeypatch):
 
 @pytest.mark.parametrize(
     ("gate", "kernel"),
-    [("gla", "output"), ("gla", "window_gradients"), ("gated_deltanet", "window"), ("gated_deltanet", "delta_output")],
+    [
+        ("gla", "output"),
+        ("gla", "window_gradients"),
+        ("gated_deltanet", "window"),
+        ("gated_deltanet", "delta_output"),
+        ("given-key", "read"),
+        ("given-value", "read_gradients"),
+        ("given-head", "write_gradients"),
+    ],
 )
 def test_timing_leaves_what_the_first_candidate_computed(monkeypatch, gate, kernel):
     """Launches write to the results of the pass that they are from, or add to them."""
     monkeypatch.setattr(tune, "seconds_of", lambda tasks: (tune.replay(tasks), [1.0])[1])
-    problem, launch, expected = tune.Problem(SHAPE, gate, "cpu", torch.float32), LAUNCHES[kernel][16], None
+    problem, launch, expected = tune.problem_of(SHAPE, gate, "cpu", torch.float32), LAUNCHES[kernel][16], None
     for _ in range(2):
         row, expected = tune.tried(problem, kernel, 16, launch, expected)
         assert row == {"difference": 0.0, "seconds": 1.0}

@@ -22,23 +22,13 @@ BY = ("key", "value", "head")  # what a decay is for
 pytestmark = pytest.mark.usefixtures("checked_kernels")
 
 
-def inputs(T: int, by: str = "key", B: int = 1, KV: int = 1, groups: int = 2, D: int = 16) -> list[Tensor]:
-    """q, k, v, log_g and a state."""
-    q, k, v = torch.randn(B, T, KV * groups, D), torch.randn(B, T, KV, D), torch.randn(B, T, KV, D)
-    return [q, k, v, -torch.rand(B, T, KV, 1 if by == "head" else D), torch.randn(B, KV, D, D)]
-
-
-def equation(q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, state: Tensor, document: Tensor | None, by: str) -> tuple:
-    """By value channel, token by token; else `reference`."""
-    if by != "value":
-        return reference(q, k, v, log_g, state, document)
-    outputs = []
-    for t in range(q.shape[1]):
-        if document is not None and t > 0:
-            state = state * (document[:, t] == document[:, t - 1])[:, None, None, None]
-        state = log_g[:, t].exp()[:, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
-        outputs.append((q[:, t].unflatten(1, (k.shape[2], -1)) @ state).flatten(1, 2))
-    return torch.stack(outputs, dim=1), state
+def inputs(
+    T: int, by: str = "key", B: int = 1, KV: int = 1, groups: int = 2, D: int = 16, V: int | None = None
+) -> list[Tensor]:
+    """q, k, v, log_g and a state; keys of size D, and values too, if nothing is said."""
+    V = D if V is None else V
+    q, k, v = torch.randn(B, T, KV * groups, D), torch.randn(B, T, KV, D), torch.randn(B, T, KV, V)
+    return [q, k, v, -torch.rand(B, T, KV, {"key": D, "value": V, "head": 1}[by]), torch.randn(B, KV, D, V)]
 
 
 def assert_is_the_equation(
@@ -54,7 +44,7 @@ def assert_is_the_equation(
     ours = [x.detach().to(DEVICE, copy=True).requires_grad_() for x in given]
     truth = [x.double().requires_grad_() for x in given]
     results = fused(*ours, there, by_value=by == "value")
-    expected = equation(*truth, document, by)
+    expected = reference(*truth, document, by_value=by == "value")
     assert [x.dtype for x in results] == [torch.float32, torch.float32]
     for result, other in zip(results, expected, strict=True):
         assert_close(result.cpu(), other, tolerance)
@@ -78,6 +68,14 @@ def test_lengths_and_groups(T, groups, by):
 @pytest.mark.parametrize("by", BY)
 def test_sequences_heads_and_head_sizes(by):
     assert_is_the_equation(inputs(70, by, B=2, KV=2, D=24), by)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize(("D", "V"), [(16, 17), (24, 7)])
+def test_keys_and_values_of_other_sizes(by, D, V):
+    """A channel of ones, and maps that make more of a key."""
+    assert_is_the_equation(inputs(70, by, D=D, V=V), by)
 
 
 @needs_interpreter
@@ -133,9 +131,17 @@ def test_on_a_gpu(D, by, steep):
     assert_is_the_equation(given, by, documents(450, [20, 23, 300], [64]), torch.bfloat16, 6e-3)
 
 
+@needs_gpu
+@pytest.mark.parametrize("by", BY)
+def test_keys_and_values_of_other_sizes_on_a_gpu(by):
+    """As Hedgehog's maps under one normaliser have them."""
+    given = inputs(450, by, B=2, KV=2, groups=3, D=128, V=65)
+    given[0] /= 128**0.5
+    assert_is_the_equation(given, by, documents(450, [20, 23, 300], [64]), torch.bfloat16, 6e-3)
+
+
 def by_kernels(monkeypatch) -> None:
     """Also of fp32 without a GPU."""
-    monkeypatch.setattr(gated_linear, "FUSED", True)
     monkeypatch.setattr(gated_linear, "why_not_fused", lambda *_: None)
     for module in (gated_linear, slots):
         monkeypatch.setattr(module, "kernel_dtype", lambda x: x.dtype)
@@ -169,6 +175,7 @@ def test_rwkv6_with_a_bonus(monkeypatch):
 
 def test_what_has_no_kernel(monkeypatch):
     monkeypatch.setattr("linearize.ops.dispatch.no_device", lambda x: None)
-    q, k, v, *_ = inputs(3, D=24)
+    q, k, v, *_ = inputs(3, D=24, V=65)
     assert gated_linear.why_not_fused(q, k, v) is None
-    assert gated_linear.why_not_fused(q, k, v[..., :8]) == "no kernel for keys of size 24 and values of size 8"
+    q, k, v, *_ = inputs(3, D=24, V=129)
+    assert gated_linear.why_not_fused(q, k, v) == "no kernel for keys of size 24 and values of size 129"

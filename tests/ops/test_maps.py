@@ -85,7 +85,6 @@ def test_the_feature_map_is_the_same(monkeypatch):
     expected = torch.nn.functional.normalize(made(x), dim=-1)
     assert_close(made.unit(x), expected)
     if not GPU:
-        monkeypatch.setattr(maps, "FUSED", True)
         monkeypatch.setattr(maps, "why_not_fused", lambda x: None)
         monkeypatch.setattr(maps, "kernel_dtype", lambda x: x.dtype)
         assert_close(made.unit(x), expected)

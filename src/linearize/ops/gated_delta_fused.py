@@ -64,10 +64,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, doutput: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    q, _, v, *_ = ctx.saved_tensors
+    q, _, v, *_ = saved = ctx.saved_tensors  # asked for once, which is all that gradient checkpointing allows
     doutput = q.new_zeros(*q.shape[:3], v.shape[3]) if doutput is None else doutput
     dfinal = q.new_zeros(ctx.state, dtype=torch.float32) if dfinal is None else dfinal
-    return *gradients(doutput, dfinal, *ctx.saved_tensors), None, None
+    return *gradients(doutput, dfinal, *saved), None, None
 
 
 operator.register_autograd(_backward, setup_context=_keep)

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from linearize.ops.dispatch import kernel_dtype, warn_once, why_no_kernel
 
-FUSED = False  # by kernels, where there is a GPU: to be set when one has run tests/ops/test_gated_linear_fused.py
-
 Output = tuple[Float[Tensor, "B T H V"], Float[Tensor, "B KV K V"]]
 
 
@@ -49,7 +47,7 @@ def run(
     in this dtype."""
     if q.shape[1] == 1 and not by_value:
         return step(q, k, v, log_g, state)
-    if FUSED and dtype is not None:
+    if dtype is not None:
         if (reason := why_not_fused(q, k, v)) is None:
             return fused(q, k, v.to(dtype), log_g, state, document, by_value)
         warn_once(f"gated linear attention runs without its kernels, several times slower: {reason}")
@@ -62,18 +60,18 @@ def why_not_fused(
     """What the kernels lack for these inputs; None if nothing."""
     K, V = k.shape[3], v.shape[3]
     unsupported = {
-        f"keys of size {K} and values of size {V}": K != V or K > 128,
+        f"keys of size {K} and values of size {V}": max(K, V) > 128,
         f"{q.numel()} numbers in q": q.numel() >= 2**31,
     }
     return why_no_kernel(q, unsupported)
 
 
 def fused(
-    q: Float[Tensor, "B T H D"],
-    k: Float[Tensor, "B T KV D"],
-    v: Float[Tensor, "B T KV D"],
-    log_g: Float[Tensor, "B T KV #D"],
-    state: Float[Tensor, "B KV D D"],
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T KV K"],
+    v: Float[Tensor, "B T KV V"],
+    log_g: Float[Tensor, "B T KV #K"] | Float[Tensor, "B T KV #V"],
+    state: Float[Tensor, "B KV K V"],
     document: Int[Tensor, "B T"] | None = None,
     by_value: bool = False,
 ) -> Output:
@@ -88,18 +86,21 @@ def reference(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T KV K"],
     v: Float[Tensor, "B T KV V"],
-    log_g: Float[Tensor, "B T KV #K"],
+    log_g: Float[Tensor, "B T KV #K"] | Float[Tensor, "B T KV #V"],
     state: Float[Tensor, "B KV K V"],
     document: Int[Tensor, "B T"] | None = None,
+    by_value: bool = False,
 ) -> Output:
-    """The equation, token by token, in float64: what every other form is tested against."""
+    """The equation, token by token, in float64: what every other form is tested against. With a decay for each value
+    channel if `by_value`."""
     q, k, v, log_g, state = (x.double() for x in (q, k, v, log_g, state))
     groups = q.shape[2] // k.shape[2]
+    decay = log_g.exp().unsqueeze(-2 if by_value else -1)
     outputs = []
     for t in range(q.shape[1]):
         if document is not None and t > 0:
             state = state * (document[:, t] == document[:, t - 1])[:, None, None, None]
-        state = log_g[:, t].exp()[..., None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        state = decay[:, t] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
         outputs.append((q[:, t].unflatten(1, (-1, groups)) @ state).flatten(1, 2))
     return torch.stack(outputs, dim=1), state
 

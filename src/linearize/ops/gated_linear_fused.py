@@ -8,6 +8,8 @@ channel, x is the value.
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from linearize.ops import gated_linear_triton as kernels
@@ -98,10 +100,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, doutput: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    q = ctx.saved_tensors[0]
+    q, *_ = saved = ctx.saved_tensors  # asked for once, which is all that gradient checkpointing allows
     doutput = torch.zeros_like(q) if doutput is None else doutput.contiguous()
     dfinal = q.new_zeros(ctx.state, dtype=torch.float32) if dfinal is None else dfinal.contiguous()
-    return *gradients(doutput, dfinal, *ctx.saved_tensors, ctx.by_value), None, None
+    return *gradients(doutput, dfinal, *saved, ctx.by_value), None, None
 
 
 operator.register_autograd(_backward, setup_context=_keep)
@@ -157,8 +159,15 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, state: Tensor, document: Tensor | None, by_value: bool = False
 ) -> tuple[Tensor, Tensor]:
     """As `gated_linear.fused`."""
+    K, V = k.shape[3], v.shape[3]
+    if K != V:  # channels of 0 make them one size, which rows of memory are aligned by
+        D = 16 * triton.cdiv(max(K, V), 16)
+        q, k, v = (F.pad(t, (0, D - t.shape[3])) for t in (q, k, v))
+        log_g = log_g if log_g.shape[3] == 1 else F.pad(log_g, (0, D - log_g.shape[3]))
+        state = F.pad(state, (0, D - V, 0, D - K))
     x, y = (v, k) if by_value else (k, v)
     state = state.float().mT if by_value else state.float()
     given = (t.contiguous() for t in (q, x, y, log_g.float(), state))
     output, final, *_ = operator(*given, first_tokens(document, None), by_value)
-    return output, final.mT if by_value else final
+    final = final.mT if by_value else final
+    return output[..., :V], final[..., :K, :V]

@@ -64,10 +64,10 @@ LAUNCHES: dict[str, dict[int, Launch]] = {
     "delta_state_gradients": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3, 32), 128: Launch(4, 2)},
     "delta_key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
 }
-# with gates that are given, no device has been asked
+# with gates that are given
 LAUNCHES["read"] = {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)}
-LAUNCHES["read_gradients"] = {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1), 128: Launch(8, 1)}
-LAUNCHES["write_gradients"] = {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1), 128: Launch(8, 1)}
+LAUNCHES["read_gradients"] = {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1), 128: Launch(4, 2)}
+LAUNCHES["write_gradients"] = {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)}
 # keys of up to 256 are for the delta rule with gates that are given, over values of up to 64
 for _kernel in ("delta_solve", "delta_output", "delta_key_gradients"):
     LAUNCHES[_kernel][256] = Launch(8, 1)

@@ -63,7 +63,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[
 
 
 def _backward(ctx: Any, doutput: Tensor | None, dfinal: Tensor | None, _: Any) -> tuple[Any, ...]:
-    given, kept = ctx.saved_tensors[:TENSORS], ctx.saved_tensors[TENSORS:]
+    saved = ctx.saved_tensors  # asked for once, which is all that gradient checkpointing allows
+    given, kept = saved[:TENSORS], saved[TENSORS:]
     doutput = torch.zeros_like(given[0]) if doutput is None else doutput
     dfinal = doutput.new_zeros(ctx.state, dtype=torch.float32) if dfinal is None else dfinal
     dq, dk, dv, dmixing, dinitial = gradients(doutput, dfinal, kept, *given, *ctx.fixed)

@@ -7,15 +7,13 @@ from torch import Tensor
 
 from linearize.ops.dispatch import kernel_dtype, why_no_kernel
 
-FUSED = False  # by a kernel, where there is a GPU: to be set when one has run tests/ops/test_maps.py
-
 
 def mapped(
     x: Float[Tensor, "B T H D"], down: Float[Tensor, "H D R"], up: Float[Tensor, "H R D"]
 ) -> Float[Tensor, "B T H D"]:
     """x + U V x of each head, divided by its length, in fp32; 0 stays 0. By the fastest code there is for these
     inputs, products in the dtype of x or, within autocast, in its."""
-    if FUSED and (dtype := kernel_dtype(x)) is not None and why_not_fused(x) is None:
+    if (dtype := kernel_dtype(x)) is not None and why_not_fused(x) is None:
         from linearize.ops.maps_triton import mapped as kernel
 
         with torch.autocast(x.device.type, enabled=False):

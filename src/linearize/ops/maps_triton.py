@@ -13,7 +13,7 @@ from linearize.ops.liger_triton import product
 
 ROWS = tl.constexpr(64)
 LEAST = tl.constexpr(1e-12)  # that a row is divided by, as `torch.nn.functional.normalize` has it
-PROGRAMS = 32  # of a head, in the backward pass
+PROGRAMS = 128  # of a head, in the backward pass
 
 
 @triton.jit
