@@ -17,7 +17,7 @@ from linearize.report import table, verdict
 SEEDS = (0, 1)
 ORDER = ("teacher", "window_only", "window_equal_memory", "converted", "recurrence_off", "window_off")
 BASELINES = ("window_only", "window_equal_memory")
-PLAIN = "window_64"  # results of a window of 64 tokens in all layers
+PLAIN, FEWER = "window_64", "three_wide"  # a window of 64 in all layers, and so with fewer layers of wide keys
 HYBRIDS = {"three full layers": "three_layers_h200", "nine full heads": "heads_h200"}
 PARAMETERS = 134_515_008  # of SmolLM2-135M
 ROWS = {"window_only": "window", "window_equal_memory": "equal-memory", "converted": "converted"}  # of claim.yaml
@@ -35,7 +35,7 @@ def claim(name: str, kept: str = "") -> str:
     gaps = _claimed(name)
     beside = f", {kept}" if kept else ""
     lines = _by_length(gaps, {key: label if key == "teacher" else label + beside for key, label in LABELS.items()})
-    if name != PLAIN:
+    if name not in (PLAIN, FEWER):
         losses = [_losses_of_plain(gap.length) for gap in gaps]
         lines.insert(4, "| window of 64 in all layers | " + " | ".join(f"{np.mean(x):.4f}" for x in losses) + " |")
         shares = " | ".join(interval(_closed_of_plain(gap)) for gap in gaps)
@@ -56,15 +56,22 @@ def _closed_of_plain(gap: LateGap) -> Interval:
     return found
 
 
+def _rows(name: str) -> dict[str, Any]:
+    """By name; the windows of 64 of `FEWER` are those of `PLAIN`."""
+    own = rows_of(name)[0]
+    windows = {row: found for row, found in rows_of(PLAIN)[0].items() if row.startswith("window-")}
+    return windows | own if name == FEWER else own
+
+
 def _seeds(name: str, *models: str) -> list[int]:
     """Those with which all of these were trained."""
-    rows, _ = rows_of(name)
+    rows = _rows(name)
     return [seed for seed in SEEDS if all(f"{ROWS[model]}-{seed}" in rows for model in models)]
 
 
 def _claimed(name: str) -> list[LateGap]:
     """By length, over the seeds; a seed that a baseline was not trained with is compared with its first."""
-    rows, data = rows_of(name)
+    rows, (_, data) = _rows(name), rows_of(name)
     found = []
     for length, articles in data["teacher"]["articles"].items():
         best = [data["teacher"]["late"][length]]
@@ -124,10 +131,8 @@ def earlier() -> str:
         "behind the window with RoPE, 15 % repeats": (_claimed("rope_both"), _claimed_recall("rope_both")["converted"]),
         "the same, prose, a ramp of 512": (_claimed("prose"), _claimed_recall("prose")["converted"]),
         "keys of one width, a ramp of 512, 12 % repeats": (_claimed("narrow"), _claimed_recall("narrow")["converted"]),
-        "more keys in layers 18 to 23, a soft readout, 3 % repeats": (
-            _claimed(PLAIN),
-            _needles_of_both(PLAIN),
-        ),
+        "more keys in layers 18 to 23, a soft readout, 3 % repeats": (_claimed(PLAIN), _needles_of_both(PLAIN)),
+        "the same, more keys in layers 18, 20 and 23 alone": (_claimed(FEWER), _needles_of_both(FEWER)),
         "the default: a window of 128 there": (_claimed("claim"), _claimed_recall("claim")["converted"]),
     }
     for gap in found["the default: a window of 128 there"][0]:
@@ -143,9 +148,9 @@ def earlier() -> str:
             lines.append(f"| {name} | {gap.length:,} | {shares} | {loss} | {recalled} |")
             name = recalled = ""
     scored, last = (made_on(rows_of(name)[1]) for name in ("larger-steps-seed-0", "rope_both"))
-    commits = ", ".join(rows_of(name)[1]["commit"] for name in ("prose", "narrow", PLAIN, "claim"))
+    commits = ", ".join(rows_of(name)[1]["commit"] for name in ("prose", "narrow", PLAIN, FEWER, "claim"))
     made = f"{report_made_on(second)} Seed 0 of the second, and the fourth, were scored on {scored}, "
-    made += f"{rows_of('behind_20M')[1]['commit']}. The last five: {last}, {commits}."
+    made += f"{rows_of('behind_20M')[1]['commit']}. The last six: {last}, {commits}."
     return "\n".join([*lines, "", made])
 
 
@@ -191,7 +196,7 @@ def _larger_steps() -> list[LateGap]:
 
 def goals() -> str:
     """What was to be reached, and what is, at each length."""
-    plain, ours = (_claimed(name) for name in (PLAIN, "claim"))
+    plain, fewer, ours = (_claimed(name) for name in (PLAIN, FEWER, "claim"))
     equal = "window_equal_memory"
     lines = ["| goal | least | " + " | ".join(f"T = {x.length:,}" for x in ours) + " |", "| --- | ---: |"]
     lines[1] += " ---: |" * len(ours)
@@ -200,8 +205,10 @@ def goals() -> str:
         cells = ["–" if x is None else f"{x.value:.0%}{' ✓' if round(x.value, 2) >= least else ''}" for x in found]
         lines.append(f"| {what} | {least:.0%} | {' | '.join(cells)} |")
 
-    add("a window of 64, no full layer: of what the window leaves", 0.63, [x.closed["window_only"] for x in plain])
-    add("the same, at equal memory", 0.25, [x.closed[equal] for x in plain])
+    for gaps, layers in ((fewer, "three layers"), (plain, "six layers")):
+        what = f"a window of 64, no full layer, wide keys in {layers}: of what the window leaves"
+        add(what, 0.63, [x.closed["window_only"] for x in gaps])
+        add("the same, at equal memory", 0.25, [x.closed[equal] for x in gaps])
     add("the default: of what a window of 64 leaves", 0.63, [_closed_of_plain(x) for x in ours])
     add("the same, at equal memory", 0.25, [x.closed[equal] for x in ours])
     for kept, name in HYBRIDS.items():

@@ -46,13 +46,15 @@ def state_size() -> str:
 def recipes() -> str:
     """The shipped recipes, 2 million tokens each."""
     rows, data = rows_of("recipes")
-    lines = ["| recipe | late loss | closed of window only | needles at 128, 512 | new parameters | cache, MB |"]
+    lines = ["| recipe | late loss | closed of a window of 64 | needles at 128, 512 | new parameters | cache, MB |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, row in sorted(rows.items(), key=lambda item: item[1]["late_loss"]):
-        share = "–" if name == "window-only" else interval(_closed(rows["window-only"], row, data))
+        share = "–" if name == "window-64" else interval(_closed(rows["window-64"], row, data))
         new, cache = f"{row['new_parameters']:,}", f"{row['cache_bytes'] / 1e6:.1f}"
         lines.append(f"| {name} | {row['late_loss']:.4f} | {share} | {_needles(row)} | {new} | {cache} |")
-    return "\n".join([*lines, "", f"Teacher {data['teacher']['late_loss']:.4f}. {made_on(data)}."])
+    old = [name for name, row in rows.items() if "commit" in row]
+    made = "".join(f" {', '.join(old)}: {rows[name]['hardware']}, commit {rows[name]['commit']}." for name in old[:1])
+    return "\n".join([*lines, "", f"Teacher {data['teacher']['late_loss']:.4f}. {made_on(data)}.{made}"])
 
 
 def changes() -> str:

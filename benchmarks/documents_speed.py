@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.decode import SHAPES, fastest, floor, ratio
 from benchmarks.operators import median
 from benchmarks.results import RESULTS, made_on, measured, versions
+from benchmarks.train import GOALS
 from linearize.ops.liger import DELTA
 
 
@@ -163,7 +164,7 @@ def training(name: str) -> str:
         "| student | batch × T | documents in all | step, ms | teacher's forward | tokens/s | GPU idle | peak, GiB |"
     ]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    rows = [row for row in data["rows"] if "error" not in row]
+    rows = sorted((row for row in data["rows"] if "error" not in row), key=_place)
     for row in rows:
         lines.append(
             f"| {row['side']} | {_batch(row)} | {_gpus(row) * row['batch'] * row['documents']} | "
@@ -175,6 +176,28 @@ def training(name: str) -> str:
     goals = [goal for length in (2048, 32768) for goal in _training_goals(rows, length)]
     lines += [f"| {goal} | {reached} | {'✓' if met else '–'} |" for goal, reached, met in goals]
     return "\n".join([*lines, "", f"`python -m benchmarks.train`, medians; {made_on(data)}."])
+
+
+def training_models() -> str:
+    """Distillation of larger models."""
+    if (data := measured("train_models_h200")) is None:
+        return "Not measured yet."
+    lines = [
+        "| model | student | batch × T | gradient checkpointing | step, ms | teacher's forward | tokens/s | peak, GiB |"
+    ]
+    lines.append("| --- | --- | --- | :-: | ---: | ---: | ---: | ---: |")
+    for row in data["rows"]:
+        lines.append(
+            f"| {row['model']} | {row['side']} | {_batch(row)} | {'✓' if row['gradient_checkpointing'] else '–'} | "
+            f"{1000 * median(row['seconds']):.1f} | {_teachers(row)} | {_speed(row):,.0f} | "
+            f"{row['peak_bytes'] / 2**30:.1f} |"
+        )
+    return "\n".join([*lines, "", f"Medians; {made_on(data)}."])
+
+
+def _place(row: dict[str, Any]) -> tuple[int, ...]:
+    """In the table: one GPU first, large steps before small ones, and the default before what it is compared with."""
+    return _gpus(row), row["length"], -row["batch"], row["documents"], GOALS.index(row["side"])
 
 
 def _gpus(row: dict[str, Any]) -> int:
