@@ -5,6 +5,7 @@ As a program, which checks no shapes as tests do, since checks would be compiled
 
 import json
 import sys
+from contextlib import nullcontext
 
 import torch
 from test_losses import LENGTHS, batch
@@ -17,6 +18,7 @@ from linearize.recipe import LoraSettings
 from linearize.train.align import align_loss
 from linearize.train.compiled import compiled_layers
 from linearize.train.distill import distill_loss
+from linearize.train.recompute import recomputed_layers
 from linearize.train.trainer import shared_copy, with_lora
 
 DEFAULT = {"structure": "gated_deltanet", "feature_map": "linear", "gate_source": "learned", "readout": "rms"}
@@ -58,11 +60,13 @@ def interpret() -> None:
 
 
 def graphs(stage: str, layers: str, trained: str, settings: str, by: str) -> dict[str, int]:
-    """Of two steps, and of one afterwards that is not compiled; `by` "kernels" where these are to run."""
+    """Of two steps, and of one afterwards that is not compiled; `by` "kernels" where these are to run, or "recompute"
+    where layers run again in the backward pass."""
     if by == "kernels":
         interpret()
     step = Step(stage, int(layers), trained == "lora", settings)
-    with compiled_layers(step.student, step.teacher, whole=stage == "distill", backend="aot_eager"):
+    again = recomputed_layers(step.student) if by == "recompute" else nullcontext()
+    with compiled_layers(step.student, step.teacher, whole=stage == "distill", backend="aot_eager"), again:
         step.gradients()
         step.gradients()
     found = {"graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values())}

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 
 from linearize.train.compiled import compiled_layers
 from linearize.train.graph import Graphed
+from linearize.train.recompute import recomputed_layers
 
 HERE = Path(__file__).parent
 
@@ -52,6 +53,7 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton
         (3, "distill 3 all heads operations"),  # and that of a layer without softmax heads
         (2, "align 3 lora default operations"),  # a norm and an MLP, the teacher's
         (3, "distill 3 lora lightning operations"),  # the teacher's layer; each mixer is another, and left out
+        (2, "distill 3 lora default recompute"),  # as without
         pytest.param(2, "distill 2 lora default kernels", marks=interpreted),
     ],
 )
@@ -68,6 +70,16 @@ def test_compiled_layers_give_the_same(stage):
     step = Step(stage)
     expected = step.gradients()
     with compiled_layers(step.student, step.teacher, whole=stage == "distill", backend="aot_eager"):
+        assert_same(step.gradients(), expected)
+        assert_same(step.gradients(), expected)
+    assert_same(step.gradients(), expected)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_compiled_layers_run_again_in_the_backward_pass():
+    step = Step("distill")
+    expected = step.gradients()
+    with compiled_layers(step.student, step.teacher, backend="aot_eager"), recomputed_layers(step.student):
         assert_same(step.gradients(), expected)
         assert_same(step.gradients(), expected)
     assert_same(step.gradients(), expected)

@@ -13,6 +13,7 @@ from linearize.mixer import LinearizedAttention
 from linearize.packing import document_masks, packing
 from linearize.tokens import describe, most_sinks
 from linearize.train.losses import relative_error
+from linearize.train.recompute import draws
 
 
 def align_loss(
@@ -50,7 +51,7 @@ def layer_errors(
         tokens = with_ropes(tokens, decoder(student), ids, positions, documents=documents)
         inputs = (mixer, kwargs["hidden_states"], kwargs["position_embeddings"], tokens, kwargs["attention_mask"])
         if checkpointing:
-            output = checkpoint(_run, *inputs, use_reentrant=False)
+            output = checkpoint(_run, *inputs, use_reentrant=False, preserve_rng_state=draws(student))
         else:
             output = _run(*inputs)
         error = relative_error(output, target)

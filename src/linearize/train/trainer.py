@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from linearize.recipe import LoraSettings, StageSettings
 from linearize.results import Curve
 from linearize.train.compiled import compiled_layers
 from linearize.train.graph import Batch, Graphed
+from linearize.train.recompute import draws, recomputed_layers
 from linearize.train.watch import Watch
 
 Loss = Callable[..., Tensor]  # of student, teacher, batch and `documents`, the most that are packed into a row
@@ -241,15 +243,13 @@ def train(
     """
     student.train()
     base = unwrapped(student)
-    if settings.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     arguments = _arguments(settings, folder, seed)
     length = len(sequences[0]["input_ids"])
     tokens = len(sequences) * length
     tokens_per_step = settings.batch_size * settings.accumulate * length * arguments.world_size
     gpu = arguments.device.type == "cuda"
     most = most_documents(sequences) if gpu else None  # a GPU is not to be asked what a batch has
-    graph = gpu and not settings.gradient_checkpointing  # which restores a random state that no graph knows
+    graph = gpu and not (settings.gradient_checkpointing and draws(base))
     trainer = LinearizeTrainer(
         Pair(student, teacher, loss, most, graph),
         arguments,
@@ -263,16 +263,15 @@ def train(
         newest_checkpoint(folder)  # damaged ones are gone then
     processes.wait()
     last, started = newest_checkpoint(folder), time.perf_counter()
+    recomputed = recomputed_layers(base) if settings.gradient_checkpointing and stage == "distill" else nullcontext()
     try:
-        with compiled_layers(base, teacher, whole=stage == "distill" and not settings.gradient_checkpointing):
+        with compiled_layers(base, teacher, whole=stage == "distill"), recomputed:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
     except torch.OutOfMemoryError as error:
         raise LinearizeError(
             f"out of GPU memory in {stage} with batch_size {settings.batch_size}; lower it and raise accumulate, "
             "or set gradient_checkpointing"
         ) from error
-    if settings.gradient_checkpointing:
-        base.gradient_checkpointing_disable()
     student.eval()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     return Curve(
