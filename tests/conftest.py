@@ -24,6 +24,12 @@ install_import_hook([f"linearize.{name}" for name in CHECKED], "beartype.beartyp
 torch.set_num_threads(1)  # tiny models, and other tests may run beside these
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

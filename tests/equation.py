@@ -15,7 +15,6 @@ TRITON = find_spec("triton") is not None
 
 needs_triton = pytest.mark.skipif(not TRITON, reason="triton is not installed")
 needs_interpreter = pytest.mark.skipif(GPU or not TRITON, reason="Triton's interpreter is for machines without a GPU")
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 DEVICE = "cuda" if GPU else "cpu"
 ALL = [*liger.GATES, *liger.DELTA]
 

@@ -527,7 +527,7 @@ def test_an_mlp_of_a_width_that_fits_no_tile(kernels, steps, monkeypatch):
     assert len(steps) == 2
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("settings", [{}, WHOLE[0]], ids=["published", "default"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("overlap", [False, True])
@@ -539,7 +539,7 @@ def test_sixteen_bits_on_a_gpu(overlap, family, settings, steps, monkeypatch):
     assert all(decoder.graph is not None for decoder in steps)
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("settings", [*WHOLE, *BY_OPERATIONS], ids=str)
 def test_all_that_a_graph_holds(settings, steps):
     model, tokens = learned(settings), ids(2, LENGTH).to(DEVICE)

@@ -179,3 +179,17 @@ def test_gradients_are_the_same(settings, fused):
 def test_layers_without_a_kernel_say_why(settings, reason):
     converted = model(**{"structure": "gla", **settings})
     assert converted.model.layers[0].self_attn.kernel == reason
+
+
+@torch.no_grad()
+def test_norms_that_leave_queries_and_keys_in_fp32_within_autocast(monkeypatch):
+    """As Qwen3's do: the kernels take them in the values' dtype."""
+    given = []
+    monkeypatch.setattr(mixer, "kernel_dtype", lambda x: torch.bfloat16)
+    monkeypatch.setattr(liger, "why_not_fused", lambda q, k, v, *_: given.append((q.dtype, k.dtype, v.dtype)) or "no")
+    monkeypatch.setattr(liger, "why_not_windowed", lambda *_: "no")
+    monkeypatch.setattr(liger, "warn_once", lambda _: None)
+    converted = model("gla", "qwen3")
+    with torch.autocast("cpu", torch.bfloat16):
+        logits(converted, ids(1, 20), use_cache=False)
+    assert given == 2 * [(torch.bfloat16,) * 3]

@@ -214,7 +214,7 @@ def test_generation_by_beams_uses_it(steps):  # noqa: F811
     assert torch.equal(with_it, model.generate(ids(2, 9).to(DEVICE), use_cache=False, **given))
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("kept", KEPT, ids=str)
 def test_sixteen_bits_on_a_gpu(kept, steps):  # noqa: F811
     """No further from the same weights in fp32 than the whole text is, but for chance."""

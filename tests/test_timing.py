@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from tiny import assert_close
 from torch._subclasses import FakeTensorMode
 
 from benchmarks.timing import graphed
 from linearize.ops import liger
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there are graphs on a GPU")
@@ -25,20 +24,31 @@ def test_what_is_not_fused_can_be_recorded():
     assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
 
 
-@needs_gpu
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+def test_two_operators_do_what_one_does():
+    pytest.importorskip("interpreted")
+    from benchmarks.kernels import separate
+
+    q, k, v = (torch.randn(2, 70, heads, 16) for heads in (4, 2, 2))
+    angles = torch.randn(70, 16)
+    given = q, k, v, torch.rand(4), liger.Settings("gla", 0.25), (angles.cos(), angles.sin())
+    assert_close(separate(*given)[0], liger.reference(*given)[0], 1e-5)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("backward", [False, True])
 def test_every_side_can_be_recorded(monkeypatch, backward):
     from benchmarks import kernels
 
     shape = kernels.Shape(1, 200, 4, 2, 64)
-    monkeypatch.setattr(kernels, "UNFUSED", [shape])
+    monkeypatch.setattr(kernels, "SEPARATE", [shape])
     for name, operator in kernels.sides(shape).items():
-        row = kernels.measure(operator, shape, backward)
+        row = kernels.measure(kernels.made(operator, shape, backward))
         assert row.get("error") is None, name
         assert row["seconds"], name
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_replay_reads_and_writes_the_same_tensors():
     x, y = torch.zeros(3, device="cuda"), torch.zeros(3, device="cuda")
     replay = graphed(lambda: torch.add(x, 1, out=y))

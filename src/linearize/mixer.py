@@ -199,6 +199,8 @@ class LinearizedAttention(nn.Module):
         if self.recurrence is None or self.ablated:
             return None, None
         settings, rope = self.kernel, None if self.rotate is unrotated else angles
+        if (dtype := kernel_dtype(v)) is not None:  # within autocast norms of q and k may leave them in fp32
+            q, k, v = (x.to(dtype) for x in (q, k, v))
         reason = settings if isinstance(settings, str) else liger.why_not_fused(q, k, v, settings, tokens.first, rope)
         if isinstance(settings, str) or reason is not None:
             if q.is_cuda and self.config.structure not in liger.DELTA:  # whose branches have kernels of their own
@@ -211,7 +213,10 @@ class LinearizedAttention(nn.Module):
         decay = None
         if self.config.structure == "lightning":
             decay = -rates(self.layer, q.device).float()
-        weights = mixing.weight if hasattr(mixing, "weight") else mixing.weights().to(q.device)
+        if hasattr(mixing, "weight"):
+            weights = mixing.weight
+        else:  # made where it is read: nothing is copied to a GPU while a graph is recorded
+            weights = torch.full((self.layer.num_heads,), mixing.initial, device=q.device)
         if past is None:
             return liger.fused(q, k, v, weights, settings, rope, None, tokens.first, decay)
         assert sinks is not None

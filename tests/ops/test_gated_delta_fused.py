@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="the kernels are Triton's")
 GPU = torch.cuda.is_available()
 
 needs_interpreter = pytest.mark.skipif(GPU, reason="Triton's interpreter is for machines without a GPU")
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+
 DEVICE = "cuda" if GPU else "cpu"
 pytestmark = pytest.mark.usefixtures("checked_kernels")
 
@@ -236,7 +236,7 @@ def test_views_and_gradients_of_some():
 # --- on a GPU, in bf16 ---
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("T", [2, 65, 1000])
 @pytest.mark.parametrize("D", [16, 32, 64, 96, 128])
 def test_gpu_lengths(T, D):
@@ -244,27 +244,27 @@ def test_gpu_lengths(T, D):
     assert_is_the_equation(inputs(T, B=max(2, 32 // T), KV=2, groups=3, D=D), None, torch.bfloat16, 5e-3)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("K", "V"), [(128, 64), (256, 64), (200, 48), (32, 64)])
 def test_gpu_values_of_another_size_than_keys(K, V):
     given = with_values(inputs(300, B=2, KV=2, groups=3, D=K), V)
     assert_is_the_equation(given, documents(300, [20, 23, 100], [64]), torch.bfloat16, 5e-3)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("K", "V"), [(256, 64), (200, 48)])
 def test_gpu_wide_keys(K, V):
     given = with_values(inputs(300, B=2, KV=2, groups=3, D=K), V)
     assert_is_the_equation(given, documents(300, [20, 23, 100], [64]), torch.bfloat16, 5e-3)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_gpu_documents():
     given = inputs(300, B=2, groups=3, D=64)
     assert_is_the_equation(given, documents(300, [20, 23, 100], [64]), torch.bfloat16, 5e-3)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("D", "begins"), [(64, [700, 1100, 4000]), (128, []), (256, [700, 1100, 4000]), (200, [])])
 def test_gpu_segments(D, begins):
     given, document = inputs(4200, groups=1, D=D), documents(4200, begins) if begins else None
@@ -272,7 +272,7 @@ def test_gpu_segments(D, begins):
     assert_is_the_equation(given, document, torch.bfloat16, 5e-3)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("log_decay", [0.0, -8.0, -1e4])
 def test_gpu_any_decay(log_decay):
     given = inputs(200, D=64)
@@ -280,7 +280,7 @@ def test_gpu_any_decay(log_decay):
     assert_is_the_equation(given, None, torch.bfloat16, 5e-3)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_gpu_picks_kernels_where_half_the_precision_is_asked_for(monkeypatch):
     calls = []
     monkeypatch.setattr("linearize.ops.gated_delta.fused", lambda *given: calls.append(given) or fused(*given))
@@ -295,7 +295,7 @@ def test_gpu_picks_kernels_where_half_the_precision_is_asked_for(monkeypatch):
     assert len(calls) == 1
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_gpu_graph():
     """Nothing waits for the GPU, forward or backward."""
     given = [x.cuda().requires_grad_() for x in inputs(130, D=64)]

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="the kernels are Triton's")
 GPU = torch.cuda.is_available()
 
 needs_interpreter = pytest.mark.skipif(GPU, reason="Triton's interpreter is for machines without a GPU")
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+
 DEVICE = "cuda" if GPU else "cpu"
 BY = ("key", "value", "head")  # what a decay is for
 pytestmark = pytest.mark.usefixtures("checked_kernels")
@@ -120,7 +120,7 @@ def test_half_precision(by):
     assert_is_the_equation(inputs(200, by, D=64), by, None, torch.bfloat16, 6e-3)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("D", [16, 32, 64, 128])
 @pytest.mark.parametrize("steep", [False, True])
@@ -131,7 +131,7 @@ def test_on_a_gpu(D, by, steep):
     assert_is_the_equation(given, by, documents(450, [20, 23, 300], [64]), torch.bfloat16, 6e-3)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("by", BY)
 def test_keys_and_values_of_other_sizes_on_a_gpu(by):
     """As Hedgehog's maps under one normaliser have them."""

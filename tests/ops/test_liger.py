@@ -15,7 +15,6 @@ from equation import (
     documents,
     in_groups,
     inputs,
-    needs_gpu,
     needs_interpreter,
     needs_triton,
     rope,
@@ -358,7 +357,7 @@ def test_first_tokens():
     assert first_tokens(document, valid).tolist() == [[0, 1, 2, 2, 2], [0, 1, 1, 3, 4]]
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("given", [{"window": 65}, {"sinks": 17}, {"gate": "delta"}, {"feature_map": "relu"}], ids=str)
 def test_what_is_not_fused(given):
     q, k, v, *_ = (x.cuda().bfloat16() for x in inputs(3))

@@ -9,7 +9,6 @@ from equation import (
     documents,
     in_groups,
     inputs,
-    needs_gpu,
     rope,
     settings,
 )
@@ -17,7 +16,7 @@ from tiny import assert_close
 
 from linearize.ops.liger import fused, reference
 
-pytestmark = [needs_gpu, pytest.mark.usefixtures("checked_kernels")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("checked_kernels")]
 SHAPES = {"mha": {"KV": 2, "groups": 1}, "gqa": {"KV": 1, "groups": 3}}
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the kernels are Triton's")
 GPU = torch.cuda.is_available()
 
 needs_interpreter = pytest.mark.skipif(GPU, reason="Triton's interpreter is for machines without a GPU")
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+
 DEVICE = "cuda" if GPU else "cpu"
 pytestmark = pytest.mark.usefixtures("checked_kernels")
 
@@ -70,7 +70,7 @@ def test_half_precision():
     assert_is_plain(inputs(2, 100, 3, 64), torch.bfloat16, 8e-3)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("D", [16, 32, 64, 80, 128])
 def test_on_a_gpu(D):
     assert_is_plain(inputs(2, 700, 3, D), torch.bfloat16, 8e-3)

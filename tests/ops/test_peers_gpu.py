@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from equation import inputs, needs_gpu, rope, settings
+from equation import inputs, rope, settings
 from tiny import assert_close
 
 from linearize.ops.liger import fused
 
-pytestmark = [needs_gpu, pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf"),
+]
 TOLERANCE = 1e-2  # both round to bf16
 
 

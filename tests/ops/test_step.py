@@ -23,7 +23,7 @@ if TRITON and not GPU:
     import interpreted
 
 DEVICE = "cuda" if GPU else "cpu"
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+
 needs_triton = pytest.mark.skipif(not TRITON, reason="triton is not installed")
 RUNS = ["plain", pytest.param("kernel", marks=needs_triton)]
 
@@ -580,7 +580,7 @@ def test_readout_and_mixing_by_token_with_other_gates(gate, run):
     assert_close(state, final)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("D", "groups", "B"), [(64, 3, 2), (128, 4, 3), (80, 1, 1)])
 @pytest.mark.parametrize("gate", liger.GATES)
@@ -590,7 +590,7 @@ def test_sixteen_bits(gate, D, groups, B, dtype):
     assert_is_the_equation("kernel", given, settings(gate, D, window=64, sinks=4), rope(80, D), tolerance=5e-3)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("D", "shifts"), [(16, 7), (40, 2), (64, 1), (64, 3)])
 @pytest.mark.parametrize("behind", [None, "local"])
@@ -601,7 +601,7 @@ def test_products_in_sixteen_bits(behind, D, shifts, dtype):
     assert_is_the_truth("kernel", given, fixed, more, rope(80, D), tolerance=1e-2, behind=behind, shifts=shifts)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("D", "groups", "B"), [(16, 1, 2), (16, 3, 2), (64, 3, 2), (128, 4, 3), (80, 1, 1)])
 @pytest.mark.parametrize("gate", liger.DELTA)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import jaxtyping
@@ -83,6 +84,23 @@ def test_compiled_layers_run_again_in_the_backward_pass():
         assert_same(step.gradients(), expected)
         assert_same(step.gradients(), expected)
     assert_same(step.gradients(), expected)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.usefixtures("unchecked")
+def test_a_batch_of_another_shape_than_the_graph_s(recomputed):
+    """It is not compiled, nor are layers that run again for it."""
+    step = Step("distill")
+    expected = step.gradients()
+    graphed = Graphed(step.loss, step.parameters)
+    graphed.graph = object()
+    graphed.batch = {name: torch.cat([rows, rows]) for name, rows in step.given.items()}
+    again = recomputed_layers(step.student) if recomputed else nullcontext()
+    with compiled_layers(step.student, step.teacher, backend="aot_eager"), again:
+        step.gradients()
+        loss = graphed(**step.given)
+        found = torch.autograd.grad(2 * loss, step.parameters, allow_unused=True)
+    assert_same([loss.detach(), *(x / 2 for x in found if x is not None)], expected)
 
 
 @pytest.mark.usefixtures("unchecked")

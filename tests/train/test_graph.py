@@ -22,7 +22,7 @@ SETTINGS = [
     {"structure": "none"},
     {"structure": "gated_deltanet", "mixing": "data_dependent", "softmax_heads": "0/1,2/0"},
 ]
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Liger Attention runs unfused",
     "ignore:the window of Liger Attention",
@@ -74,7 +74,7 @@ def test_layers_see_the_same_masks_before_and_while_a_graph_is_recorded(loss, le
         assert one is None or one.equal(other)
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("loss", [align_loss, distill_loss])
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s["structure"] + s.get("mixing", ""))
 def test_a_graph_gives_what_the_operations_give(settings, loss):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from equation import needs_gpu
 from test_losses import batch
 from tiny import assert_close, tiny
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -80,7 +79,7 @@ def test_masks_are_made_where_it_does_not_fit(by_starts, monkeypatch):
     ALL_ATTENTION_FUNCTIONS["sdpa"] = packing.attend  # for the fixture
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("H", "KV"), [(4, 4), (9, 3)])
 @pytest.mark.parametrize("D", [16, 64, 128])
 def test_gpu_documents_without_a_mask(H, KV, D):
@@ -98,7 +97,7 @@ def test_gpu_documents_without_a_mask(H, KV, D):
         assert_close(gradient.cpu(), other, 5e-3)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_gpu_a_model_without_masks():
     """In half precision: what masks give, to rounding."""
     model = tiny(hidden_size=96, head_dim=16).cuda().bfloat16()

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from equation import needs_gpu
 
 from linearize import LinearizeError, Recipe, cli, convert, variants
 from linearize import run as run_recipe
@@ -85,7 +84,7 @@ def test_what_can_be_graphed():
     assert not any(module.can_be_graphed(tiny.tiny(family)) for family in ("mixtral", "gemma2", "gemma3_text"))
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_graph_writes_the_same(monkeypatch):
     monkeypatch.setattr(module, "GRAPHED", 16)
     model = module._sampler(tiny.tiny(eos_token_id=END).cuda())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)  # what kernels are for; in fp32 they are for the interpreter
+MOST = 65535  # of sequences times heads, which CUDA has no more of in a grid
 OVERLAP = 2048  # numbers in a row from which on kernels of a decoding step wait for the one ahead; see `overlaps`
 
 

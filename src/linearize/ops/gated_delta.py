@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from linearize.ops.dispatch import kernel_dtype, warn_once, why_no_kernel
+from linearize.ops.dispatch import MOST, kernel_dtype, warn_once, why_no_kernel
 from linearize.ops.gated_linear import Output, continues
 
 
@@ -47,6 +47,7 @@ def why_not_fused(
     unsupported = {
         f"keys of size {K} and values of size {V}": max(K, V) > 128 and (K > 256 or V > 64),
         f"{q.numel()} numbers in q": q.numel() >= 2**31,
+        f"{q.shape[0]} sequences of {q.shape[2]} heads": q.shape[0] * q.shape[2] > MOST,
     }
     return why_no_kernel(q, unsupported)
 

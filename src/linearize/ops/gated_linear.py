@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from linearize.ops.dispatch import kernel_dtype, warn_once, why_no_kernel
+from linearize.ops.dispatch import MOST, kernel_dtype, warn_once, why_no_kernel
 
 Output = tuple[Float[Tensor, "B T H V"], Float[Tensor, "B KV K V"]]
 
@@ -62,6 +62,7 @@ def why_not_fused(
     unsupported = {
         f"keys of size {K} and values of size {V}": max(K, V) > 128,
         f"{q.numel()} numbers in q": q.numel() >= 2**31,
+        f"{q.shape[0]} sequences of {q.shape[2]} heads": q.shape[0] * q.shape[2] > MOST,
     }
     return why_no_kernel(q, unsupported)
 

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from linearize.ops import gated_delta, gated_linear, local
-from linearize.ops.dispatch import HALF, why_no_kernel
+from linearize.ops.dispatch import HALF, MOST, why_no_kernel
 from linearize.ops.dispatch import warn_once as warn_once
 from linearize.ops.local import NEVER, Scoring, Sinks
 
@@ -69,6 +69,7 @@ def why_not_windowed(
         f"{q.dtype}, {k.dtype} and {v.dtype} together": not q.dtype == k.dtype == v.dtype,
         f"{q.dtype}": q.dtype not in HALF,
         f"{T} tokens": T * H * D >= 2**31,
+        f"{B} sequences of {H} heads": B * H > MOST,
     }
     return why_no_kernel(q, unsupported)
 

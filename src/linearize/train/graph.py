@@ -36,9 +36,8 @@ class Graphed:
             with _recast():  # as in the runs before the recording: what was compiled there serves here
                 return self.loss(**batch)
         if any(batch[name].shape != kept.shape for name, kept in self.batch.items()):
-            with torch.compiler.set_stance("force_eager"):  # for a batch or two, compiling takes longer than it saves
-                return self.loss(**batch)
-        return _Replay.apply(self, batch, *self.parameters)
+            return _Made.apply(lambda: self._run_eagerly(batch), *self.parameters)
+        return _Made.apply(lambda: self.replay(batch), *self.parameters)
 
     def replay(self, batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
         """Loss and gradients of `batch`; the gradients are overwritten by the next call."""
@@ -75,6 +74,12 @@ class Graphed:
             self._run(batch)
             warnings.warn(f"training steps are not compiled and take longer: {error}", stacklevel=2)
 
+    def _run_eagerly(self, batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
+        """For a batch or two, compiling takes longer than it saves; so does the backward pass, in which layers may run
+        again."""
+        with torch.compiler.set_stance("force_eager"), torch.enable_grad():
+            return self._run(batch)
+
     def _run(self, batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
         loss = self.loss(**batch)
         return loss.detach(), list(torch.autograd.grad(loss, self.parameters, allow_unused=True))
@@ -87,16 +92,16 @@ def _recast() -> torch.autocast:
     return torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False)
 
 
-class _Replay(torch.autograd.Function):
-    """The graph's loss, whose gradients exist as soon as it does."""
+class _Made(torch.autograd.Function):
+    """The loss of `run`, whose gradients exist as soon as it does."""
 
     @staticmethod
-    def forward(ctx: Any, graphed: Graphed, batch: Batch, *parameters: Tensor) -> Tensor:
-        loss, ctx.gradients = graphed.replay(batch)
+    def forward(ctx: Any, run: Callable[[], tuple[Tensor, list[Tensor | None]]], *parameters: Tensor) -> Tensor:
+        loss, ctx.gradients = run()
         return loss
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         there = [x for x in ctx.gradients if x is not None]
         scaled = iter(torch._foreach_mul(there, gradient))
-        return None, None, *(None if x is None else next(scaled) for x in ctx.gradients)
+        return None, *(None if x is None else next(scaled) for x in ctx.gradients)

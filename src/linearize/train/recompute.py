@@ -30,7 +30,7 @@ def recomputed_layers(model: PreTrainedModel) -> Iterator[None]:
 
 def draws(model: PreTrainedModel) -> bool:
     """Whether a layer in training draws random numbers, which have to be the same when it runs again: any dropout, a
-    module's or a setting's. To go back to a random state is nothing that a CUDA graph can hold."""
-    settings = (value for name, value in model.config.to_dict().items() if "drop" in name)
+    module's or a setting's, or a router's noise. To go back to a random state is nothing that a CUDA graph can hold."""
+    settings = (value for name, value in model.config.to_dict().items() if "drop" in name or "jitter" in name)
     modules = (module.p for module in model.modules() if "Dropout" in type(module).__name__)
     return any(isinstance(p, float) and p > 0 for p in (*settings, *modules))

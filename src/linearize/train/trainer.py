@@ -136,7 +136,7 @@ class LinearizeTrainer(Trainer):
     def locate(self, batch: Batch) -> None:
         """Raise FloatingPointError where the pair's loss first is not a number, if operations say."""
         once = torch.compiler.set_stance("force_eager")  # compiling takes longer
-        with torch.no_grad(), self.compute_loss_context_manager(), once:
+        with torch.no_grad(), self.accelerator.autocast(), once:
             self._pair().eager(**batch)  # a graph does not say where
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
