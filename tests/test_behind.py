@@ -5,7 +5,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from test_cache import LENGTH, one_by_one
-from test_decoding import DELTA, DEVICE, UNFUSED, converted, learned
+from test_decoding import DELTA, DEVICE, PADDING, UNFUSED, converted, learned
 from tiny import FAMILIES, assert_close, ids, logits, relative, tiny
 from torch import Tensor
 from transformers import DynamicCache
@@ -60,6 +60,7 @@ def test_positions_that_a_caller_gives(family, settings):
     assert_any_split_is_the_full_forward(learned(settings, family), ids(2, LENGTH, seed=1), mask, positions)
 
 
+@pytest.mark.filterwarnings(PADDING)
 @pytest.mark.parametrize("settings", [BEHIND, WHOLE], ids=["operations", "whole"])
 @pytest.mark.parametrize("family", ["llama", *ROTATIONS])
 def test_padding_wherever_it_lies(family, settings):

@@ -80,6 +80,7 @@ def test_left_padded_rows_decode_as_if_alone(family, layers):
             assert_close(padded[row, pad:], logits(model, ids(3, LENGTH)[row : row + 1, pad:])[0])
 
 
+@pytest.mark.filterwarnings("ignore:padding behind tokens of its row")
 def test_padding_between_turns_neither_decays_nor_writes():
     model = converted(settings={"window": 64, "mixing_weight": 0.4, "gate_temperature": 1.0})
     tokens, mask = ids(1, LENGTH), torch.ones(1, LENGTH, dtype=torch.long)
@@ -262,3 +263,36 @@ def test_caches_that_do_not_fit_are_refused():
     positions = torch.tensor([[0, 1, 0, 1]])
     with pytest.raises(LinearizeError, match="packed documents do not fit a cache"):
         model(ids(1, 4), position_ids=positions, past_key_values=DynamicCache(config=model.config))
+
+
+def test_rows_are_kept_by_a_mask():
+    model = convert(tiny(), window=5, layers="1,2")
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    for cache in caches:
+        logits(model, ids(3, 9), past_key_values=cache)
+    caches[0].batch_select_indices(torch.tensor([True, False, True]))
+    caches[1].batch_select_indices(torch.tensor([0, 2]))
+    found, other = (logits(model, ids(2, 3), past_key_values=cache) for cache in caches)
+    assert_close(found, other)
+
+
+def test_a_cache_whose_crop_failed_is_refused():
+    model = convert(tiny(), window=5, layers="1,2")
+    cache = DynamicCache(config=model.config)
+    logits(model, ids(1, 9), past_key_values=cache)
+    with pytest.raises(LinearizeError, match="cannot be cropped"):
+        cache.crop(-2)
+    with pytest.raises(LinearizeError, match=r"hold different numbers of tokens \(7, 9\)"):
+        logits(model, ids(1, 3), past_key_values=cache)
+
+
+@pytest.mark.parametrize(("row", "warns"), [([0, 0, 1, 1, 1], False), ([1, 1, 0, 1, 1], True), ([1, 1, 1, 0, 0], True)])
+def test_padding_that_takes_up_the_window_is_told(row, warns, monkeypatch):
+    told = []
+    monkeypatch.setattr("linearize.tokens.warn_once", told.append)
+    model, mask = convert(tiny(), window=5), torch.tensor([row])
+    logits(model, ids(1, 5), attention_mask=mask, past_key_values=DynamicCache(config=model.config))
+    assert bool(told) == warns
+    told.clear()
+    logits(model, ids(1, 5), attention_mask=mask, use_cache=False)
+    assert bool(told) == (row == [1, 1, 0, 1, 1])

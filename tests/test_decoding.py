@@ -1,10 +1,12 @@
 """Steps by fixed addresses are those of the ordinary forward, whatever happens to cache, batch and weights between."""
 
 import copy
+import gc
 import os
 import pickle
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import pairwise
@@ -13,11 +15,11 @@ from unittest.mock import patch
 import pytest
 import torch
 from test_cache import LENGTH, in_parts, one_by_one
-from tiny import FAMILIES, assert_close, ids, logits, relative, tiny
+from tiny import FAMILIES, VOCAB, assert_close, ids, logits, relative, tiny
 from transformers import AutoModelForCausalLM, DynamicCache
 from waiting import NeverWaiting
 
-from linearize import convert, decoding
+from linearize import LinearizeError, convert, decoding
 from linearize.convert import mixers
 from linearize.decoding import UNEVEN, Decoder
 from linearize.ops import dispatch, liger, products, step
@@ -61,6 +63,7 @@ BY_OPERATIONS = [  # of whole layers, or of the recurrence alone
     {"window": [3, 7, 5], "sinks": [2, 4, 0], "mixing": ["shared_normalizer", "data_dependent", "per_head"]},
 ]
 UNFUSED = "ignore:Liger Attention runs unfused", "ignore:decoding goes without", "ignore:decoding steps"
+PADDING = "ignore:padding behind tokens of its row"
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in UNFUSED]  # on a GPU, in fp32
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -135,6 +138,7 @@ def learned(settings, family="llama"):
     return model
 
 
+@pytest.mark.filterwarnings(PADDING)
 @pytest.mark.parametrize("settings", [*WHOLE, *BY_OPERATIONS], ids=str)
 def test_what_is_not_as_published(settings, steps):
     """After any prompt, with padding, and with chunks between the steps, which give the cache its tensors back."""
@@ -416,7 +420,7 @@ def test_a_cache_that_lives_to_the_end():
     assert "Exception ignored" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mlp", "lm_head"])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp", "model.norm", "model.embed_tokens", "model", "lm_head"])
 def test_hooks_are_called(name, steps):
     model, tokens, called = converted(), ids(2, LENGTH).to(DEVICE), []
     handle = model.get_submodule(name).register_forward_hook(lambda *_: called.append(1))
@@ -578,3 +582,61 @@ def test_generation_uses_it(steps):
     with_it = model.generate(ids(2, 9).to(DEVICE), **given)
     assert len(steps) == 8
     assert torch.equal(with_it, model.generate(ids(2, 9).to(DEVICE), use_cache=False, **given))
+
+
+def test_modules_that_are_not_the_family_s_own(steps):
+    """A norm or an MLP that was put in their place, or whose forward was."""
+    tokens = ids(2, LENGTH).to(DEVICE)
+
+    class Louder(type(tiny().model.norm)):
+        def forward(self, hidden):
+            return 2 * super().forward(hidden)
+
+    for change in ("norm", "class", "forward"):
+        model = converted()
+        if change == "norm":
+            model.model.norm = torch.nn.RMSNorm(model.config.hidden_size).to(DEVICE)
+        elif change == "class":
+            model.model.layers[1].input_layernorm.__class__ = Louder
+        else:
+            mlp = model.model.layers[1].mlp
+            mlp.forward = lambda hidden, run=mlp.forward: 2 * run(hidden)
+        assert_close(in_parts(model, tokens, one_by_one(9))[0], logits(model, tokens, use_cache=False))
+    assert steps
+
+
+def test_a_head_or_frequencies_that_were_replaced():
+    model, tokens = converted(), ids(1, 12).to(DEVICE)
+    cache = DynamicCache(config=model.config)
+    logits(model, tokens[:, :9], past_key_values=cache)
+    logits(model, tokens[:, 9:10], past_key_values=cache)
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, VOCAB, bias=False).to(DEVICE)
+    found = logits(model, tokens[:, 10:11], past_key_values=cache)
+    assert_close(found, logits(model, tokens[:, :11], use_cache=False)[:, -1:])
+    decoder = decoding._decoders[model]
+    model.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
+    assert not decoder.fits(model, 1)
+
+
+def test_a_model_that_is_moved_leaves_nothing_behind():
+    model = converted()
+    in_parts(model, ids(2, LENGTH).to(DEVICE), one_by_one(9))
+    kept = [weakref.ref(layer.qkv[0]) for layer in decoding._decoders[model].layers]
+    model.to(torch.bfloat16)
+    gc.collect()
+    assert not any(reference() is not None for reference in kept)
+
+
+def test_continuous_batching_is_refused():
+    with pytest.raises(LinearizeError, match="continuous batching does not work"):
+        converted().generate_batch([[1, 2]])
+
+
+def test_decoders_of_one_model_share_its_weights():
+    """Also where they take turns, as batches of two sizes do."""
+    model = converted()
+    first, second = (Decoder(model, batch) for batch in (1, 2))
+    for one, other in zip(first.layers, second.layers, strict=True):
+        for name in ("qkv", "gate_up"):
+            assert getattr(one, name)[0].data_ptr() == getattr(other, name)[0].data_ptr()
+            assert_close(getattr(one, name)[0], getattr(other, name)[0])

@@ -124,6 +124,20 @@ def test_a_prompt_goes_on_by_kernels(settings, operators, alone, by_kernels):
     assert (len(calls), len(windows)) == (operators, alone)
 
 
+@pytest.mark.filterwarnings("ignore:padding behind tokens of its row")
+@pytest.mark.parametrize("settings", [{"structure": "gla"}, {"structure": "gated_deltanet", "behind": True}])
+@torch.no_grad()
+def test_padding_within_a_prompt(settings, by_kernels):
+    """By operations: kernels would begin another document behind it."""
+    converted, mask = model(**settings), torch.ones(1, 90, dtype=torch.long)
+    mask[0, 60] = 0
+    given = {"attention_mask": mask, "position_ids": mask.cumsum(1) - 1, "use_cache": False}
+    expected = logits(converted, ids(1, 90), **given)
+    by_kernels()
+    real = mask[0].bool()
+    assert_close(logits(converted, ids(1, 90), **given)[:, real], expected[:, real])
+
+
 @torch.no_grad()
 def test_states_in_fp16_and_sinks_by_layer_go_on(by_kernels):
     """By operations and by kernels from the same caches."""

@@ -155,8 +155,8 @@ class MixerCacheLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the given rows."""
-        self._map(lambda x: x.index_select(0, indices.to(x.device)))
+        """Keep the given rows: their indices, or a mask of them."""
+        self._map(lambda x: x[indices.to(x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
@@ -193,6 +193,11 @@ def adopt(cache: Cache, layers: list[int], num_layers: int) -> None:
                 raise LinearizeError("this cache was filled by an unconverted model; start with a new one")
             cache.layers[index] = MixerCacheLayer()
         cache.layers[index].settle()
+    if len(lengths := {layer.get_seq_length() for layer in cache.layers if layer.is_initialized}) > 1:
+        raise LinearizeError(
+            f"this cache's layers hold different numbers of tokens ({', '.join(map(str, sorted(lengths)))}), "
+            "as after a crop that failed; start with a new one"
+        )
 
 
 def cache_bytes(cache: Cache) -> int:

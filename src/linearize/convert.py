@@ -22,7 +22,7 @@ from transformers.conversion_mapping import (
 
 from linearize.cache import adopt
 from linearize.config import MixerConfig, MixerSettings, validated
-from linearize.decoding import next_token
+from linearize.decoding import forget, next_token
 from linearize.errors import LinearizeError
 from linearize.families import FAMILIES, LINEARIZED, base_classes, base_model_type, family_of, ropes
 from linearize.heads import Heads, heads_text, parse_heads
@@ -251,6 +251,15 @@ def linearized_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[Pr
 
         def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
             raise LinearizeError("a linearized model's cache cannot go back, so assisted decoding does not work")
+
+        def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+            raise LinearizeError("a linearized model's cache is no paged one, so continuous batching does not work")
+
+        generate_batch = init_continuous_batching
+
+        def _apply(self, *args: Any, **kwargs: Any) -> Any:
+            forget(self)  # else weights as they were before would stay in memory
+            return super()._apply(*args, **kwargs)
 
         def initialize_weights(self) -> None:
             super().initialize_weights()  # the decoder, a model with rules of its own, leaves mixing weights alone

@@ -39,6 +39,7 @@ MOVING = ("dynamic", "longrope")  # RoPE whose frequencies depend on the largest
 UNEVEN = ("mixtral", "gpt_oss")  # experts: how much work there is depends on the text
 TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 TAKEN |= {"cache_position", "return_dict"}
+OWN = ("output_capturing_hook", "_prepare")  # hooks that are not a user's
 
 _decoders: WeakKeyDictionary[PreTrainedModel, "Decoder"] = WeakKeyDictionary()
 _turn = RLock()  # whoever has it may lend decoders, let them step, and take caches back
@@ -52,11 +53,10 @@ def next_token(model: PreTrainedModel, given: Mapping[str, Any]) -> CausalLMOutp
     converted = any(isinstance(layer, MixerCacheLayer) for layer in cache.layers)
     if not converted or not all(layer.is_initialized for layer in cache.layers):
         return None
-    if getattr(cache, "offloading", False) or any(type(x) not in (MixerCacheLayer, DynamicLayer) for x in cache.layers):
-        return None  # as quantised ones, whose keys are elsewhere
-    seen, batch = cache.get_seq_length(), ids.shape[0]
-    if torch.is_grad_enabled() or model.training or torch.is_autocast_enabled(ids.device.type):
+    if (reason := _slow(model, cache, ids)) is not None:
+        _say_slow(model, reason)
         return None
+    seen, batch = cache.get_seq_length(), ids.shape[0]
     if not _ordinary(model, given) or any(getattr(layer, "batch_size", batch) != batch for layer in cache.layers):
         return None
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (batch, seen + 1)):
@@ -73,6 +73,26 @@ def next_token(model: PreTrainedModel, given: Mapping[str, Any]) -> CausalLMOutp
     return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
 
+def _slow(model: PreTrainedModel, cache: Cache, ids: Tensor) -> str | None:
+    """Why one more token has to go the ordinary way, by how it is asked for; None if it has not."""
+    reasons = {
+        "gradients are kept (torch.no_grad() keeps none)": torch.is_grad_enabled(),
+        "the model is in training mode": model.training,
+        "autocast": torch.is_autocast_enabled(ids.device.type),
+        "an offloaded cache": getattr(cache, "offloading", False),
+        "a quantised cache, or one of a sliding window that stays": any(
+            type(layer) not in (MixerCacheLayer, DynamicLayer) for layer in cache.layers
+        ),
+    }
+    return next((reason for reason, true in reasons.items() if true), None)
+
+
+def _say_slow(model: PreTrainedModel, reason: str) -> None:
+    """Say why, on a GPU, where it counts."""
+    if next(model.parameters()).is_cuda:
+        warn_once(f"decoding goes without a CUDA graph, several times slower: {reason}")
+
+
 def _ordinary(model: PreTrainedModel, given: Mapping[str, Any]) -> bool:
     """Whether nothing but logits is asked for."""
     config, kept = model.config, given.get("logits_to_keep")
@@ -80,6 +100,13 @@ def _ordinary(model: PreTrainedModel, given: Mapping[str, Any]) -> bool:
     plain = given.get("use_cache") in (None, True) and given.get("return_dict", True) in (None, True)
     plain = plain and (kept is None or (isinstance(kept, int) and kept in (0, 1)))
     return plain and not others and config.return_dict and not (config.output_hidden_states or config.output_attentions)
+
+
+def forget(model: PreTrainedModel) -> None:
+    """Free what steps of the model need, its weights as they are among it; made anew when they are needed."""
+    with _turn:
+        if (decoder := _decoders.pop(model, None)) is not None:
+            decoder.release()
 
 
 def _lend(model: PreTrainedModel, cache: Cache, batch: int, mask: Tensor | None) -> "Decoder | None":
@@ -91,8 +118,7 @@ def _lend(model: PreTrainedModel, cache: Cache, batch: int, mask: Tensor | None)
             del _decoders[model]  # its memory is free before more is taken
             decoder = None
     if reason is not None:
-        if next(model.parameters()).is_cuda:
-            warn_once(f"decoding goes without a CUDA graph, several times slower: {reason}")
+        _say_slow(model, reason)
         return None
     if decoder is None:
         decoder = _decoders[model] = Decoder(model, batch)
@@ -124,15 +150,16 @@ def why_not(model: PreTrainedModel) -> str | None:
     devices = {parameter.device.type for parameter in model.parameters()}
     if len({parameter.device for parameter in model.parameters()}) > 1 or "meta" in devices:
         return "the model is spread over several devices"
-    if any(_watched(module) for module in (*model.base_model.layers.modules(), model.get_output_embeddings())):
+    if any(_watched(module) for module in (*model.base_model.modules(), model.get_output_embeddings())):
         return "hooks on its layers would not be called"
     return None
 
 
 def _watched(module: Any) -> bool:
-    """Whether others want to know when a module runs; transformers, where it collects outputs, looks by itself."""
+    """Whether others want to know when a module runs; transformers, where it collects outputs, looks by itself, and
+    what describes tokens knows of steps."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    others = [hook for hook in hooks if getattr(hook, "__name__", "") != "output_capturing_hook"]
+    others = [hook for hook in hooks if getattr(hook, "__name__", "") not in OWN]
     return bool(others) or hasattr(module, "_hf_hook")
 
 
@@ -179,8 +206,8 @@ class Decoder:
         self.lent: list[weakref.ref[Any]] = []  # the cache's layers
         self.signature = _signature(model)
         modules = [*self.stack.modules(), self.head.output]
-        self.parameters = [x._parameters for x in modules if x._parameters]
-        self.children = [x._modules for x in modules if x._modules]
+        self.parameters = [held for x in modules for held in (x._parameters, x._buffers) if held]
+        self.children = [x._modules for x in (model, *modules) if x._modules]
         self.hooks = [hooks for x in modules for hooks in (x._forward_hooks, x._forward_pre_hooks)]
         self.taken: tuple[Any, ...] = ()  # the model's `state` when it took the cache
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -213,8 +240,8 @@ class Decoder:
 
     def reserve(self, tokens: int) -> None:
         """Room for one more than so many tokens where all are kept, and the graph that reads it; what was in buffers is
-        gone."""
-        if room_for(tokens) == self.seen.shape[1]:
+        gone. Where there is more room, it stays, or caches that come in turns would make it anew for every token."""
+        if room_for(tokens) <= self.seen.shape[1]:
             return
         self.graph, self.logits = None, None  # whose memory is free then
         self.seen = self.seen.new_zeros(len(self.seen), room_for(tokens))
@@ -461,6 +488,6 @@ def _empty(
 
 
 def _signature(model: PreTrainedModel) -> tuple[int, ...]:
-    """Changes when a parameter or a mixer is another one."""
-    addresses = (parameter.data_ptr() for parameter in model.parameters())
+    """Changes when a parameter, a buffer or a mixer is another one."""
+    addresses = (x.data_ptr() for x in chain(model.parameters(), model.buffers()))
     return (*addresses, *(id(module) for module in model.modules() if isinstance(module, LinearizedAttention)))

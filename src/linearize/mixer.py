@@ -140,7 +140,8 @@ class LinearizedAttention(nn.Module):
         if self.config.local != "none":
             before = None if past is None or cache is None else (cache.sink_keys, cache.sink_values)
             sinks = self.document_sinks(q, rotated[1], v, tokens, before)
-        output, state, for_kernels = None, None, past is None or self.window_is_full(sinks, past, tokens)
+        output, state = None, None
+        for_kernels = tokens.in_one_piece if past is None else self.window_is_full(sinks, past, tokens)
         if for_kernels:
             output, state = self.fused(q, k, v, position_embeddings, sinks, past, memory, tokens, cache)
         if state is not None:

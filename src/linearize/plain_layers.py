@@ -1,6 +1,8 @@
 """Decoder layers of the plain families in a decoding step: a few kernels, in place."""
 
+import sys
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,6 +28,11 @@ def is_plain(stack: Any) -> bool:
     if base_model_type(stack.config.model_type) not in PLAIN:
         return False
     if stack.config.hidden_act != "silu":
+        return False
+    own = sys.modules[type(stack).__module__]
+    parts = [stack.norm, *stack.layers]
+    parts += [part for layer in stack.layers for name, part in layer.named_children() if name != "self_attn"]
+    if any(vars(own).get(type(part).__name__) is not type(part) or "forward" in vars(part) for part in parts):
         return False
     linears = [
         linear
@@ -101,8 +108,17 @@ def joined(linears: list[nn.Linear], others: list[nn.Parameter] | None = None) -
 
 
 def _one(parameters: Sequence[Tensor], zeros: int) -> Tensor:
-    """One tensor of parameters, which become parts of it, and of so many rows of zeros."""
-    like = parameters[0].data
+    """One tensor of parameters, which become parts of it, and of so many rows of zeros; where they are parts of such a
+    one already, which another decoder made, that one."""
+    like, rows = parameters[0].data, sum(map(len, parameters)) + zeros
+    storage = like.untyped_storage()
+    places = accumulate((x.nbytes for x in parameters), initial=storage.data_ptr())
+    if (
+        storage.nbytes() == rows * like[:1].nbytes
+        and all(x.data_ptr() == place for x, place in zip(parameters, places, strict=False))
+        and all(x.is_contiguous() for x in parameters)
+    ):
+        return like.as_strided((rows, *like.shape[1:]), like.stride())
     whole = torch.cat([*(x.data for x in parameters), like.new_zeros(zeros, *like.shape[1:])])
     for x, part in zip(parameters, whole.split([*(len(x) for x in parameters), zeros]), strict=False):
         x.data = part

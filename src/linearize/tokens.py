@@ -10,7 +10,7 @@ from torch import Tensor
 
 from linearize.cache import MixerCacheLayer
 from linearize.errors import LinearizeError
-from linearize.ops.liger import first_tokens
+from linearize.ops.liger import first_tokens, warn_once
 from linearize.ops.local import NEVER
 from linearize.ops.step import Clock
 
@@ -52,6 +52,12 @@ class Tokens:
         return self._once("first", lambda: first_tokens(self.document, self.valid))
 
     @property
+    def in_one_piece(self) -> bool:
+        """Whether no row has padding between its tokens, behind which kernels would begin another document."""
+        valid = self.valid
+        return valid is None or self._once("in_one_piece", lambda: not bool(within_tokens(valid).any()))
+
+    @property
     def sink_time_from_start(self) -> Int[Tensor, "B M"]:
         """As the operators count: from the first token of this call."""
         return self._once(
@@ -78,6 +84,17 @@ class Tokens:
             return index - (index * begins).cummax(dim=1).values
         ones = torch.ones_like(self.real)[:, None].expand(-1, self.length) if self.valid is None else self.valid.long()
         return (self.real[:, None] - ones.sum(1, keepdim=True) + ones.cumsum(1) - 1).clamp(min=0)
+
+
+def behind_tokens(valid: Bool[Tensor, "B T"], real: Int[Tensor, "B"] | None = None) -> Bool[Tensor, "B T"]:
+    """Padding that tokens of its row come before, of this call or, `real` of them, before it."""
+    before = valid.cumsum(1) if real is None else valid.cumsum(1) + real[:, None]
+    return ~valid & (before > 0)
+
+
+def within_tokens(valid: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """Padding between tokens of its row, of this call."""
+    return behind_tokens(valid) & (valid.flip(1).cumsum(1).flip(1) > 0)
 
 
 def most_sinks(plan: Mapping[str, Any]) -> int:
@@ -129,6 +146,11 @@ def _describe(
     valid = None if attention_mask is None else attention_mask[:, -T:].to(torch.bool)
     if valid is not None and bool(valid.all()):
         valid = None
+    if valid is not None:
+        before = past.real if past is not None and start > 0 else None
+        padding = within_tokens(valid) if past is None else behind_tokens(valid, before)
+        if bool(padding.any()):
+            warn_once("padding behind tokens of its row takes up places of their window: pad batches on the left")
     if start > 0:
         assert past is not None
         return _continue(T, past, valid)
