@@ -34,7 +34,7 @@ from benchmarks.timing import copy_speed, graphed, times
 from linearize import convert, revert
 from linearize.config import MixerConfig, MixerSettings
 from linearize.convert import choose_layers
-from linearize.decoding import Decoder
+from linearize.decoder import Decoder
 from linearize.heads import parse_heads
 from linearize.inspect import recurrent_bytes
 from linearize.ops import dispatch

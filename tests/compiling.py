@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.tune import Target
 from linearize import convert, mixer, recipe
-from linearize.decoding import Decoder
+from linearize.decoder import Decoder
 from linearize.ops import dispatch, gated_delta, gated_linear, maps, slots
 from linearize.ops.step_triton import step_kernel
 from linearize.train.distill import distill_loss

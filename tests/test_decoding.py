@@ -21,7 +21,8 @@ from waiting import NeverWaiting
 
 from linearize import LinearizeError, convert, decoding
 from linearize.convert import mixers
-from linearize.decoding import UNEVEN, Decoder
+from linearize.decoder import Decoder
+from linearize.decoding import UNEVEN
 from linearize.ops import dispatch, liger, products, step
 
 SETTINGS = {"window": 5, "sinks": 3, "mixing_weight": 0.4}
@@ -186,8 +187,8 @@ def test_learned_gates_of_few_and_of_many_heads(heads, steps):
 def test_a_step_waits_for_nothing(settings, monkeypatch):
     model, tokens = learned(settings), ids(2, LENGTH)
     decoder, outputs = Decoder(model, 2), []
-    for module in (step, decoding):
-        monkeypatch.setattr(module, "may_look", lambda _: False)
+    for module in ("ops.step", "decoder"):
+        monkeypatch.setattr(f"linearize.{module}.may_look", lambda _: False)
     addresses = [x.data_ptr() for moment in decoder.moments for x in moment.held if x is not None]
     with NeverWaiting():
         for t, token in enumerate(tokens.split(1, dim=1)):
@@ -475,7 +476,7 @@ def test_a_step_that_was_interrupted_leaves_nothing(settings, monkeypatch):
 
     decoder.graph = None  # a CPU's way
     with monkeypatch.context() as patched:
-        patched.setattr(decoding, "advance", interrupted)
+        patched.setattr("linearize.decoder.advance", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model(tokens[:, [10]], past_key_values=cache)
     found, _ = in_parts(model, tokens, one_by_one(12))

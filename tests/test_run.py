@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from linearize import LinearizeError, Recipe, convert, load, variants
 from linearize.checkpoint import read_curves, read_recipe
 from linearize.convert import mixers
-from linearize.decoding import Decoder
+from linearize.decoder import Decoder
 from linearize.evaluate import ablations, recurrence_off, window_off
 from linearize.measures import Suite
 from linearize.recipe import AlignSettings

@@ -32,7 +32,7 @@ class MixerCacheLayer(CacheLayerMixin):
     sink_keys, sink_values `[B, S, KV, D]`, sink_time `[B, S]`: see `tokens.Tokens`. real `[B]`: real tokens seen.
     state, recent, late_gates: see `Memory`; None where there is none.
     grown_keys, grown_values `[B, heads, tokens, D]`: all there were, of `heads.SoftmaxHeads`, if there are such heads.
-    While a `decoding.Decoder` has the cache, it is the `lender`, all of them are parts of its buffers, and the window
+    While a `decoder.Decoder` has the cache, it is the `lender`, all of them are parts of its buffers, and the window
     and what waits with it are rings: `settle` makes all as above again.
     """
 
