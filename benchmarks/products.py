@@ -71,7 +71,7 @@ def products_of(model: str) -> list[Product]:
 def candidates(product: Product) -> list[Launch]:
     """What is tried, the settings in the table first."""
     current = launch_of(product.kernel, product.rows, product.columns)
-    found = [current]
+    found = [] if current is None else [current]
     for rows, columns, (slices, warps), stages in itertools.product(
         (8, 16, 32, 64), (64, 128), ((1, 4), (2, 2), (4, 4), (8, 8)), (3, 4, 6)
     ):

@@ -187,7 +187,7 @@ def test_learned_gates_of_few_and_of_many_heads(heads, steps):
 def test_a_step_waits_for_nothing(settings, monkeypatch):
     model, tokens = learned(settings), ids(2, LENGTH)
     decoder, outputs = Decoder(model, 2), []
-    for module in ("ops.step", "decoder"):
+    for module in ("ops.step", "ops.token"):
         monkeypatch.setattr(f"linearize.{module}.may_look", lambda _: False)
     addresses = [x.data_ptr() for moment in decoder.moments for x in moment.held if x is not None]
     with NeverWaiting():
@@ -471,7 +471,7 @@ def test_a_step_that_was_interrupted_leaves_nothing(settings, monkeypatch):
     _, cache = in_parts(model, tokens[:, :10], [9, 1])
     decoder = decoding._decoders[model]
 
-    def interrupted(_):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     decoder.graph = None  # a CPU's way

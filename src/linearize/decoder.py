@@ -22,11 +22,11 @@ from linearize.families import Head, ropes, rotation_of
 from linearize.graphs import RecordingError, on_the_side, record
 from linearize.growing import Growing, room_for
 from linearize.mixer import LinearizedAttention, Moment
-from linearize.ops.dispatch import may_look
 from linearize.ops.liger import warn_once
 from linearize.ops.local import NEVER
 from linearize.ops.products import normed, product
-from linearize.ops.step import Clock, Held, advance
+from linearize.ops.step import Clock, Held
+from linearize.ops.token import Rings, advance, begin
 from linearize.plain_layers import PlainLayer, is_plain, norm_of, original_of
 from linearize.tokens import Tokens, most_sinks, of_step
 
@@ -52,12 +52,13 @@ class Decoder:
         )  # fmt: skip
         windows = {_window(mixer) for mixer in self.mixers}
         valid = {window: torch.zeros(batch, window, dtype=torch.uint8, device=weight.device) for window in windows}
-        windows = {_window(mixer) for mixer in self.mixers if mixer.config.turns_back}
-        self.positions = {window: torch.zeros_like(valid[window], dtype=torch.int32) for window in windows}
+        back = tuple(sorted({_window(mixer) for mixer in self.mixers if mixer.config.turns_back}))
+        self.rings = Rings(torch.zeros(batch, sum(back), dtype=torch.int32, device=weight.device), back)
+        positions = dict(zip(back, self.rings.parts(), strict=True))
         tokens = of_step(self.clock)
         with torch.no_grad():
             empty = [
-                _empty(mixer, valid[_window(mixer)], self.positions.get(_window(mixer)), sinks, weight, tokens)
+                _empty(mixer, valid[_window(mixer)], positions.get(_window(mixer)), sinks, weight, tokens)
                 for mixer in self.mixers
             ]
         self.moments = [mixer.moment(self.clock, held) for mixer, held in zip(self.mixers, empty, strict=True)]
@@ -164,23 +165,16 @@ class Decoder:
         logits = self.through_layers() if self.layers is None else self.through_plain_layers()
         if self.grows:
             self.seen.index_copy_(1, self.clock.time, self.clock.valid[:, None])
-        for window, ring in self.positions.items():
-            ring.index_copy_(1, self.clock.time % window, self.position.int())
-        advance(self.clock)
+        advance(self.clock, self.position, self.rings)
         return logits
 
     def through_plain_layers(self) -> Tensor:
         """By `PlainLayer`."""
         assert self.layers is not None
-        hidden = self.stack.embed_tokens(self.ids[:, 0])
-        leaving, clamped = self.leaving(), []
-        if not may_look(self.position) or bool((self.position >= self.limit).any()):
-            clamped = [self.clamped()]  # else sinks are met as all tokens are
-        positions = torch.cat([self.position, *leaving.values(), *clamped], 1)
-        cos, sin = self.stack.rotary_emb(hidden, position_ids=positions)
-        rope, *others = zip(cos.unbind(1), sin.unbind(1), strict=True)
-        back, sinks = dict(zip(leaving, others, strict=False)), others[len(leaving) :]
-        moments = iter(self.now(sinks * len(self.mixers), self.each(back)))
+        modules = self.stack.embed_tokens, self.stack.rotary_emb
+        hidden, rope, sinks, leaving = begin(*modules, self.ids, self.position, self.limit, self.clock, self.rings)
+        back = self.each(dict(zip(self.rings.windows, leaving, strict=True)))
+        moments = iter(self.now([] if sinks is None else [sinks] * len(self.mixers), back))
         for layer in self.layers:
             layer(hidden, rope, self.clock.time, self.seen, next(moments) if layer.mixer is not None else None)
         return self.logits_of(normed(hidden, norm_of(self.stack.norm)))[:, None]
@@ -198,7 +192,8 @@ class Decoder:
 
     def leaving(self) -> dict[int, Tensor]:
         """The position `[B, 1]` of the token whose place the new one takes, by window, where keys are turned back."""
-        return {window: ring.index_select(1, self.clock.time % window) for window, ring in self.positions.items()}
+        rings = zip(self.rings.windows, self.rings.parts(), strict=True)
+        return {window: ring.index_select(1, self.clock.time % window) for window, ring in rings}
 
     def each(self, by_window: Mapping[int, Any]) -> list[Any]:
         """What there is for each layer that turns keys back, by its window; None for the others."""

@@ -129,11 +129,35 @@ def test_large_and_small_activations_in_fp16(size):
     assert_close(products.normed_product(x, norm, linear), expected, 2e-3)
 
 
+def test_a_norm_by_itself():
+    for K in (576, 1000):
+        x, norm, linear = tensors(5, K, 1, False, torch.float32)
+        expected = F.rms_norm(x.double(), (K,), norm.weight.double(), norm.epsilon)
+        for run in RUNS:
+            assert_close(run.normed(x, norm), expected)
+
+
 def test_swiglu_by_itself():
     gate_up = torch.randn(3, 2 * 1030 + 4, device=DEVICE)
     gate, up = gate_up[:, :2060].double().chunk(2, dim=1)
     for run in RUNS:
         assert_close(run.swiglu(gate_up, 1030), F.silu(gate) * up, 1e-5)
+
+
+def test_what_is_left_to_cublas(monkeypatch):
+    """Products of a shape where that is faster."""
+
+    def kernel(*_):
+        raise AssertionError("the kernel ran")
+
+    monkeypatch.setattr(products, "why_not_fused", lambda *_, **__: None)
+    monkeypatch.setattr(products_triton, "normed_product", kernel)
+    monkeypatch.setitem(LAUNCHES, "product", {(1, 1): None})
+    x, norm, linear = tensors(3, 64, 32, True, torch.float32)
+    assert_close(products.normed_product(x, norm, linear), doubled(x, norm, linear)[0])
+    monkeypatch.setitem(LAUNCHES, "product", {(1, 1): None, (32, 64): Launch(16, 64, 1, 4, 3)})
+    with pytest.raises(AssertionError, match="the kernel ran"):
+        products.normed_product(x, norm, linear)
 
 
 def test_the_nearest_settings_in_the_table():

@@ -3,6 +3,7 @@
 Without a GPU the kernel runs in Triton's interpreter, in fp32.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.util import find_spec
 
@@ -25,7 +26,17 @@ if TRITON and not GPU:
 DEVICE = "cuda" if GPU else "cpu"
 
 needs_triton = pytest.mark.skipif(not TRITON, reason="triton is not installed")
-RUNS = ["plain", pytest.param("kernel", marks=needs_triton)]
+KERNELS = ["kernel", "many"]  # all in one, and those for many sequences
+RUNS = ["plain", *(pytest.param(name, marks=needs_triton) for name in KERNELS)]
+
+
+def operator_of(run: str) -> Callable[..., Tensor]:
+    """The step by PyTorch, by kernels, or by what there is."""
+    if run in ("plain", "dispatched"):
+        return step.plain if run == "plain" else step.step
+    from linearize.ops import step_many_triton, step_triton
+
+    return step_triton.run if run == "kernel" else step_many_triton.run
 
 
 def nothing(
@@ -76,11 +87,8 @@ def stepped(
     heads, KV, mixing = torch.cat(given[:3], 2).to(DEVICE), given[1].shape[2], given[3].to(DEVICE)
     B, T, _, D = heads.shape
     clock, held = start or nothing(B, KV, D, fixed, fixed.sinks if sinks is None else sinks, heads.dtype)
-    operator = step.step if run == "dispatched" else step.plain
-    if run == "kernel":
-        from linearize.ops.step_triton import run as operator
-    outputs = []
-    with interpreted.checked(overlaps=True) if run != "plain" and not GPU else nullcontext():
+    operator, outputs = operator_of(run), []
+    with interpreted.checked(overlaps=run != "many") if run != "plain" and not GPU else nullcontext():
         for t in range(T):
             turn = None if angles is None else tuple(x[t].to(DEVICE).expand(B, -1) for x in angles)
             if valid is not None:
@@ -95,7 +103,7 @@ def stepped(
 def assert_is_the_equation(run, given, fixed, angles=None, tolerance=1e-5, sinks=None) -> None:
     decay = -torch.rand(given[1].shape[2])
     start = nothing(len(given[1]), *given[1].shape[2:], fixed, fixed.sinks if sinks is None else sinks, given[1].dtype)
-    if run == "kernel":
+    if run in KERNELS:
         start[1].keys.fill_(torch.nan)  # nothing of what was never written is looked at
     output, state = stepped(run, given, fixed, angles, decay, sinks, start=start)
     expected, final = liger.reference(*given, fixed, angles, decay=decay)
@@ -179,9 +187,7 @@ def test_a_step_left_out_does_not_count(run):
 @pytest.mark.parametrize("run", RUNS)
 def test_sinks_have_angles_of_their_own(run):
     """Far from its sinks a query meets them at another angle; with the same one everywhere it is another output."""
-    from linearize.ops import step_triton
-
-    operator = step.plain if run == "plain" else step_triton.run
+    operator = operator_of(run)
     q, k, v, mixing = inputs(12, B=1)
     heads = torch.cat([q, k, v], 2).to(DEVICE)
     (cos, sin), found = rope(12), []
@@ -296,7 +302,7 @@ def assert_is_the_truth(run, given, fixed, more, angles=None, tolerance=1e-5, be
     if behind:
         start = start[0], waiting(start[1], more, fixed)
         more = turning_back(more, fixed, angles if behind == "local" else None)
-    if run == "kernel":
+    if run in KERNELS:
         start[1].keys.fill_(torch.nan)  # nothing of what was never written is looked at
     output, state = stepped(run, given, fixed, angles, start=start, beyond=more)
     expected, final = truth(given, fixed, more, angles, behind, shifts)
@@ -447,9 +453,10 @@ def test_behind_the_window_padding_is_not_taken_in(run):
 def test_value_channels_of_several_programs(block, run, monkeypatch):
     """Without a root mean square they need nothing of each other."""
     pytest.importorskip("triton", reason="the kernels are Triton's")
-    from linearize.ops import step_triton
+    from linearize.ops import step_many_triton, step_triton
 
     monkeypatch.setattr(step_triton, "program", lambda *_: (block, 4))
+    monkeypatch.setattr(step_many_triton, "STATE", block)
     fixed = settings("gated_deltanet", 40, feature_map="linear")
     assert_is_the_truth(run, inputs(10, D=40), fixed, without(beyond(10, D=40), "epsilon"), rope(10, 40))
 
@@ -458,6 +465,23 @@ def told_on_a_gpu(reason: str):
     """That steps run unfused and why; on a CPU it goes without saying."""
     dispatch._warn.cache_clear()  # it says so once
     return pytest.warns(UserWarning, match=f"run unfused, several times slower: .*{reason}") if GPU else nullcontext()
+
+
+@needs_triton
+@pytest.mark.parametrize(("B", "D", "many"), [(191, 16, False), (192, 16, True), (192, 136, False)])
+def test_what_goes_by_the_kernels_for_many_sequences(B, D, many, monkeypatch):
+    """So many sequences times heads, and no more channels than fit."""
+    from linearize.ops import step_many_triton, step_triton
+
+    def program(*_):  # which only the other kernel asks for
+        raise LookupError
+
+    given, fixed = inputs(1, B=B, groups=1, D=D), settings(D=D)
+    heads, mixing = torch.cat(given[:3], 2)[:, 0].to(DEVICE), given[3].to(DEVICE)
+    monkeypatch.setattr(step_many_triton, "run", lambda *_: "many")
+    monkeypatch.setattr(step_triton, "program", program)
+    with nullcontext() if many else pytest.raises(LookupError):
+        assert step_triton.run(heads, mixing, fixed, None, None, *nothing(B, 2, D, fixed, 3)) == "many"
 
 
 @needs_triton
@@ -581,52 +605,56 @@ def test_readout_and_mixing_by_token_with_other_gates(gate, run):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("run", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("D", "groups", "B"), [(64, 3, 2), (128, 4, 3), (80, 1, 1)])
 @pytest.mark.parametrize("gate", liger.GATES)
-def test_sixteen_bits(gate, D, groups, B, dtype):
+def test_sixteen_bits(run, gate, D, groups, B, dtype):
     given = inputs(80, B=B, groups=groups, D=D)
     given = [*(x.to(dtype) for x in given[:3]), given[3]]
-    assert_is_the_equation("kernel", given, settings(gate, D, window=64, sinks=4), rope(80, D), tolerance=5e-3)
+    assert_is_the_equation(run, given, settings(gate, D, window=64, sinks=4), rope(80, D), tolerance=5e-3)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("run", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("D", "shifts"), [(16, 7), (40, 2), (64, 1), (64, 3)])
 @pytest.mark.parametrize("behind", [None, "local"])
-def test_products_in_sixteen_bits(behind, D, shifts, dtype):
+def test_products_in_sixteen_bits(run, behind, D, shifts, dtype):
     given, more = inputs(80, groups=3, D=D), beyond(80, groups=3, D=D)
     given = [*(x.to(dtype) for x in given[:3]), given[3]]
     fixed = settings("gated_deltanet", D, feature_map="products", window=64, sinks=4)
-    assert_is_the_truth("kernel", given, fixed, more, rope(80, D), tolerance=1e-2, behind=behind, shifts=shifts)
+    assert_is_the_truth(run, given, fixed, more, rope(80, D), tolerance=1e-2, behind=behind, shifts=shifts)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("run", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("D", "groups", "B"), [(16, 1, 2), (16, 3, 2), (64, 3, 2), (128, 4, 3), (80, 1, 1)])
 @pytest.mark.parametrize("gate", liger.DELTA)
 @pytest.mark.parametrize("behind", [None, "both", "local"])
-def test_the_delta_rule_in_sixteen_bits(behind, gate, D, groups, B, dtype):
+def test_the_delta_rule_in_sixteen_bits(run, behind, gate, D, groups, B, dtype):
     """With a floor, or what is read, which may be little and is divided by its root mean square, is mostly rounding."""
     gates = 2 if gate == "gated_deltanet" else 1
     given, more = inputs(80, B=B, groups=groups, D=D), beyond(80, B=B, groups=groups, D=D, gates=gates)
     given, more = [*(x.to(dtype) for x in given[:3]), given[3]], more._replace(floor=torch.zeros(2 * groups))
     fixed = settings(gate, D, feature_map="linear", window=64, sinks=4)
-    assert_is_the_truth("kernel", given, fixed, more, rope(80, D), tolerance=5e-3, behind=behind)
+    assert_is_the_truth(run, given, fixed, more, rope(80, D), tolerance=5e-3, behind=behind)
 
 
 @needs_triton
+@pytest.mark.parametrize("run", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gate", ["gated_deltanet", "gla"])
 @pytest.mark.parametrize("feature_map", ["softmax", "none"])
-def test_a_state_of_half_the_precision_in_a_model_of_half_the_precision(feature_map, gate, dtype):
+def test_a_state_of_half_the_precision_in_a_model_of_half_the_precision(run, feature_map, gate, dtype):
     """Which is an operand as it is stored, where queries are bounded."""
     given = inputs(10)
     given = [*(x.to(dtype) for x in given[:3]), given[3]]
     fixed, angles = settings(gate, feature_map=feature_map), rope(10)
     clock, held = nothing(2, 2, 16, fixed, 3, dtype)
     start = clock, held._replace(state=held.state.half())
-    output, state = stepped("kernel", given, fixed, angles, start=start)
+    output, state = stepped(run, given, fixed, angles, start=start)
     if gate == "gla":
         expected, final = liger.reference(*given, fixed, angles)
     else:
@@ -636,11 +664,12 @@ def test_a_state_of_half_the_precision_in_a_model_of_half_the_precision(feature_
 
 
 @needs_triton
+@pytest.mark.parametrize("run", KERNELS)
 @pytest.mark.parametrize(
     ("turned", "shifts", "shape"),
     [("both", 0, {}), ("local", 0, {}), ("local", 3, {"B": 1, "KV": 1, "groups": 3, "D": 64})],
 )
-def test_behind_the_window_in_half_the_precision(turned, shifts, shape):
+def test_behind_the_window_in_half_the_precision(run, turned, shifts, shape):
     given, more, D = inputs(14, **shape), without(beyond(14, **shape), "opening"), shape.get("D", 16)
     angles, given = rope(14, D), [*(x.bfloat16() for x in given[:3]), given[3]]
     fixed = settings("gated_deltanet", D, feature_map="products" if shifts else "linear")
@@ -648,21 +677,22 @@ def test_behind_the_window_in_half_the_precision(turned, shifts, shape):
     held = waiting(held, more, fixed)
     start = clock, held._replace(state=held.state.half(), late_gates=held.late_gates.half())
     more = turning_back(more, fixed, angles if turned == "local" else None)
-    output, state = stepped("kernel", given, fixed, angles, start=start, beyond=more)
+    output, state = stepped(run, given, fixed, angles, start=start, beyond=more)
     expected, final = truth(given, fixed, more, angles, turned, shifts)
     assert_close(output, expected, 1e-2)
     assert_close(state, final, 1e-2)
 
 
 @needs_triton
-def test_queries_past_what_a_state_of_half_the_precision_can_say():
+@pytest.mark.parametrize("run", KERNELS)
+def test_queries_past_what_a_state_of_half_the_precision_can_say(run):
     """Which only bf16 can be; nothing of them is rounded to fp16."""
     given, fixed, angles = inputs(3), settings(feature_map="none"), rope(3)
     given = [x.bfloat16() for x in given[:3]] + [given[3]]
     given[0] *= 1e6
     clock, held = nothing(2, 2, 16, fixed, 3, torch.bfloat16)
     start = clock, held._replace(state=held.state.half())
-    output, _ = stepped("kernel", given, fixed, angles, start=start)
+    output, _ = stepped(run, given, fixed, angles, start=start)
     assert_close(output, liger.reference(*given, fixed, angles)[0], 5e-3)
 
 

@@ -39,7 +39,13 @@ def overlaps(x: Tensor) -> bool:
     """Whether kernels of a decoding step begin before the one ahead of them has ended (programmatic dependent launch):
     until they wait for it, they fetch what it does not write. That pays where rows of x are short and kernels are over
     soon; in larger models it takes the bandwidth of those that are waited for."""
-    if x[0].numel() >= OVERLAP or not x.is_cuda or torch.version.hip is not None:
+    return x[0].numel() < OVERLAP and can_overlap(x)
+
+
+def can_overlap(x: Tensor) -> bool:
+    """Whether the device can do that. In models of any size attention then begins while the product before it works,
+    which leaves bandwidth to its window and state."""
+    if not x.is_cuda or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(x.device) >= (9, 0)
 

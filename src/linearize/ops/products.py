@@ -42,16 +42,23 @@ def why_not_fused(x: Tensor, weight: Tensor, normed: bool = False) -> str | None
 
 def normed(x: Tensor, norm: Norm) -> Tensor:
     """x `[B, K]` after the norm."""
+    if dispatch.no_device(x) is None and x.is_contiguous():
+        from linearize.ops.products_triton import normed as kernel
+
+        with torch.cuda.device_of(x):
+            return kernel(x, norm)
     return F.rms_norm(x, x.shape[-1:], norm.weight, norm.epsilon)
 
 
 def normed_product(x: Tensor, norm: Norm, linear: Linear) -> Tensor:
     """`[B, N]`, linear(norm(x)) of x `[B, K]`."""
     if why_not_fused(x, linear[0], normed=True) is None:
+        from linearize.ops.products_triton import launch_of
         from linearize.ops.products_triton import normed_product as kernel
 
-        with torch.cuda.device_of(x):  # kernels run on the current device
-            return kernel(x, norm, linear)
+        if launch_of("product", *linear[0].shape) is not None:
+            with torch.cuda.device_of(x):  # kernels run on the current device
+                return kernel(x, norm, linear)
     return product(normed(x, norm), linear)
 
 

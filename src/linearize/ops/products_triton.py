@@ -9,11 +9,12 @@ the sums divided. Operands are rounded once, x times the norm's weight, and resu
 import math
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from linearize.ops.dispatch import overlaps
+from linearize.ops.dispatch import can_overlap, overlaps
 from linearize.ops.products import Linear, Norm
 
 LEAST = 16  # the smallest side of a matrix product
@@ -31,11 +32,12 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-# by kernel, and rows and columns of the weight; measured on an H100 by `benchmarks.products`, narrow ones with overlap
-LAUNCHES: dict[str, dict[tuple[int, int], Launch]] = {
+# by kernel, and rows and columns of the weight; measured on an H100 by `benchmarks.products`, those of 2,048 columns or
+# rows on an H200, narrow ones with overlap; None where a norm by itself and cuBLAS are faster
+LAUNCHES: dict[str, dict[tuple[int, int], Launch | None]] = {
     "product": {
         (960, 576): Launch(8, 64, 4, 4, 4),
-        (3072, 2048): Launch(32, 64, 4, 4, 4),
+        (3072, 2048): None,
         (6144, 4096): Launch(64, 128, 2, 2, 4),
     },
     "swiglu": {
@@ -47,7 +49,7 @@ LAUNCHES: dict[str, dict[tuple[int, int], Launch]] = {
         (576, 576): Launch(8, 64, 2, 2, 6),
         (576, 1536): Launch(8, 64, 4, 4, 6),
         (2048, 2048): Launch(16, 64, 4, 4, 6),
-        (2048, 8192): Launch(8, 128, 4, 4, 4),
+        (2048, 8192): Launch(16, 64, 4, 4, 6),
         (4096, 4096): Launch(8, 128, 2, 2, 4),
         (4096, 14336): Launch(16, 128, 4, 4, 3),
     },
@@ -76,16 +78,17 @@ def product_kernel(
     x, norm, weight, bias, output, B, N, epsilon,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
     NORM: tl.constexpr, SWIGLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-    OVERLAP: tl.constexpr, LINES: tl.constexpr,
+    WAITS: tl.constexpr, TELLS: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """x `[B, K]`, normalised if NORM, times weight `[N, K]`, plus bias `[N]` if BIAS; of SWIGLU both are as long again,
     and the second half's result is multiplied by silu of the first's. `[B, N]` is put out or, if ADD, added."""
     mine, batch = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BM)
-    if OVERLAP:
+    if WAITS:
         prefetch(weight, tl.minimum(mine, N - 1), K, LINES)
         if SWIGLU:
             prefetch(weight, N + tl.minimum(mine, N - 1), K, LINES)
         tl.extra.cuda.gdc_wait()
+    if TELLS:
         tl.extra.cuda.gdc_launch_dependents()
     place, here = output + batch[:, None] * N + mine[None, :], (batch < B)[:, None] & (mine < N)[None, :]
     if ADD:  # loads wait long; this one while all others do
@@ -131,6 +134,17 @@ def product_kernel(
 
 
 @triton.jit
+def norm_kernel(x, weight, output, K, epsilon, BLOCK: tl.constexpr):
+    """Rows of x divided by their root mean square, times `weight` `[K]`."""
+    columns = tl.arange(0, BLOCK)
+    inside, place = columns < K, tl.program_id(0).to(tl.int64) * K + columns
+    row = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    row *= scale / tl.sqrt(tl.sum(row * row, 0) / K + epsilon)
+    tl.store(output + place, row.to(output.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def swiglu_kernel(gate_up, output, stride, size, BLOCK: tl.constexpr):
     """silu(gate) · up, of rows that begin with `[gate, up]`."""
     row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -139,6 +153,15 @@ def swiglu_kernel(gate_up, output, stride, size, BLOCK: tl.constexpr):
     up = tl.load(gate_up + row * stride + size + columns, mask=inside, other=0.0).to(tl.float32)
     result = (gate / (1.0 + tl.exp(-gate))).to(output.dtype.element_ty).to(tl.float32) * up
     tl.store(output + row * size + columns, result.to(output.dtype.element_ty), mask=inside)
+
+
+def normed(x: Tensor, norm: Norm) -> Tensor:
+    """As `products.normed`; rows are contiguous."""
+    (B, K), output = x.shape, torch.empty_like(x)
+    block = triton.next_power_of_2(K)
+    warps = min(max(block // 512, 1), 16)
+    norm_kernel[(B,)](x, norm.weight, output, K, norm.epsilon, BLOCK=block, num_warps=warps)
+    return output
 
 
 def swiglu(gate_up: Tensor, size: int) -> Tensor:
@@ -168,8 +191,8 @@ def add_product(hidden: Tensor, x: Tensor, linear: Linear) -> None:
     run("add", x, None, linear, hidden)
 
 
-def launch_of(kind: str, rows: int, columns: int) -> Launch:
-    """The settings of the shape in the table that is the nearest, by the ratios of its sides."""
+def launch_of(kind: str, rows: int, columns: int) -> Launch | None:
+    """What the table has of the shape that is the nearest, by the ratios of its sides."""
 
     def distance(shape: tuple[int, int]) -> float:
         return abs(math.log(shape[0] / rows)) + abs(math.log(shape[1] / columns))
@@ -180,13 +203,15 @@ def launch_of(kind: str, rows: int, columns: int) -> Launch:
 def run(kind: str, x: Tensor, norm: Norm | None, linear: Linear, output: Tensor) -> None:
     """One of `LAUNCHES`: x `[B, K]` by the weight into output `[B, N]`."""
     (B, K), N, (weight, bias) = x.shape, output.shape[1], linear
-    launch, overlap = launch_of(kind, N, K), overlaps(x)
+    launch, waits = launch_of(kind, N, K), overlaps(x)
+    assert launch is not None, "cuBLAS is to be asked"
+    tells = waits or (kind == "product" and can_overlap(x))  # attention, which waits for that one
     ahead = min(AHEAD // (2 * launch.rows * (1 + (kind == "swiglu"))), triton.next_power_of_2(K))  # columns
     product_kernel[(triton.cdiv(N, launch.rows),)](
         x, weight if norm is None else norm.weight, weight, weight if bias is None else bias, output, B, N,
         0.0 if norm is None else norm.epsilon,
         K=K, BM=max(triton.next_power_of_2(B), LEAST), BN=launch.rows, BK=launch.columns, SLICES=launch.slices,
         NORM=norm is not None, SWIGLU=kind == "swiglu",
-        BIAS=bias is not None, ADD=kind == "add", OVERLAP=overlap, LINES=max(ahead // LINE, 1),
-        num_warps=launch.num_warps, num_stages=launch.num_stages, **({"launch_pdl": True} if overlap else {}),
+        BIAS=bias is not None, ADD=kind == "add", WAITS=waits, TELLS=tells, LINES=max(ahead // LINE, 1),
+        num_warps=launch.num_warps, num_stages=launch.num_stages, **({"launch_pdl": True} if waits else {}),
     )  # fmt: skip

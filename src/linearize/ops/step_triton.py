@@ -12,13 +12,15 @@ the window has it, queries too being rotated, or turned back to what it was befo
 u what is written, S = a S' + k uᵀ is read as q S = (a q) S' + (q · k) u, and nothing waits for the new state.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from linearize.features import EPSILON
-from linearize.ops.dispatch import overlaps
+from linearize.ops.dispatch import can_overlap
 from linearize.ops.liger import DELTA, Rope, Settings
 from linearize.ops.liger_triton import feature, key_and_gate, log_sigmoid, partner_of, product, sigmoid
 from linearize.ops.step import NOTHING, Beyond, Clock, Held, keys_of, reads_in_fp16
@@ -27,6 +29,8 @@ SMALLEST = 16  # side of a matrix product
 LEAST = tl.constexpr(EPSILON)  # of the mean square that products divide by
 TURNED_BACK = tl.constexpr(2)  # for a recurrence behind the window; 1 where it reads keys as the window has them
 WIDEST = 128  # ranks of learned maps that one product has
+MANY = 384  # sequences times key/value heads from which on `step_many_triton` is the faster
+LARGEST = 128, 256  # channels and keys that its programs take
 
 
 @triton.jit
@@ -89,6 +93,36 @@ def of_length_one(x):
 def one_row(x, rows, row):
     """Row `row` of a tile."""
     return tl.sum(tl.where((rows == row)[:, None], x, 0.0), 0)
+
+
+@triton.jit
+def weights_of(mixing, logits, heads, inside, LOGITS: tl.constexpr):
+    """What the recurrence weighs in the mixing of these heads."""
+    w = tl.load(mixing + heads, mask=inside, other=0.0).to(tl.float32)
+    if LOGITS:
+        w = sigmoid(w + tl.load(logits + heads, mask=inside, other=0.0).to(tl.float32))
+    return w
+
+
+@triton.jit
+def read_out(
+    x, heads, columns, inside, opening, low, floor, epsilon,
+    G: tl.constexpr, D: tl.constexpr, RMS: tl.constexpr, FLOOR: tl.constexpr, OPENING: tl.constexpr,
+):  # fmt: skip
+    """What a group's heads have read, a row each, after the readout."""
+    if RMS:
+        square = tl.sum(x * x, 1) / D + epsilon
+        if FLOOR:
+            here = tl.arange(0, x.shape[0]) < G
+            square += tl.exp(2.0 * tl.load(floor + heads, mask=here, other=0.0).to(tl.float32))
+        x = x / tl.sqrt(square)[:, None]
+    if OPENING > 0:
+        ranks = tl.arange(0, OPENING)
+        place = (heads[:, None] * D + columns)[:, :, None] * OPENING + ranks
+        opens = tl.load(opening + place, mask=inside[:, :, None], other=0.0)
+        for_opening = tl.load(low + ranks).to(tl.float32)
+        x *= 2.0 * sigmoid(tl.sum(opens.to(tl.float32) * for_opening, 2))
+    return x
 
 
 @triton.jit
@@ -168,9 +202,7 @@ def step_kernel(
             late_k = (late_k * back_c - late_other * back_s) / (back_c * back_c + back_s * back_s)
     query_heads = h.to(tl.int32) * G + rows
     if GATE != "none":
-        w = tl.load(mixing + query_heads, mask=rows < G, other=0.0).to(tl.float32)
-        if LOGITS:
-            w = sigmoid(w + tl.load(logits + b * logits_stride + query_heads, mask=rows < G, other=0.0).to(tl.float32))
+        w = weights_of(mixing, logits + b * logits_stride, query_heads, rows < G, LOGITS)
         if GATES > 0:
             given = gate + b * gate_stride + h * GATES
             for_decay, for_write = tl.load(given).to(tl.float32), tl.load(given + GATES - 1).to(tl.float32)
@@ -255,17 +287,10 @@ def step_kernel(
         if MOST > 0:
             memory = tl.clamp(memory, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
         tl.store(own_state, memory.to(state.dtype.element_ty), mask=within)
-        if RMS:
-            square = tl.sum(recurrent * recurrent, 1) / D + epsilon
-            if FLOOR:
-                square += tl.exp(2.0 * tl.load(floor + query_heads, mask=rows < G, other=0.0).to(tl.float32))
-            recurrent = recurrent / tl.sqrt(square)[:, None]
-        if OPENING > 0:
-            ranks = tl.arange(0, OPENING)
-            place = (query_heads[:, None] * D + mine)[:, :, None] * OPENING + ranks
-            opens = tl.load(opening + place, mask=((rows < G)[:, None] & narrow)[:, :, None], other=0.0)
-            for_opening = tl.load(low + b * low_stride + ranks).to(tl.float32)
-            recurrent *= 2.0 * sigmoid(tl.sum(opens.to(tl.float32) * for_opening, 2))
+        recurrent = read_out(
+            recurrent, query_heads, mine, (rows < G)[:, None] & narrow, opening, low + b * low_stride, floor, epsilon,
+            G, D, RMS, FLOOR, OPENING,
+        )  # fmt: skip
         result = w[:, None] * recurrent + (1.0 - w)[:, None] * result
     place = output + b * KV * G * D + (query_heads[:, None] * D + mine)
     tl.store(place, result.to(output.dtype.element_ty), mask=(rows < G)[:, None] & narrow)
@@ -315,25 +340,29 @@ def run(
     heads = heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
     (B, rows, D), KV, M = heads.shape, held.keys.shape[1], clock.sink_time.shape[1]
     H, state = rows - 2 * KV, held.state.dtype
-    output = torch.empty(B, H, D, dtype=heads.dtype, device=heads.device)
+    K = keys_of(settings, held, D)
+    if launch is None and B * KV >= MANY and LARGEST[0] >= D and LARGEST[1] >= K:
+        from linearize.ops.step_many_triton import run as run_many
+
+        return run_many(heads, mixing, settings, rope, sink_rope, clock, held, decay, beyond)
     cos, sin = (mixing, mixing) if rope is None else rope  # an argument that nothing reads
     sink_cos, sink_sin = (cos, sin) if sink_rope is None else sink_rope
     back_cos, back_sin = (cos, sin) if beyond.leaving is None else beyond.leaving
-    behind, late_gates = 0, mixing
+    output, behind, late_gates = heads.new_empty(B, H, D), 0, mixing
     if settings.gate != "none" and held.late_gates is not None:
         behind, late_gates = 1 if beyond.leaving is None else TURNED_BACK.value, held.late_gates
-    K = keys_of(settings, held, D)
     block, warps = launch or program(B * KV, K, D, beyond.epsilon is not None or behind > 0)
     assert behind == 0 or block >= D, "behind the window, a program has the whole head"
-    rank, overlap = 0 if beyond.maps is None else beyond.maps[0].shape[-1], overlaps(heads)
+    rank, overlap = 0 if beyond.maps is None else beyond.maps[0].shape[-1], can_overlap(heads)
     at_once = min(H // KV, WIDEST // max(rank, 1))
+    maps, *others = given(beyond, mixing)
     step_kernel[(B * KV, triton.cdiv(D, block))](
         heads, heads.stride(0),
         cos, sin, 0 if rope is None else cos.stride(0), sink_cos, sink_sin, 0 if rope is None else sink_cos.stride(0),
         back_cos, back_sin, 0 if rope is None else back_cos.stride(0),
         mixing, mixing if decay is None else decay, clock.time, clock.real, clock.valid, clock.sink_time,
         held.keys, held.values, held.valid, late_gates, held.state, output,
-        *given(beyond, mixing),
+        *maps, *others,
         KV, settings.scale, 1.0 / settings.temperature, settings.lower, settings.strength, beyond.epsilon or 0.0,
         G=H // KV, ROWS=side(H // KV + 1), D=D, DP=side(D), K=K, KP=side(K),
         BV=block, R=0 if rope is None else cos.shape[-1],
@@ -355,10 +384,10 @@ def side(length: int) -> int:
     return max(SMALLEST, triton.next_power_of_2(length))
 
 
-def given(beyond: Beyond, unread: Tensor) -> tuple[Tensor | int, ...]:
-    """The kernel's arguments of what is `beyond`; `unread` in place of what is not there."""
+def given(beyond: Beyond, unread: Tensor) -> tuple[Any, ...]:
+    """The kernel's arguments of what is `beyond`, its maps together; `unread` in place of what is not there."""
     gate, logits = (unread if x is None else x for x in (beyond.gate, beyond.mixing))
     low, opening = (unread, unread) if beyond.opening is None else beyond.opening
     floor = unread if beyond.floor is None else beyond.floor
     maps = (unread,) * 4 if beyond.maps is None else beyond.maps
-    return *maps, gate, gate.stride(0), logits, logits.stride(0), low, low.stride(0), opening, floor
+    return maps, gate, gate.stride(0), logits, logits.stride(0), low, low.stride(0), opening, floor
