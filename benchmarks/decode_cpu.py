@@ -103,7 +103,7 @@ def steps(model: PreTrainedModel, cache: Cache, token: Tensor, count: int) -> tu
 @torch.no_grad()
 def products(model: PreTrainedModel, run: Callable[..., Tensor], wide: Tensor, narrow: Tensor) -> list[float]:
     """Seconds of all matrix products of a step, of random inputs `[1, intermediate]` and `[1, hidden]`."""
-    layers: Any = _decoders[model].layers
+    layers: Any = _decoders[model][1].layers
     start = time.perf_counter()
     for layer in layers:
         for linear in (layer.qkv, layer.output, layer.gate_up):

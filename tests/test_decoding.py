@@ -469,7 +469,7 @@ def test_what_is_not_a_plain_step_goes_the_ordinary_way(steps):
 def test_a_step_that_was_interrupted_leaves_nothing(settings, monkeypatch):
     model, tokens = learned(settings), ids(2, LENGTH).to(DEVICE)
     _, cache = in_parts(model, tokens[:, :10], [9, 1])
-    decoder = decoding._decoders[model]
+    decoder = decoding._decoders[model][2]
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -614,18 +614,63 @@ def test_a_head_or_frequencies_that_were_replaced():
     model.lm_head = torch.nn.Linear(model.config.hidden_size, VOCAB, bias=False).to(DEVICE)
     found = logits(model, tokens[:, 10:11], past_key_values=cache)
     assert_close(found, logits(model, tokens[:, :11], use_cache=False)[:, -1:])
-    decoder = decoding._decoders[model]
+    decoder = decoding._decoders[model][1]
     model.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
-    assert not decoder.fits(model, 1)
+    assert not decoder.fits(model)
 
 
 def test_a_model_that_is_moved_leaves_nothing_behind():
     model = converted()
     in_parts(model, ids(2, LENGTH).to(DEVICE), one_by_one(9))
-    kept = [weakref.ref(layer.qkv[0]) for layer in decoding._decoders[model].layers]
+    kept = [weakref.ref(layer.qkv[0]) for layer in decoding._decoders[model][2].layers]
     model.to(torch.bfloat16)
     gc.collect()
     assert not any(reference() is not None for reference in kept)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """How many sequences each decoder is for, in the order in which they are made."""
+    batches = []
+
+    class Noted(Decoder):
+        def __init__(self, model, batch):
+            batches.append(batch)
+            super().__init__(model, batch)
+
+    monkeypatch.setattr(decoding, "Decoder", Noted)
+    return batches
+
+
+@pytest.mark.parametrize("settings", [{}, {"softmax_heads": "0/1"}], ids=str)
+def test_caches_of_several_sizes_in_turns(settings, made):
+    """Each has its decoder, until it is gone."""
+    model, sizes = learned(settings), (1, 2, 3)
+    tokens = [ids(batch, 14).to(DEVICE) for batch in sizes]
+    caches = [in_parts(model, text[:, :9], [9])[1] for text in tokens]
+    found = [[logits(model, x[:, [t]], past_key_values=cache) for x, cache in zip(tokens, caches, strict=True)]
+             for t in range(9, 12)]  # fmt: skip
+    assert made == [1, 2, 3]
+    for text, parts in zip(tokens, zip(*found, strict=True), strict=True):
+        assert_close(torch.cat(parts, 1), logits(model, text[:, :12], use_cache=False)[:, 9:])
+    del caches[1]
+    another = in_parts(model, ids(4, 10).to(DEVICE), [9, 1])[1]
+    assert made == [1, 2, 3, 4]
+    assert list(decoding._decoders[model]) == [1, 3, 4]
+    full = logits(model, tokens[2][:, :13], use_cache=False)[:, 12:]
+    assert_close(logits(model, tokens[2][:, [12]], past_key_values=caches[1]), full)
+    assert made == [1, 2, 3, 4]
+    assert another.get_seq_length() == 10
+
+
+def test_how_many_decoders_a_model_has(made):
+    model = converted()
+    caches = [in_parts(model, ids(batch, 10).to(DEVICE), [9, 1])[1] for batch in (1, 2, 3, 4, 5)]
+    assert list(decoding._decoders[model]) == [2, 3, 4, 5]
+    assert caches[0].layers[0].lender is None
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, VOCAB, bias=False).to(DEVICE)
+    logits(model, ids(2, 1).to(DEVICE), past_key_values=caches[1])
+    assert list(decoding._decoders[model]) == [2]  # the others were for another head
 
 
 def test_continuous_batching_is_refused():

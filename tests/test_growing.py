@@ -161,7 +161,7 @@ def test_nothing_is_left_of_a_text_before():
 def test_room_is_free_when_the_cache_is_gone():
     model, tokens = learned(DEFAULT | KEPT[2]), ids(2, LENGTH).to(DEVICE)
     _, cache = in_parts(model, tokens, one_by_one(9))
-    decoder = decoding._decoders[model]
+    decoder = decoding._decoders[model][2]
     assert decoder.seen.shape[1] > 0
     del cache
     assert decoder.seen.shape[1] == 0

@@ -86,9 +86,13 @@ class Decoder:
         if not self.grows:
             self.capture()
 
-    def fits(self, model: PreTrainedModel, batch: int) -> bool:
-        """Whether it is for as many rows and for the weights that the model has now."""
-        return self.ids.shape[0] == batch and self.signature == _signature(model)
+    def fits(self, model: PreTrainedModel) -> bool:
+        """Whether it is for the weights that the model has now."""
+        return self.signature == _signature(model)
+
+    def serves(self) -> bool:
+        """Whether there is still a cache that it was lent."""
+        return any(reference() is not None for reference in self.lent)
 
     def holds(self, cache: Cache) -> bool:
         """Whether the cache's layers show these buffers, there is room for another token, and nothing was done to the

@@ -1,8 +1,8 @@
 """Which calls of a converted model a `Decoder` answers, and which model has one.
 
 `next_token` stands before the forward of every converted model. A call with one new token for each row, a cache and no
-gradients is its; what it cannot do goes on to the ordinary forward. A cache that it serves is lent to a decoder.
-Threads that generate with one model have the decoder in turns, a token each.
+gradients is its; what it cannot do goes on to the ordinary forward. A cache that it serves is lent to the model's
+decoder for as many sequences. Threads that generate with one model have its decoders in turns, a token each.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,9 @@ TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_
 TAKEN |= {"cache_position", "return_dict"}
 OWN = ("output_capturing_hook", "_prepare")  # hooks that are not a user's
 
-_decoders: WeakKeyDictionary[PreTrainedModel, Decoder] = WeakKeyDictionary()
+MOST = 4  # decoders of one model
+
+_decoders: WeakKeyDictionary[PreTrainedModel, dict[int, Decoder]] = WeakKeyDictionary()  # by how many sequences
 
 
 def next_token(model: PreTrainedModel, given: Mapping[str, Any]) -> CausalLMOutputWithPast | None:
@@ -48,7 +50,7 @@ def next_token(model: PreTrainedModel, given: Mapping[str, Any]) -> CausalLMOutp
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (batch, seen + 1)):
         return None
     with turn:
-        decoder = _decoders.get(model)
+        decoder = _decoders.get(model, {}).get(batch)
         if decoder is None or not decoder.holds(cache):
             with torch.inference_mode(False), torch.no_grad():  # buffers outlive the caller's mode
                 decoder = _lend(model, cache, batch, mask)
@@ -91,23 +93,29 @@ def _ordinary(model: PreTrainedModel, given: Mapping[str, Any]) -> bool:
 def forget(model: PreTrainedModel) -> None:
     """Free what steps of the model need, its weights as they are among it; made anew when they are needed."""
     with turn:
-        if (decoder := _decoders.pop(model, None)) is not None:
+        for decoder in _decoders.pop(model, {}).values():
             decoder.release()
 
 
 def _lend(model: PreTrainedModel, cache: Cache, batch: int, mask: Tensor | None) -> Decoder | None:
     """The decoder that has the cache now; None where there is none for this model."""
-    decoder, reason = _decoders.get(model), why_not(model)
-    if decoder is not None:
-        decoder.release()
-        if reason is not None or not decoder.fits(model, batch):
-            del _decoders[model]  # its memory is free before more is taken
-            decoder = None
-    if reason is not None:
+    if (reason := why_not(model)) is not None:
+        forget(model)
         _say_slow(model, reason)
         return None
-    if decoder is None:
-        decoder = _decoders[model] = Decoder(model, batch)
+    decoders = _decoders.setdefault(model, {})
+    if (decoder := decoders.pop(batch, None)) is not None:
+        decoder.release()
+        if not decoder.fits(model):
+            decoder = None
+            forget(model)  # the others are for what the model was, too
+            decoders = _decoders.setdefault(model, {})
+    if decoder is None:  # before more memory is taken, that of others is free, but where they have caches
+        idle = [size for size, other in decoders.items() if not other.serves()]
+        for size in [*idle, *[size for size in decoders if size not in idle][: -(MOST - 1)]]:
+            decoders.pop(size).release()
+        decoder = Decoder(model, batch)
+    decoders[batch] = decoder  # the last one is the latest
     decoder.take(cache, mask)
     return decoder
 
