@@ -468,15 +468,18 @@ def told_on_a_gpu(reason: str):
 
 
 @needs_triton
-@pytest.mark.parametrize(("B", "D", "many"), [(191, 16, False), (192, 16, True), (192, 136, False)])
-def test_what_goes_by_the_kernels_for_many_sequences(B, D, many, monkeypatch):
-    """So many sequences times heads, and no more channels than fit."""
+@pytest.mark.parametrize(
+    ("B", "D", "groups", "many"),
+    [(191, 16, 1, False), (192, 16, 1, True), (192, 136, 1, False), (192, 16, 32, False)],
+)
+def test_what_goes_by_the_kernels_for_many_sequences(B, D, groups, many, monkeypatch):
+    """So many sequences times heads, and no more channels and query heads than fit."""
     from linearize.ops import step_many_triton, step_triton
 
     def program(*_):  # which only the other kernel asks for
         raise LookupError
 
-    given, fixed = inputs(1, B=B, groups=1, D=D), settings(D=D)
+    given, fixed = inputs(1, B=B, groups=groups, D=D), settings(D=D)
     heads, mixing = torch.cat(given[:3], 2)[:, 0].to(DEVICE), given[3].to(DEVICE)
     monkeypatch.setattr(step_many_triton, "run", lambda *_: "many")
     monkeypatch.setattr(step_triton, "program", program)

@@ -91,3 +91,12 @@ def test_what_has_no_kernel(monkeypatch):
     assert token.why_not_fused(stack.embed_tokens, stack.rotary_emb) is None
     reason = token.why_not_fused(torch.nn.EmbeddingBag(4, 4), torch.nn.Identity())
     assert reason == "no kernel for EmbeddingBag as embeddings, Identity as RoPE"
+
+    class Slower(type(stack.rotary_emb)):
+        pass
+
+    assert "Slower as RoPE" in token.why_not_fused(stack.embed_tokens, Slower(stack.config))
+    stack.rotary_emb.inv_freq = stack.rotary_emb.inv_freq.repeat_interleave(2)[::2]  # not contiguous
+    stack.embed_tokens.forward = lambda ids: None
+    reason = token.why_not_fused(stack.embed_tokens, stack.rotary_emb)
+    assert reason == "no kernel for Embedding as embeddings, LlamaRotaryEmbedding as RoPE"

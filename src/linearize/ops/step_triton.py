@@ -30,7 +30,7 @@ LEAST = tl.constexpr(EPSILON)  # of the mean square that products divide by
 TURNED_BACK = tl.constexpr(2)  # for a recurrence behind the window; 1 where it reads keys as the window has them
 WIDEST = 128  # ranks of learned maps that one product has
 MANY = 384  # sequences times key/value heads from which on `step_many_triton` is the faster
-LARGEST = 128, 256  # channels and keys that its programs take
+LARGEST = 128, 256, 31  # channels, keys and query heads of a group that its programs take: all fit, or none runs
 
 
 @triton.jit
@@ -341,7 +341,7 @@ def run(
     (B, rows, D), KV, M = heads.shape, held.keys.shape[1], clock.sink_time.shape[1]
     H, state = rows - 2 * KV, held.state.dtype
     K = keys_of(settings, held, D)
-    if launch is None and B * KV >= MANY and LARGEST[0] >= D and LARGEST[1] >= K:
+    if launch is None and B * KV >= MANY and all(x <= most for x, most in zip((D, K, H // KV), LARGEST, strict=True)):
         from linearize.ops.step_many_triton import run as run_many
 
         return run_many(heads, mixing, settings, rope, sink_rope, clock, held, decay, beyond)

@@ -37,10 +37,20 @@ class Token(NamedTuple):
 def why_not_fused(embedding: Any, rotary: Any) -> str | None:
     """What the kernel lacks for these modules; None if nothing."""
     unsupported = {
-        f"{type(embedding).__name__} as embeddings": type(embedding) is not nn.Embedding,
-        f"{type(rotary).__name__} as RoPE": not isinstance(getattr(rotary, "inv_freq", None), Tensor),
+        f"{type(embedding).__name__} as embeddings": type(embedding) is not nn.Embedding
+        or "forward" in vars(embedding)
+        or embedding.max_norm is not None,
+        f"{type(rotary).__name__} as RoPE": not _is_own(rotary, embedding.weight.device),
     }
     return dispatch.why_no_kernel(embedding.weight, unsupported)
+
+
+def _is_own(rotary: Any, device: torch.device) -> bool:
+    """Whether RoPE is as transformers has it, with frequencies that a kernel can read."""
+    if not type(rotary).__module__.startswith("transformers.") or "forward" in vars(rotary):
+        return False
+    speeds = getattr(rotary, "inv_freq", None)
+    return isinstance(speeds, Tensor) and speeds.device == device and speeds.is_contiguous()
 
 
 def begin(embedding: Any, rotary: Any, ids: Tensor, position: Tensor, limit: int, clock: Clock, rings: Rings) -> Token:
