@@ -336,7 +336,8 @@ def run(
     beyond: Beyond = NOTHING,
     launch: tuple[int, int] | None = None,
 ) -> Tensor:
-    """As `step.step`; `launch`, in place of what `program` says, is for tuning."""
+    """As `step.step`; `launch`, in place of what `program` says, is for tuning. The kernel directly ahead must write
+    nothing of `clock` and `held`, which are read before it has ended."""
     heads = heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
     (B, rows, D), KV, M = heads.shape, held.keys.shape[1], clock.sink_time.shape[1]
     H, state = rows - 2 * KV, held.state.dtype
