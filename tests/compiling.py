@@ -21,7 +21,16 @@ from triton.runtime.jit import JITFunction
 from benchmarks.tune import Target
 from linearize import convert, mixer, recipe
 from linearize.decoder import Decoder
-from linearize.ops import dispatch, gated_delta, gated_linear, maps, slots, step_triton
+from linearize.ops import (
+    dispatch,
+    gated_delta,
+    gated_linear,
+    maps,
+    products_triton,
+    slots,
+    step_many_triton,
+    step_triton,
+)
 from linearize.train.distill import distill_loss
 
 SHARED = {80: 166_912, 89: 101_376, 90: 232_448}  # bytes of a program, by compute capability
@@ -59,6 +68,8 @@ def main(capability: str, size: str, name: str, *given: str) -> None:
         ids, positions = torch.randint(0, 1024, (1, LENGTH)), torch.arange(LENGTH)[None] % (LENGTH // DOCUMENTS)
         batch = {"input_ids": ids, "position_ids": positions, "targets": ids}
         distill_loss(student, teacher, batch, documents=DOCUMENTS).backward()
+        for module in (step_triton, step_many_triton, products_triton):
+            patched.enter_context(patch.object(module, "can_overlap", lambda x: int(capability) >= 90))
         for many in (step_triton.MANY, 0):
             patched.enter_context(patch.object(step_triton, "MANY", many))
             decoder = Decoder(student.eval(), 2)

@@ -56,6 +56,19 @@ class Accesses:
         self.begins = np.sort(np.array(list(storages), dtype=np.int64))
         self.ends = np.array([begin + storages[begin].nbytes() for begin in self.begins.tolist()])
         self.seen: dict[bool, list[np.ndarray]] = {written: [np.zeros((2, 0), np.int64)] for written in (False, True)}
+        self.given: dict[int, list[np.ndarray]] = {}  # by counter, what was written by those who have counted there
+        self.taken: dict[int, list[np.ndarray]] = {}  # by program, what it may therefore read
+
+    def count(self, builder: Any, pointer: Any) -> None:
+        """An atomic operation, which passes on what its program knows, and tells it what others have passed on."""
+        program, counter = self.program(builder), int(pointer.data.item())
+        given, taken = self.given.setdefault(counter, []), self.taken.setdefault(program, [])
+        taken += given
+        given += [addresses for addresses, owner in self.seen[True] if (owner == program).all()]
+
+    @staticmethod
+    def program(builder: Any) -> int:
+        return int(np.ravel_multi_index(builder.grid_idx, builder.grid_dim))
 
     def note(self, builder: Any, pointers: Any, mask: Any, written: bool) -> None:
         """One load or store of the program that the builder is at."""
@@ -64,8 +77,9 @@ class Accesses:
         place = np.searchsorted(self.begins, addresses, side="right") - 1
         if (place < 0).any() or (addresses >= self.ends[place]).any():
             raise IndexError(f"a program {'writes' if written else 'reads'} outside the tensors it is given")
-        program = np.ravel_multi_index(builder.grid_idx, builder.grid_dim)
-        addresses = np.unique(addresses)
+        program, addresses = self.program(builder), np.unique(addresses)
+        if not written and program in self.taken:
+            addresses = np.setdiff1d(addresses, np.concatenate([addresses[:0], *self.taken[program]]))
         self.seen[written].append(np.stack([addresses, np.full_like(addresses, program)]))
 
     def check(self, kernel: str, overlaps: bool) -> None:
@@ -88,10 +102,12 @@ class Accesses:
 def checked(overlaps: bool = False) -> Iterator[None]:
     """Inside, what is allocated and not written is NaN, and a launch fails, whatever it computes, that reads or writes
     outside its tensors, or where what one program writes is read or written by another: a GPU runs them in any order.
-    With `overlaps` it may be read, by programs that make nothing of it.
+    It may be read by who comes later to a counter, by an atomic operation; with `overlaps`, by programs that make
+    nothing of it.
     """
     builder, executor = type(interpreter.interpreter_builder), interpreter.GridExecutor
     load, store, run = builder.create_masked_load, builder.create_masked_store, executor.__call__
+    atomic = builder.create_atomic_rmw
     current: list[Accesses] = []
 
     def noted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
@@ -101,6 +117,10 @@ def checked(overlaps: bool = False) -> Iterator[None]:
     def noted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         current[-1].note(self, pointers, mask, written=True)
         return store(self, pointers, value, mask, *rest)
+
+    def noted_atomic(self: Any, operation: Any, pointer: Any, *rest: Any) -> Any:
+        current[-1].count(self, pointer)
+        return atomic(self, operation, pointer, *rest)
 
     def checked_run(self: Any, *args: Any, **kwargs: Any) -> None:
         current[:] = [Accesses(args)]
@@ -112,6 +132,7 @@ def checked(overlaps: bool = False) -> Iterator[None]:
         with (
             patch.object(builder, "create_masked_load", noted_load),
             patch.object(builder, "create_masked_store", noted_store),
+            patch.object(builder, "create_atomic_rmw", noted_atomic),
             patch.object(executor, "__call__", checked_run),
         ):
             yield

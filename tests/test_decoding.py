@@ -536,8 +536,16 @@ def test_an_mlp_of_a_width_that_fits_no_tile(kernels, steps, monkeypatch):
 @pytest.mark.parametrize("settings", [{}, WHOLE[0]], ids=["published", "default"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_sixteen_bits_on_a_gpu(overlap, family, settings, steps, monkeypatch):
+@pytest.mark.parametrize("many", [False, True])
+def test_sixteen_bits_on_a_gpu(many, overlap, family, settings, steps, monkeypatch):
+    """By the kernel for few sequences and those for many; one after the other, and each beside the one ahead."""
+    from linearize.ops import products_triton, step_many_triton, step_triton
+
+    monkeypatch.setattr(step_triton, "MANY", 0 if many else sys.maxsize)
     monkeypatch.setattr(dispatch, "OVERLAP", sys.maxsize * overlap)
+    if not overlap:
+        for module in (products_triton, step_many_triton, step_triton):
+            monkeypatch.setattr(module, "can_overlap", lambda _: False)
     model, tokens = learned(settings, family).bfloat16(), ids(2, LENGTH).to(DEVICE)
     full = logits(model, tokens, use_cache=False)
     assert_close(in_parts(model, tokens, one_by_one(9))[0], full, 3e-2)

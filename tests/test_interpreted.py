@@ -1,5 +1,6 @@
 """What the interpreter's checks find."""
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
@@ -58,3 +59,27 @@ def test_what_is_written_may_be_read_where_that_is_allowed():
         copy_kernel[(3,)](source, source, 5, SHIFT=1, STRIDE=2)
         with pytest.raises(RuntimeError, match="write the same element"):
             copy_kernel[(3,)](source, source, 6, SHIFT=0, STRIDE=1)
+
+
+@triton.jit
+def passing_kernel(source, target, counter, EARLY: tl.constexpr, COUNTS: tl.constexpr):
+    """A program copies an element; the last one adds up what both have copied."""
+    i, places = tl.program_id(0), tl.arange(0, 2)
+    tl.store(target + i, tl.load(source + i))
+    before = tl.load(target + places, mask=(places >= 0) & EARLY)
+    last = i == 1
+    if COUNTS:
+        last = tl.atomic_add(counter, 1) == 1
+    if last:
+        copied = before if EARLY else tl.load(target + places)
+        tl.store(target + 2, tl.sum(copied, 0))
+
+
+@pytest.mark.parametrize(("early", "counts"), [(False, True), (True, True), (False, False)])
+def test_what_is_counted_may_be_read(early, counts):
+    """By who comes later to the counter, and then."""
+    source, target, counter = torch.tensor([2.0, 3.0]), torch.empty(3), torch.zeros(1, dtype=torch.int32)
+    fails = pytest.raises(RuntimeError, match="reads what another one writes") if early or not counts else nullcontext()
+    with interpreted.checked(), fails:
+        passing_kernel[(2,)](source, target, counter, EARLY=early, COUNTS=counts)
+    assert target[2] == 5 or early

@@ -448,6 +448,14 @@ def test_behind_the_window_padding_is_not_taken_in(run):
     assert_close(state[:1], final)
 
 
+@needs_triton
+@pytest.mark.parametrize(("B", "groups"), [(17, 3), (33, 9)])
+def test_more_sequences_than_a_tile_has(B, groups):
+    """And more query heads than a product has at least."""
+    given, more = inputs(8, B=B, KV=1, groups=groups), beyond(8, B=B, KV=1, groups=groups)
+    assert_is_the_truth("many", given, settings("gated_deltanet", feature_map="linear"), more, rope(8), behind="local")
+
+
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("block", [16, 32])
 def test_value_channels_of_several_programs(block, run, monkeypatch):
@@ -469,18 +477,24 @@ def told_on_a_gpu(reason: str):
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("B", "D", "groups", "many"),
-    [(191, 16, 1, False), (192, 16, 1, True), (192, 136, 1, False), (192, 16, 32, False)],
+    ("B", "D", "groups", "dtype", "many"),
+    [
+        (191, 16, 1, torch.bfloat16, False),
+        (192, 16, 1, torch.bfloat16, True),
+        (192, 136, 1, torch.bfloat16, False),
+        (192, 16, 32, torch.bfloat16, False),
+        (192, 16, 1, torch.float32, False),
+    ],
 )
-def test_what_goes_by_the_kernels_for_many_sequences(B, D, groups, many, monkeypatch):
-    """So many sequences times heads, and no more channels and query heads than fit."""
+def test_what_goes_by_the_kernels_for_many_sequences(B, D, groups, dtype, many, monkeypatch):
+    """So many sequences times heads, and no more channels, query heads and bits than fit."""
     from linearize.ops import step_many_triton, step_triton
 
     def program(*_):  # which only the other kernel asks for
         raise LookupError
 
     given, fixed = inputs(1, B=B, groups=groups, D=D), settings(D=D)
-    heads, mixing = torch.cat(given[:3], 2)[:, 0].to(DEVICE), given[3].to(DEVICE)
+    heads, mixing = torch.cat(given[:3], 2)[:, 0].to(DEVICE, dtype), given[3].to(DEVICE)
     monkeypatch.setattr(step_many_triton, "run", lambda *_: "many")
     monkeypatch.setattr(step_triton, "program", program)
     with nullcontext() if many else pytest.raises(LookupError):

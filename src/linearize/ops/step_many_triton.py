@@ -1,9 +1,9 @@
-"""A decoding step of many sequences by three kernels, in place of the one of `step_triton`.
+"""A decoding step of many sequences by two kernels, in place of the one of `step_triton`.
 
 There a program does all of one head of one sequence, one thing after the other, and memory waits while it does. Where
 sequences are many, others can wait for it: the first kernel makes what a head reads with and takes in, of a tile of
-sequences at once, so that its maps are read once for all of them, and has windows take in their tokens; the second does
-little besides reading and writing states, the third besides reading windows.
+sequences at once, so that its maps are read once for all of them, and has windows take in their tokens; a program of
+the second has one window, which it computes with, or a part of one state, which it reads and writes.
 """
 
 import torch
@@ -11,13 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linearize.ops.dispatch import overlaps
+from linearize.ops.dispatch import can_overlap
 from linearize.ops.liger import DELTA, Rope, Settings
-from linearize.ops.liger_triton import feature, key_and_gate, log_sigmoid, partner_of, product, sigmoid
+from linearize.ops.liger_triton import exp, feature, key_and_gate, log_sigmoid, partner_of, product, sigmoid
 from linearize.ops.step import NOTHING, Beyond, Clock, Held, keys_of, reads_in_fp16
 from linearize.ops.step_triton import (
     TURNED_BACK,
     given,
+    load_floor,
     of_length_one,
     one_row,
     products_of,
@@ -67,7 +68,7 @@ def mapped(
 def inputs_kernel(
     heads, stride, cos, sin, rope_stride, sink_cos, sink_sin, sink_rope_stride, back_cos, back_sin, back_rope_stride,
     decay, time, real, valid, keys, values, ring_valid, late_gates, down_q, up_q, down_k, up_k, gate, gate_stride,
-    near, far, reads, kept, writes, taken_values, B, KV, rate, lower, strength,
+    near, far, reads, kept, writes, taken_values, arrived, B, KV, rate, lower, strength,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, R: tl.constexpr,
     M: tl.constexpr, SINKS: tl.constexpr, W: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr,
     ERASE: tl.constexpr, VECTOR: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, GATES: tl.constexpr,
@@ -76,7 +77,8 @@ def inputs_kernel(
     """One head of some sequences. Of a query head, what it meets the window and the sinks with, `near` and `far`
     `[B, H, D]`, and what it reads the state with, a row of `reads` `[B, KV, G + 1, K]`. Of a key/value head, the
     last of those rows, its key; how much of a state is `kept`, `[B, KV, K or 1]`, and of what is written, `writes`
-    `[B, KV]`, and the value, `[B, KV, D]`. Then the window, its sinks and the gates that wait take in the token."""
+    `[B, KV]`, and the value, `[B, KV, D]`; none of its programs has `arrived` yet, `[B, KV]`. Then the window, its
+    sinks and the gates that wait take in the token."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -151,6 +153,7 @@ def inputs_kernel(
             else:
                 tl.store(kept + pair, tl.exp(tl.sum(log_g, 1)), mask=there)
             tl.store(taken_values + (pair * D)[:, None] + columns, value, mask=held)
+            tl.store(arrived + pair, 0, mask=there)
         tl.store(keys + ring, here, mask=held)
         tl.store(values + ring, v, mask=held)
         is_sink = held & (fresh & (before < M))[:, None]
@@ -162,14 +165,13 @@ def inputs_kernel(
 
 
 @triton.jit
-def memory_kernel(
-    reads, kept, writes, taken_values, state, output,
+def read_state(
+    reads, kept, writes, taken_values, state, remembered, pair, part,
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
     ERASE: tl.constexpr, VECTOR: tl.constexpr, MOST: tl.constexpr, READ: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """BV columns of one state: what the group reads in it, `[B, H, D]`, and what it becomes, in place."""
-    pair, mine = tl.program_id(0).to(tl.int64), tl.program_id(1) * BV + tl.arange(0, BV)
-    rows, features = tl.arange(0, ROWS), tl.arange(0, KP)
+    """BV columns of one state: what the group reads in it, `remembered`, and what it becomes, in place."""
+    mine, rows, features = part * BV + tl.arange(0, BV), tl.arange(0, ROWS), tl.arange(0, KP)
     narrow, within = mine < D, features < K
     own = state + pair * K * D + (features[:, None] * D + mine)
     before = tl.load(own, mask=within[:, None] & narrow, other=0.0)
@@ -190,62 +192,92 @@ def memory_kernel(
     if MOST > 0:
         after = tl.clamp(after, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
     tl.store(own, after.to(state.dtype.element_ty), mask=within[:, None] & narrow)
-    tl.store(output + (pair * G + rows)[:, None] * D + mine, read, mask=(rows < G)[:, None] & narrow)
+    tl.store(remembered + (pair * G + rows)[:, None] * D + mine, read, mask=(rows < G)[:, None] & narrow)
 
 
 @triton.jit
-def window_kernel(
-    near, far, remembered, mixing, logits, logits_stride, low, low_stride, opening, floor, time, sink_time,
-    keys, values, ring_valid, output, KV, scale, epsilon,
-    G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
-    SINKS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, RECURS: tl.constexpr, LOGITS: tl.constexpr,
-    RMS: tl.constexpr, FLOOR: tl.constexpr, OPENING: tl.constexpr, OVERLAP: tl.constexpr,
+def read_window(
+    near, far, time, sink_time, keys, values, ring_valid, output, pair, KV, scale,
+    G: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
+    SINKS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The group's window and sinks, and what was `remembered`, `[B, H, D]`, mixed with what they give."""
+    """What the group reads in its window and sinks. Its heads are columns of tiles, of which products need eight (and
+    sixteen rows). Tiles are loaded first: what is in one dimension changes its layout, for which threads wait."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    pair = tl.program_id(0).to(tl.int64)
-    b, h = pair // KV, pair % KV
-    columns, rows, places, sinks = tl.arange(0, DP), tl.arange(0, ROWS), tl.arange(0, WP), tl.arange(0, MP)
-    wide, query_heads = columns < D, h.to(tl.int32) * G + rows
-    own, spot = (rows < G)[:, None] & wide, (b * KV * G + query_heads[:, None]) * D + columns
-    t = tl.load(time)
+    heads, channels, places, sinks = tl.arange(0, COLUMNS), tl.arange(0, DP), tl.arange(0, WP), tl.arange(0, MP)
+    wide, inside = channels < D, places < W
     kept_type = keys.dtype.element_ty
-    place = pair * (M + W) * D + (M + places[:, None]) * D + columns
-    window_k = tl.load(keys + place, mask=(places < W)[:, None] & wide, other=0.0)
-    query = tl.load(near + spot, mask=own, other=0.0)
-    seen = tl.load(ring_valid + b * W + places, mask=places < W, other=0) != 0
-    window_v = tl.load(values + place, mask=(places < W)[:, None] & wide, other=0.0)
+    spot, own = (pair * G + heads) * D + channels[:, None], (heads < G) & wide[:, None]
+    ring, first = pair * (M + W) * D + (M + places) * D, pair * (M + W) * D + sinks * D
+    window_k = tl.load(keys + (ring[:, None] + channels), mask=inside[:, None] & wide, other=0.0)
+    window_v = tl.load(values + (ring + channels[:, None]), mask=inside & wide[:, None], other=0.0)
     if SINKS > 0:
-        place = pair * (M + W) * D + sinks[:, None] * D + columns
-        sink_k = tl.load(keys + place, mask=(sinks < M)[:, None] & wide, other=0.0)
-        sink_v = tl.load(values + place, mask=(sinks < M)[:, None] & wide, other=0.0)
-        gone = tl.load(sink_time + b * M + sinks, mask=sinks < SINKS, other=t) <= t - W
+        sink_k = tl.load(keys + (first[:, None] + channels), mask=(sinks < M)[:, None] & wide, other=0.0)
+        sink_v = tl.load(values + (first + channels[:, None]), mask=(sinks < M) & wide[:, None], other=0.0)
         far_query = tl.load(far + spot, mask=own, other=0.0)
-    if RECURS:
-        recurrent = tl.load(remembered + spot, mask=own, other=0.0)
-        w = weights_of(mixing, logits + b * logits_stride, query_heads, rows < G, LOGITS)
-    seen = (seen | (places == (t % W).to(tl.int32))) & (places < W)  # padding sees itself, so that it is a number
-    score = tl.where(seen, product(query, tl.trans(window_k), kept_type) * scale, -float("inf"))
-    highest = tl.max(score, 1)
+    query = tl.load(near + spot, mask=own, other=0.0)
+    t, b = tl.load(time), pair // KV
+    seen = tl.load(ring_valid + b * W + places, mask=inside, other=0) != 0
+    seen = (seen | (places == (t % W).to(tl.int32))) & inside  # padding sees itself, so that it is a number
+    score = tl.where(seen[:, None], product(window_k, query, kept_type) * scale, -float("inf"))
+    highest = tl.max(score, 0)
     if SINKS > 0:
-        sink_score = tl.where(gone, product(far_query, tl.trans(sink_k), kept_type) * scale, -float("inf"))
-        highest = tl.maximum(highest, tl.max(sink_score, 1))
-    weight = tl.exp(score - highest[:, None])
-    total, result = tl.sum(weight, 1), product(weight, window_v, kept_type)
+        gone = tl.load(sink_time + b * M + sinks, mask=sinks < SINKS, other=t) <= t - W
+        sink_score = tl.where(gone[:, None], product(sink_k, far_query, kept_type) * scale, -float("inf"))
+        highest = tl.maximum(highest, tl.max(sink_score, 0))
+    weight = exp(score - highest)
+    if DP > 64:  # else they would lie in shared memory beside the keys, where fewer programs fit
+        window_v = tl.where(seen, window_v, 0.0)
+    result = product(window_v, weight, kept_type)
+    total = product(tl.full((DP, WP), 1.0, kept_type), weight, kept_type)  # no sum for which threads wait
     if SINKS > 0:
-        sink_weight = tl.exp(sink_score - highest[:, None])
-        total += tl.sum(sink_weight, 1)
-        result += product(sink_weight, sink_v, kept_type)
-    result = result * (1.0 / total)[:, None]
-    if RECURS:
-        recurrent = read_out(
-            recurrent, query_heads, columns, own, opening, low + b * low_stride, floor, epsilon, G, D, RMS, FLOOR,
-            OPENING,
+        sink_weight = exp(sink_score - highest)
+        result += product(sink_v, sink_weight, kept_type)
+        total += product(tl.full((DP, MP), 1.0, kept_type), sink_weight, kept_type)
+    tl.store(output + spot, (result / total).to(output.dtype.element_ty), mask=own)
+
+
+@triton.jit
+def attention_kernel(
+    near, far, reads, kept, writes, taken_values, remembered, attended, arrived, mixing, logits, logits_stride,
+    low, low_stride, opening, floor, time, sink_time, keys, values, ring_valid, state, output, KV, scale, epsilon,
+    G: tl.constexpr, GP: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, SINKS: tl.constexpr,
+    W: tl.constexpr, WP: tl.constexpr, PARTS: tl.constexpr, ERASE: tl.constexpr, VECTOR: tl.constexpr,
+    LOGITS: tl.constexpr, RMS: tl.constexpr, FLOOR: tl.constexpr, OPENING: tl.constexpr, MOST: tl.constexpr,
+    READ: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One of the PARTS of a key/value head: the window, or some columns of the state. While those of windows compute,
+    those of states move bytes. Who comes last mixes what the window gave, `attended`, and the state, `remembered`,
+    both `[B, H, D]`; `arrived` `[B, KV]` counts."""
+    part, pair = tl.program_id(0) % PARTS, (tl.program_id(0) // PARTS).to(tl.int64)
+    if part == 0:
+        read_window(
+            near, far, time, sink_time, keys, values, ring_valid, output if PARTS == 1 else attended, pair, KV, scale,
+            G, COLUMNS, D, DP, M, MP, SINKS, W, WP, OVERLAP,
         )  # fmt: skip
-        result = w[:, None] * recurrent + (1.0 - w)[:, None] * result
-    tl.store(output + spot, result.to(output.dtype.element_ty), mask=own)
+    else:
+        read_state(
+            reads, kept, writes, taken_values, state, remembered, pair, part - 1,
+            G, ROWS, D, K, KP, BV, ERASE, VECTOR, MOST, READ, OVERLAP,
+        )  # fmt: skip
+    if PARTS > 1:
+        tl.debug_barrier()  # all threads have stored what they know
+        if tl.atomic_add(arrived + pair, 1) == PARTS - 1:
+            group, columns = tl.arange(0, GP), tl.arange(0, DP)
+            heads, b = (pair % KV).to(tl.int32) * G + group, pair // KV
+            spot, own = (pair * G + group)[:, None] * D + columns, (group < G)[:, None] & (columns < D)
+            recurrent = tl.load(remembered + spot, mask=own, other=0.0)
+            result = tl.load(attended + spot, mask=own, other=0.0)
+            w = weights_of(mixing, logits + b * logits_stride, heads, group < G, LOGITS)
+            least = load_floor(floor, heads, group < G, FLOOR)
+            recurrent = read_out(
+                recurrent, heads, columns, own, opening, low + b * low_stride, least, epsilon, D, RMS, OPENING
+            )
+            result = w[:, None] * recurrent + (1.0 - w)[:, None] * result
+            tl.store(output + spot, result.to(output.dtype.element_ty), mask=own)
 
 
 def run(
@@ -267,43 +299,43 @@ def run(
     if recurs and held.late_gates is not None:
         behind = 1 if beyond.leaving is None else TURNED_BACK.value
     output, near, far = (heads.new_empty(B, KV * G, D) for _ in range(3))
-    reads, kept, writes, remembered = (
+    reads, kept, writes, remembered, attended = (
         torch.empty(shape, dtype=torch.float32, device=heads.device)
-        for shape in ((B, KV, G + 1, K), (B, KV, K if vector else 1), (B, KV), output.shape)
+        for shape in ((B, KV, G + 1, K), (B, KV, K if vector else 1), (B, KV), output.shape, output.shape)
     )
-    taken = heads.new_empty(B, KV, D)
+    taken, arrived = heads.new_empty(B, KV, D), torch.empty(B, KV, dtype=torch.int32, device=heads.device)
     turn = (mixing, mixing) if rope is None else rope  # without one, arguments that nothing reads
     angles = [turn if x is None else x for x in (rope, sink_rope, beyond.leaving)]
     strides = [0 if rope is None else cos.stride(0) for cos, _ in angles]
     far = near if rope is None else far
     maps, gate, gate_stride, *others = given(beyond, mixing)
-    rank, overlap = 0 if beyond.maps is None else beyond.maps[0].shape[-1], overlaps(heads)
-    shared = {"G": G, "D": D, "OVERLAP": overlap, **({"launch_pdl": True} if overlap else {})}
-    window = {"M": M, "SINKS": min(settings.sinks, M), "W": settings.window, "DP": side(D)}
-    state = {"K": K, "KP": side(K), "ERASE": erase, "VECTOR": vector}
+    rank, overlap = 0 if beyond.maps is None else beyond.maps[0].shape[-1], can_overlap(heads)
+    shared = {
+        "G": G, "D": D, "DP": side(D), "K": K, "KP": side(K), "M": M, "SINKS": min(settings.sinks, M),
+        "W": settings.window, "ERASE": erase, "VECTOR": vector, "OVERLAP": overlap, "num_warps": 4,
+        **({"launch_pdl": True} if overlap else {}),
+    }  # fmt: skip
     inputs_kernel[(total - KV, triton.cdiv(B, TILE))](
         heads, heads.stride(0), *(x for pair, n in zip(angles, strides, strict=True) for x in (*pair, n)),
         mixing if decay is None else decay, clock.time, clock.real, clock.valid,
         held.keys, held.values, held.valid, mixing if held.late_gates is None else held.late_gates,
-        *maps, gate, gate_stride, near, far, reads, kept, writes, taken,
+        *maps, gate, gate_stride, near, far, reads, kept, writes, taken, arrived,
         B, KV, 1.0 / settings.temperature, settings.lower, settings.strength,
         R=0 if rope is None else rope[0].shape[-1], GATE=settings.gate, FEATURE=settings.feature_map,
         RANK=rank, RP=side(rank), GATES=0 if beyond.gate is None else beyond.gate.shape[-1], BEHIND=behind, ROWS=TILE,
-        num_warps=4, **shared, **window, **state,
+        **shared,
     )  # fmt: skip
-    if recurs:
-        block = min(side(D), STATE)
-        memory_kernel[(B * KV, triton.cdiv(D, block))](
-            reads, kept, writes, taken, held.state, remembered, ROWS=side(G + 1), BV=block,
-            MOST=torch.finfo(torch.float16).max if held.state.dtype == torch.float16 else 0.0,
-            READ=tl.float16 if reads_in_fp16(settings, heads, held) else tl.float32, num_warps=4, **shared, **state,
-        )  # fmt: skip
-    window_kernel[(B * KV,)](
-        near, far, remembered, mixing, *others, clock.time, clock.sink_time, held.keys, held.values, held.valid,
-        output, KV, settings.scale, beyond.epsilon or 0.0,
-        ROWS=side(G), MP=side(M), WP=side(settings.window), RECURS=recurs, LOGITS=beyond.mixing is not None,
+    block, most = min(side(D), STATE), torch.finfo(torch.float16).max
+    parts = 1 + triton.cdiv(D, block) * recurs
+    attention_kernel[(B * KV * parts,)](
+        near, far, reads, kept, writes, taken, remembered, attended, arrived, mixing, *others,
+        clock.time, clock.sink_time, held.keys, held.values, held.valid, held.state, output,
+        KV, settings.scale, beyond.epsilon or 0.0,
+        GP=triton.next_power_of_2(G), COLUMNS=max(8, triton.next_power_of_2(G)), ROWS=side(G + 1), BV=block,
+        MP=side(M), WP=side(settings.window), PARTS=parts, LOGITS=beyond.mixing is not None,
         RMS=beyond.epsilon is not None, FLOOR=beyond.floor is not None,
         OPENING=0 if beyond.opening is None else beyond.opening[1].shape[-1],
-        num_warps=2, **shared, **window,
+        MOST=most if held.state.dtype == torch.float16 else 0.0,
+        READ=tl.float16 if reads_in_fp16(settings, heads, held) else tl.float32, **shared,
     )  # fmt: skip
     return output

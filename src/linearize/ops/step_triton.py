@@ -22,7 +22,7 @@ from torch import Tensor
 from linearize.features import EPSILON
 from linearize.ops.dispatch import can_overlap
 from linearize.ops.liger import DELTA, Rope, Settings
-from linearize.ops.liger_triton import feature, key_and_gate, log_sigmoid, partner_of, product, sigmoid
+from linearize.ops.liger_triton import exp, feature, key_and_gate, log_sigmoid, partner_of, product, sigmoid
 from linearize.ops.step import NOTHING, Beyond, Clock, Held, keys_of, reads_in_fp16
 
 SMALLEST = 16  # side of a matrix product
@@ -30,7 +30,8 @@ LEAST = tl.constexpr(EPSILON)  # of the mean square that products divide by
 TURNED_BACK = tl.constexpr(2)  # for a recurrence behind the window; 1 where it reads keys as the window has them
 WIDEST = 128  # ranks of learned maps that one product has
 MANY = 384  # sequences times key/value heads from which on `step_many_triton` is the faster
-LARGEST = 128, 256, 31  # channels, keys and query heads of a group that its programs take: all fit, or none runs
+LARGEST = 128, 256, 31  # channels, keys and query heads of a group that its programs take in 16 bits: both fit, or none
+# runs
 
 
 @triton.jit
@@ -105,17 +106,22 @@ def weights_of(mixing, logits, heads, inside, LOGITS: tl.constexpr):
 
 
 @triton.jit
+def load_floor(floor, heads, inside, FLOOR: tl.constexpr):
+    """What is added to these heads' mean squares, 0 without."""
+    least = 0.0  # loaded with all else: where it is used, threads would wait for it
+    if FLOOR:
+        least = tl.exp(2.0 * tl.load(floor + heads, mask=inside, other=0.0).to(tl.float32))
+    return least
+
+
+@triton.jit
 def read_out(
-    x, heads, columns, inside, opening, low, floor, epsilon,
-    G: tl.constexpr, D: tl.constexpr, RMS: tl.constexpr, FLOOR: tl.constexpr, OPENING: tl.constexpr,
+    x, heads, columns, inside, opening, low, least, epsilon,
+    D: tl.constexpr, RMS: tl.constexpr, OPENING: tl.constexpr,
 ):  # fmt: skip
-    """What a group's heads have read, a row each, after the readout."""
+    """What a group's heads have read, a row each, after the readout; `least` as `load_floor`."""
     if RMS:
-        square = tl.sum(x * x, 1) / D + epsilon
-        if FLOOR:
-            here = tl.arange(0, x.shape[0]) < G
-            square += tl.exp(2.0 * tl.load(floor + heads, mask=here, other=0.0).to(tl.float32))
-        x = x / tl.sqrt(square)[:, None]
+        x = x / tl.sqrt(tl.sum(x * x, 1) / D + epsilon + least)[:, None]
     if OPENING > 0:
         ranks = tl.arange(0, OPENING)
         place = (heads[:, None] * D + columns)[:, :, None] * OPENING + ranks
@@ -203,6 +209,7 @@ def step_kernel(
     query_heads = h.to(tl.int32) * G + rows
     if GATE != "none":
         w = weights_of(mixing, logits + b * logits_stride, query_heads, rows < G, LOGITS)
+        least = load_floor(floor, query_heads, rows < G, FLOOR)
         if GATES > 0:
             given = gate + b * gate_stride + h * GATES
             for_decay, for_write = tl.load(given).to(tl.float32), tl.load(given + GATES - 1).to(tl.float32)
@@ -223,13 +230,14 @@ def step_kernel(
     if SINKS > 0:
         sink_score = tl.where(gone, product(far, sink_k, kept_type) * scale, -float("inf"))
         highest = tl.maximum(highest, tl.max(sink_score, 1))
-    weight = tl.exp(score - highest[:, None])
-    total, result = tl.sum(weight, 1), product(weight, window_v, kept_type)
+    weight = exp(score - highest[:, None])
+    result = product(weight, window_v, kept_type)
+    total = product(weight, tl.full((WP, BV), 1.0, kept_type), kept_type)  # no sum for which threads wait
     if SINKS > 0:
-        sink_weight = tl.exp(sink_score - highest[:, None])
-        total += tl.sum(sink_weight, 1)
+        sink_weight = exp(sink_score - highest[:, None])
         result += product(sink_weight, sink_v, kept_type)
-    result = result / total[:, None]
+        total += product(sink_weight, tl.full((MP, BV), 1.0, kept_type), kept_type)
+    result = result / total
 
     # the recurrence
     new_k, new_v = new_k.to(tl.float32), new_v.to(tl.float32)
@@ -288,8 +296,8 @@ def step_kernel(
             memory = tl.clamp(memory, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
         tl.store(own_state, memory.to(state.dtype.element_ty), mask=within)
         recurrent = read_out(
-            recurrent, query_heads, mine, (rows < G)[:, None] & narrow, opening, low + b * low_stride, floor, epsilon,
-            G, D, RMS, FLOOR, OPENING,
+            recurrent, query_heads, mine, (rows < G)[:, None] & narrow, opening, low + b * low_stride, least, epsilon,
+            D, RMS, OPENING,
         )  # fmt: skip
         result = w[:, None] * recurrent + (1.0 - w)[:, None] * result
     place = output + b * KV * G * D + (query_heads[:, None] * D + mine)
@@ -342,7 +350,8 @@ def run(
     (B, rows, D), KV, M = heads.shape, held.keys.shape[1], clock.sink_time.shape[1]
     H, state = rows - 2 * KV, held.state.dtype
     K = keys_of(settings, held, D)
-    if launch is None and B * KV >= MANY and all(x <= most for x, most in zip((D, K, H // KV), LARGEST, strict=True)):
+    fits = heads.dtype.itemsize == 2 and all(x <= most for x, most in zip((D, K, H // KV), LARGEST, strict=True))
+    if launch is None and B * KV >= MANY and fits:
         from linearize.ops.step_many_triton import run as run_many
 
         return run_many(heads, mixing, settings, rope, sink_rope, clock, held, decay, beyond)
