@@ -479,11 +479,11 @@ def told_on_a_gpu(reason: str):
 @pytest.mark.parametrize(
     ("B", "D", "groups", "dtype", "many"),
     [
-        (191, 16, 1, torch.bfloat16, False),
-        (192, 16, 1, torch.bfloat16, True),
-        (192, 136, 1, torch.bfloat16, False),
-        (192, 16, 32, torch.bfloat16, False),
-        (192, 16, 1, torch.float32, False),
+        (95, 16, 1, torch.bfloat16, False),
+        (96, 16, 1, torch.bfloat16, True),
+        (96, 136, 1, torch.bfloat16, False),
+        (96, 16, 32, torch.bfloat16, False),
+        (96, 16, 1, torch.float32, False),
     ],
 )
 def test_what_goes_by_the_kernels_for_many_sequences(B, D, groups, dtype, many, monkeypatch):

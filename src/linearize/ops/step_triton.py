@@ -29,7 +29,7 @@ SMALLEST = 16  # side of a matrix product
 LEAST = tl.constexpr(EPSILON)  # of the mean square that products divide by
 TURNED_BACK = tl.constexpr(2)  # for a recurrence behind the window; 1 where it reads keys as the window has them
 WIDEST = 128  # ranks of learned maps that one product has
-MANY = 384  # sequences times key/value heads from which on `step_many_triton` is the faster
+MANY = 192  # sequences times key/value heads from which on `step_many_triton` is the faster
 LARGEST = 128, 256, 31  # channels, keys and query heads of a group that its programs take in 16 bits: both fit, or none
 # runs
 
