@@ -70,12 +70,11 @@ def products_of(model: str) -> list[Product]:
 
 def candidates(product: Product) -> list[Launch]:
     """What is tried, the settings in the table first."""
-    current = launch_of(product.kernel, product.rows, product.columns)
-    found = [] if current is None else [current]
+    found = [launch_of(product.kernel, product.rows, product.columns)]
     for rows, columns, (slices, warps), stages in itertools.product(
-        (8, 16, 32, 64), (64, 128), ((1, 4), (2, 2), (4, 4), (8, 8)), (3, 4, 6)
+        (8, 16, 24, 32, 48, 64), (64, 128), ((1, 4), (2, 2), (4, 4), (8, 8)), (3, 4, 6)
     ):
-        tiles = 16 + rows * (1 + (product.kernel == "swiglu"))
+        tiles = 16 + 2 ** (rows - 1).bit_length() * (1 + (product.kernel == "swiglu"))
         fits = 2 * columns * slices * tiles * (stages - 1) <= 160_000 and columns * slices <= product.columns
         if fits and 32 <= product.rows / rows <= 1024:  # shared memory; programs
             found.append(Launch(rows, columns, slices, warps, stages))

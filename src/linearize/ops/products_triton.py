@@ -25,7 +25,7 @@ AHEAD = 32768  # bytes of a program's weights that are fetched before its turn; 
 class Launch(NamedTuple):
     """How a product runs."""
 
-    rows: int  # of the weight, that a program has
+    rows: int  # of the weight, that a program has: of 3,072 by 24 each of 132 multiprocessors has one
     columns: int  # of a slice, at a time
     slices: int
     num_warps: int
@@ -33,12 +33,12 @@ class Launch(NamedTuple):
 
 
 # by kernel, and rows and columns of the weight; measured on an H100 by `benchmarks.products`, those of 2,048 columns or
-# rows on an H200, narrow ones with overlap; None where a norm by itself and cuBLAS are faster
-LAUNCHES: dict[str, dict[tuple[int, int], Launch | None]] = {
+# rows on an H200, narrow ones with overlap; those of 24 and 48 rows in whole steps, where attention begins beside them
+LAUNCHES: dict[str, dict[tuple[int, int], Launch]] = {
     "product": {
         (960, 576): Launch(8, 64, 4, 4, 4),
-        (3072, 2048): None,
-        (6144, 4096): Launch(64, 128, 2, 2, 4),
+        (3072, 2048): Launch(24, 64, 4, 4, 4),
+        (6144, 4096): Launch(48, 64, 4, 4, 4),
     },
     "swiglu": {
         (1536, 576): Launch(16, 64, 2, 2, 6),
@@ -76,13 +76,15 @@ def weight_tile(weight, rows, columns, first, N, K: tl.constexpr):
 @triton.jit(do_not_specialize=["B"])  # one program for any number of rows
 def product_kernel(
     x, norm, weight, bias, output, B, N, epsilon,
-    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
+    K: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
     NORM: tl.constexpr, SWIGLU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
     WAITS: tl.constexpr, TELLS: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """x `[B, K]`, normalised if NORM, times weight `[N, K]`, plus bias `[N]` if BIAS; of SWIGLU both are as long again,
     and the second half's result is multiplied by silu of the first's. `[B, N]` is put out or, if ADD, added."""
-    mine, batch = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BM)
+    mine, batch = tl.program_id(0) * ROWS + tl.arange(0, BN), tl.arange(0, BM)
+    if ROWS < BN:  # the others' rows are none
+        mine = tl.where(tl.arange(0, BN) < ROWS, mine, N)
     if WAITS:
         prefetch(weight, tl.minimum(mine, N - 1), K, LINES)
         if SWIGLU:
@@ -191,7 +193,7 @@ def add_product(hidden: Tensor, x: Tensor, linear: Linear) -> None:
     run("add", x, None, linear, hidden)
 
 
-def launch_of(kind: str, rows: int, columns: int) -> Launch | None:
+def launch_of(kind: str, rows: int, columns: int) -> Launch:
     """What the table has of the shape that is the nearest, by the ratios of its sides."""
 
     def distance(shape: tuple[int, int]) -> float:
@@ -204,14 +206,13 @@ def run(kind: str, x: Tensor, norm: Norm | None, linear: Linear, output: Tensor)
     """One of `LAUNCHES`: x `[B, K]` by the weight into output `[B, N]`."""
     (B, K), N, (weight, bias) = x.shape, output.shape[1], linear
     launch, waits = launch_of(kind, N, K), overlaps(x)
-    assert launch is not None, "cuBLAS is to be asked"
     tells = waits or (kind == "product" and can_overlap(x))  # attention, which waits for that one
     ahead = min(AHEAD // (2 * launch.rows * (1 + (kind == "swiglu"))), triton.next_power_of_2(K))  # columns
     product_kernel[(triton.cdiv(N, launch.rows),)](
         x, weight if norm is None else norm.weight, weight, weight if bias is None else bias, output, B, N,
         0.0 if norm is None else norm.epsilon,
-        K=K, BM=max(triton.next_power_of_2(B), LEAST), BN=launch.rows, BK=launch.columns, SLICES=launch.slices,
-        NORM=norm is not None, SWIGLU=kind == "swiglu",
+        K=K, BM=max(triton.next_power_of_2(B), LEAST), ROWS=launch.rows, BN=triton.next_power_of_2(launch.rows),
+        BK=launch.columns, SLICES=launch.slices, NORM=norm is not None, SWIGLU=kind == "swiglu",
         BIAS=bias is not None, ADD=kind == "add", WAITS=waits, TELLS=tells, LINES=max(ahead // LINE, 1),
         num_warps=launch.num_warps, num_stages=launch.num_stages, **({"launch_pdl": True} if waits else {}),
     )  # fmt: skip
