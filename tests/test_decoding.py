@@ -532,6 +532,33 @@ def test_an_mlp_of_a_width_that_fits_no_tile(kernels, steps, monkeypatch):
     assert len(steps) == 2
 
 
+@pytest.mark.skipif(GPU or find_spec("triton") is None, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("settings", [{}, WHOLE[4], WHOLE[-1]], ids=["published", "default", "wide"])
+def test_whole_steps_by_kernels(settings, many, steps, monkeypatch):
+    """As on a GPU: beginning, norms, products, attention and end."""
+    import interpreted
+
+    from linearize.ops import step_triton
+
+    model, tokens = learned(settings).bfloat16(), ids(2, LENGTH)
+    full, name, ran = logits(model, tokens, use_cache=False), "attention_kernel" if many else "step_kernel", []
+
+    def launched(self, *args, run=interpreted.interpreter.GridExecutor.__call__, **told):
+        ran.append(self.fn.__name__)
+        return run(self, *args, **told)
+
+    monkeypatch.setattr(interpreted.interpreter.GridExecutor, "__call__", launched)
+    monkeypatch.setattr(step_triton, "MANY", 0 if many else sys.maxsize)
+    monkeypatch.setattr(dispatch, "no_device", lambda _: None)
+    with interpreted.checked(overlaps=not many):
+        assert_close(in_parts(model, tokens, one_by_one(LENGTH - 6))[0], full, 3e-2)
+    assert len(steps) == 6
+    layers = model.config.num_hidden_layers
+    expected = {"begin_kernel": 1, name: layers, "product_kernel": 4 * layers, "norm_kernel": 1, "advance_kernel": 1}
+    assert {n: ran.count(n) for n in expected} == {n: 6 * count for n, count in expected.items()}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [{}, WHOLE[0]], ids=["published", "default"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])

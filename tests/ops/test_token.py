@@ -70,6 +70,17 @@ def test_queries_see_the_sinks_from_within_the_limit():
     assert not torch.equal(made[0].rope[0], made[0].sinks[0])
 
 
+def test_a_token_that_the_vocabulary_lacks():
+    """Nothing beside the table is read."""
+    stack = tiny().base_model.to(DEVICE)
+    clock, position, rings = state(4, 4, ())
+    size = len(stack.embed_tokens.weight)
+    ids = torch.tensor([[-1], [0], [size - 1], [size]], device=DEVICE)
+    hidden = token_triton.begin(stack.embed_tokens.weight, stack.rotary_emb, ids, position, LIMIT, clock, rings).hidden
+    assert hidden[[0, 3]].isnan().all()
+    assert torch.equal(hidden[1:3], stack.embed_tokens(ids[1:3, 0]))
+
+
 @pytest.mark.parametrize("B", [1, 3, 300])
 @pytest.mark.parametrize(("M", "windows"), [(4, (5, 8)), (1, ()), (0, (128,))], ids=str)
 def test_the_clock(M, windows, B, monkeypatch):

@@ -25,15 +25,18 @@ def write_angles(position, cos, sin, frequency, place, scaling, R: tl.constexpr,
 
 @triton.jit
 def begin_kernel(
-    ids, table, hidden, position, time, rings, frequencies, cos, sin, B, E, scaling, limit,
+    ids, table, hidden, position, time, rings, frequencies, cos, sin, B, E, vocabulary, scaling, limit,
     R: tl.constexpr, HALF: tl.constexpr, WINDOWS: tl.constexpr, TOTAL: tl.constexpr, COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK columns of one token's row of the table `[vocab, E]`; with the first of them cos and sin
-    `[2 + windows, B, R]`, of the token, of where it sees the sinks from, and of what leaves each window."""
+    """BLOCK columns of one token's row of the table `[vocabulary, E]`, or NaN where there is none: a kernel raises no
+    error. With the first of them cos and sin `[2 + windows, B, R]`, of the token, of where it sees the sinks from, and
+    of what leaves each window."""
     b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns, half = part * BLOCK + tl.arange(0, BLOCK), tl.arange(0, HALF)
-    row = tl.load(table + tl.load(ids + b) * E + columns, mask=columns < E, other=0.0)
+    own = tl.load(ids + b)
+    there = tl.where((own >= 0) & (own < vocabulary), E, 0)  # columns
+    row = tl.load(table + own * E + columns, mask=columns < there, other=float("nan"))
     tl.store(hidden + b * E + columns, row, mask=columns < E)
     if part == 0:
         here, inside = tl.load(position + b), half < R // 2
@@ -80,7 +83,8 @@ def begin(table: Tensor, rotary: Any, ids: Tensor, position: Tensor, limit: int,
     hidden, (cos, sin) = table.new_empty(B, E), table.new_empty(2, 2 + len(rings.windows), B, R)
     begin_kernel[(B, triton.cdiv(E, COLUMNS))](
         ids, table, hidden, position, clock.time, rings.positions, rotary.inv_freq, cos, sin, B, E,
-        rotary.attention_scaling, limit, R=R, HALF=triton.next_power_of_2(R // 2), BLOCK=COLUMNS, **windows_of(rings),
+        len(table), rotary.attention_scaling, limit,
+        R=R, HALF=triton.next_power_of_2(R // 2), BLOCK=COLUMNS, **windows_of(rings),
     )  # fmt: skip
     rope, sinks, *leaving = zip(cos, sin, strict=True)
     return Token(hidden, rope, sinks, leaving)
