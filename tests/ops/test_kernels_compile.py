@@ -26,7 +26,7 @@ HEADS_OF_128 = ["89", "128"]  # on an RTX 4090 or an L4, which have little share
         ([*HEADS_OF_64, "default", "shifts=3"], {"inputs_kernel", "attention_kernel", "begin_kernel"}),
         ([*HEADS_OF_64, "hybrid"], {"step_kernel", "together_kernel", "delta_channel_gradients_kernel"}),
         ([*HEADS_OF_64, "liger-paper"], {"step_kernel", "states_kernel", "output_kernel", "key_gradients_kernel"}),
-        ([*HEADS_OF_64, "liger-paper", "structure=mamba2"], {"prepare_kernel", "state_gradients_kernel"}),
+        ([*HEADS_OF_64, "liger-paper", "structure=mamba2"], {"prepare_kernel", "product_kernel"}),
         ([*HEADS_OF_64, "liger-paper", "structure=gsa"], {"given_kernel", "read_kernel", "write_gradients_kernel"}),
         ([*HEADS_OF_64, "liger-paper", "structure=gated_deltanet"], {"step_kernel", "delta_query_gradients_kernel"}),
         ([*HEADS_OF_128, "default", "feature_map=linear", "window=128"], {"long_window_kernel", "attention_kernel"}),
