@@ -68,7 +68,7 @@ def main(capability: str, size: str, name: str, *given: str) -> None:
         ids, positions = torch.randint(0, 1024, (1, LENGTH)), torch.arange(LENGTH)[None] % (LENGTH // DOCUMENTS)
         batch = {"input_ids": ids, "position_ids": positions, "targets": ids}
         distill_loss(student, teacher, batch, documents=DOCUMENTS).backward()
-        for module in (step_triton, step_many_triton, products_triton):
+        for module in (dispatch, step_triton, step_many_triton, products_triton):
             patched.enter_context(patch.object(module, "can_overlap", lambda x: int(capability) >= 90))
         for many in (step_triton.MANY, 0):
             patched.enter_context(patch.object(step_triton, "MANY", many))

@@ -60,11 +60,17 @@ class Accesses:
         self.taken: dict[int, list[np.ndarray]] = {}  # by program, what it may therefore read
 
     def count(self, builder: Any, pointer: Any) -> None:
-        """An atomic operation, which passes on what its program knows, and tells it what others have passed on."""
+        """An atomic operation, which passes on what its program has written, and lets it read what others have."""
         program, counter = self.program(builder), int(pointer.data.item())
+        self.bounded(np.array([counter]), "counts")
         given, taken = self.given.setdefault(counter, []), self.taken.setdefault(program, [])
         taken += given
         given += [addresses for addresses, owner in self.seen[True] if (owner == program).all()]
+
+    def bounded(self, addresses: np.ndarray, what: str) -> None:
+        place = np.searchsorted(self.begins, addresses, side="right") - 1
+        if (place < 0).any() or (addresses >= self.ends[place]).any():
+            raise IndexError(f"a program {what} outside the tensors it is given")
 
     @staticmethod
     def program(builder: Any) -> int:
@@ -74,9 +80,7 @@ class Accesses:
         """One load or store of the program that the builder is at."""
         addresses, inside = np.broadcast_arrays(pointers.data, mask.data)
         addresses = addresses[inside].astype(np.int64)
-        place = np.searchsorted(self.begins, addresses, side="right") - 1
-        if (place < 0).any() or (addresses >= self.ends[place]).any():
-            raise IndexError(f"a program {'writes' if written else 'reads'} outside the tensors it is given")
+        self.bounded(addresses, "writes" if written else "reads")
         program, addresses = self.program(builder), np.unique(addresses)
         if not written and program in self.taken:
             addresses = np.setdiff1d(addresses, np.concatenate([addresses[:0], *self.taken[program]]))

@@ -62,14 +62,14 @@ def test_what_is_written_may_be_read_where_that_is_allowed():
 
 
 @triton.jit
-def passing_kernel(source, target, counter, EARLY: tl.constexpr, COUNTS: tl.constexpr):
+def passing_kernel(source, target, counter, EARLY: tl.constexpr, COUNTS: tl.constexpr, AT: tl.constexpr = 0):
     """A program copies an element; the last one adds up what both have copied."""
     i, places = tl.program_id(0), tl.arange(0, 2)
     tl.store(target + i, tl.load(source + i))
     before = tl.load(target + places, mask=(places >= 0) & EARLY)
     last = i == 1
     if COUNTS:
-        last = tl.atomic_add(counter, 1) == 1
+        last = tl.atomic_add(counter + AT, 1) == 1
     if last:
         copied = before if EARLY else tl.load(target + places)
         tl.store(target + 2, tl.sum(copied, 0))
@@ -83,3 +83,9 @@ def test_what_is_counted_may_be_read(early, counts):
     with interpreted.checked(), fails:
         passing_kernel[(2,)](source, target, counter, EARLY=early, COUNTS=counts)
     assert target[2] == 5 or early
+
+
+def test_counters_are_inside_their_tensors():
+    source, target, counter = torch.ones(2), torch.empty(3), torch.zeros(1, dtype=torch.int32)
+    with interpreted.checked(), pytest.raises(Exception, match="counts outside the tensors"):
+        passing_kernel[(2,)](source, target, counter, EARLY=False, COUNTS=True, AT=10**6)

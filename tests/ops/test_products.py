@@ -15,6 +15,8 @@ if find_spec("triton") is None:
 if not torch.cuda.is_available():
     import interpreted  # noqa: F401
 
+from triton.runtime.errors import OutOfResources
+
 from linearize.ops import dispatch, products, products_triton
 from linearize.ops.products import Linear, Norm
 from linearize.ops.products_triton import LAUNCHES, Launch, launch_of
@@ -144,6 +146,31 @@ def test_swiglu_by_itself():
     gate, up = gate_up[:, :2060].double().chunk(2, dim=1)
     for run in RUNS:
         assert_close(run.swiglu(gate_up, 1030), F.silu(gate) * up, 1e-5)
+
+
+def test_as_many_stages_as_fit(monkeypatch):
+    """Into a device's shared memory."""
+    tried = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return self
+
+        def __call__(self, *_, num_stages, **__):
+            tried.append(num_stages)
+            if num_stages > 2 or only:
+                raise OutOfResources(120_000, 101_376, "shared memory")
+
+    monkeypatch.setattr(products_triton, "product_kernel", Kernel())
+    monkeypatch.setitem(LAUNCHES, "product", {(1, 1): Launch(16, 64, 1, 4, 4)})
+    x, norm, linear = tensors(3, 64, 32, False, torch.float32)
+    only = False
+    products_triton.normed_product(x, norm, linear)
+    assert tried == [4, 3, 2]
+    only = True
+    with pytest.raises(OutOfResources):
+        products_triton.normed_product(x, norm, linear)
+    assert tried[3:] == [4, 3, 2, 1]
 
 
 def test_the_nearest_settings_in_the_table():

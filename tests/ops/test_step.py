@@ -477,17 +477,18 @@ def told_on_a_gpu(reason: str):
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("B", "D", "groups", "dtype", "many"),
+    ("B", "D", "groups", "sinks", "dtype", "many"),
     [
-        (95, 16, 1, torch.bfloat16, False),
-        (96, 16, 1, torch.bfloat16, True),
-        (96, 136, 1, torch.bfloat16, False),
-        (96, 16, 32, torch.bfloat16, False),
-        (96, 16, 1, torch.float32, False),
+        (95, 16, 1, 64, torch.bfloat16, False),
+        (96, 16, 1, 64, torch.bfloat16, True),
+        (96, 136, 1, 64, torch.bfloat16, False),
+        (96, 16, 32, 64, torch.bfloat16, False),
+        (96, 16, 1, 65, torch.bfloat16, False),
+        (96, 16, 1, 64, torch.float32, False),
     ],
 )
-def test_what_goes_by_the_kernels_for_many_sequences(B, D, groups, dtype, many, monkeypatch):
-    """So many sequences times heads, and no more channels, query heads and bits than fit."""
+def test_what_goes_by_the_kernels_for_many_sequences(B, D, groups, sinks, dtype, many, monkeypatch):
+    """So many sequences times heads, and no more channels, query heads, sinks and bits than fit."""
     from linearize.ops import step_many_triton, step_triton
 
     def program(*_):  # which only the other kernel asks for
@@ -498,7 +499,7 @@ def test_what_goes_by_the_kernels_for_many_sequences(B, D, groups, dtype, many, 
     monkeypatch.setattr(step_many_triton, "run", lambda *_: "many")
     monkeypatch.setattr(step_triton, "program", program)
     with nullcontext() if many else pytest.raises(LookupError):
-        assert step_triton.run(heads, mixing, fixed, None, None, *nothing(B, 2, D, fixed, 3)) == "many"
+        assert step_triton.run(heads, mixing, fixed, None, None, *nothing(B, 2, D, fixed, sinks)) == "many"
 
 
 @needs_triton

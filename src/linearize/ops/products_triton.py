@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from linearize.ops.dispatch import can_overlap, overlaps
 from linearize.ops.products import Linear, Norm
@@ -208,11 +209,18 @@ def run(kind: str, x: Tensor, norm: Norm | None, linear: Linear, output: Tensor)
     launch, waits = launch_of(kind, N, K), overlaps(x)
     tells = waits or (kind == "product" and can_overlap(x))  # attention, which waits for that one
     ahead = min(AHEAD // (2 * launch.rows * (1 + (kind == "swiglu"))), triton.next_power_of_2(K))  # columns
-    product_kernel[(triton.cdiv(N, launch.rows),)](
-        x, weight if norm is None else norm.weight, weight, weight if bias is None else bias, output, B, N,
-        0.0 if norm is None else norm.epsilon,
-        K=K, BM=max(triton.next_power_of_2(B), LEAST), ROWS=launch.rows, BN=triton.next_power_of_2(launch.rows),
-        BK=launch.columns, SLICES=launch.slices, NORM=norm is not None, SWIGLU=kind == "swiglu",
-        BIAS=bias is not None, ADD=kind == "add", WAITS=waits, TELLS=tells, LINES=max(ahead // LINE, 1),
-        num_warps=launch.num_warps, num_stages=launch.num_stages, **({"launch_pdl": True} if waits else {}),
-    )  # fmt: skip
+    for stages in range(launch.num_stages, 0, -1):
+        try:
+            product_kernel[(triton.cdiv(N, launch.rows),)](
+                x, weight if norm is None else norm.weight, weight, weight if bias is None else bias, output, B, N,
+                0.0 if norm is None else norm.epsilon,
+                K=K, BM=max(triton.next_power_of_2(B), LEAST), ROWS=launch.rows,
+                BN=triton.next_power_of_2(launch.rows), BK=launch.columns, SLICES=launch.slices,
+                NORM=norm is not None, SWIGLU=kind == "swiglu", BIAS=bias is not None, ADD=kind == "add",
+                WAITS=waits, TELLS=tells, LINES=max(ahead // LINE, 1),
+                num_warps=launch.num_warps, num_stages=stages, **({"launch_pdl": True} if waits else {}),
+            )  # fmt: skip
+            return
+        except OutOfResources:  # before it ran: some devices have half the shared memory of others
+            if stages == 1:
+                raise

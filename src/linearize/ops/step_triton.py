@@ -30,8 +30,8 @@ LEAST = tl.constexpr(EPSILON)  # of the mean square that products divide by
 TURNED_BACK = tl.constexpr(2)  # for a recurrence behind the window; 1 where it reads keys as the window has them
 WIDEST = 128  # ranks of learned maps that one product has
 MANY = 192  # sequences times key/value heads from which on `step_many_triton` is the faster
-LARGEST = 128, 256, 31  # channels, keys and query heads of a group that its programs take in 16 bits: both fit, or none
-# runs
+LARGEST = 128, 256, 31, 64  # channels, keys, query heads of a group and sinks that its programs take in 16 bits: both
+# of them fit, or none runs
 
 
 @triton.jit
@@ -350,7 +350,7 @@ def run(
     (B, rows, D), KV, M = heads.shape, held.keys.shape[1], clock.sink_time.shape[1]
     H, state = rows - 2 * KV, held.state.dtype
     K = keys_of(settings, held, D)
-    fits = heads.dtype.itemsize == 2 and all(x <= most for x, most in zip((D, K, H // KV), LARGEST, strict=True))
+    fits = heads.dtype.itemsize == 2 and all(x <= most for x, most in zip((D, K, H // KV, M), LARGEST, strict=True))
     if launch is None and B * KV >= MANY and fits:
         from linearize.ops.step_many_triton import run as run_many
 

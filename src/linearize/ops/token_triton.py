@@ -29,9 +29,9 @@ def begin_kernel(
     R: tl.constexpr, HALF: tl.constexpr, WINDOWS: tl.constexpr, TOTAL: tl.constexpr, COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK columns of one token's row of the table `[vocabulary, E]`, or NaN where there is none: a kernel raises no
-    error. With the first of them cos and sin `[2 + windows, B, R]`, of the token, of where it sees the sinks from, and
-    of what leaves each window."""
+    """BLOCK columns of one token's row of the table `[vocabulary, E]`, or NaN where there is none, for padding too: a
+    kernel raises no error. With the first of them cos and sin `[2 + windows, B, R]`, of the token, of where it sees
+    the sinks from, and of what leaves each window."""
     b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns, half = part * BLOCK + tl.arange(0, BLOCK), tl.arange(0, HALF)
     own = tl.load(ids + b)
