@@ -7,8 +7,9 @@ Each product of a layer, with the norm, SwiGLU or residual that goes with it, in
 is timed is a CUDA graph of as many of them one after the other, each with a weight of its own, as do not fit into the
 L2 cache together; the median of its replays by device events. "cuBLAS" is the same by PyTorch's operations. Every
 candidate is timed with 16 rows; the best of each product also with 1 and 4, and once more such that kernels overlap
-(`dispatch.OVERLAP`). Results are compared with float64. What fails is kept with its reason. Prints the tables to paste,
-without and with overlap. A result file that is there already is gone on from.
+(`dispatch.OVERLAP`). Results are compared with float64. What fails is kept with its reason; what does not fit into the
+device's shared memory is timed with the stages that do. Prints the tables to paste, without and with overlap. A result
+file that is there already is gone on from.
 """
 
 import argparse

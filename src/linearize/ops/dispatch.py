@@ -43,8 +43,8 @@ def overlaps(x: Tensor) -> bool:
 
 
 def can_overlap(x: Tensor) -> bool:
-    """Whether the device can do that. In models of any size attention then begins while the product before it works,
-    which leaves bandwidth to its window and state."""
+    """Whether the device can do that. In models of any size attention then begins while the kernel before it works, a
+    product or that of many sequences' inputs, which leaves bandwidth to its window and state."""
     if not x.is_cuda or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(x.device) >= (9, 0)

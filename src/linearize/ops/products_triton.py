@@ -26,7 +26,7 @@ AHEAD = 32768  # bytes of a program's weights that are fetched before its turn; 
 class Launch(NamedTuple):
     """How a product runs."""
 
-    rows: int  # of the weight, that a program has: of 3,072 by 24 each of 132 multiprocessors has one
+    rows: int  # of the weight, that a program has: of 3,072 by 24 none of 132 multiprocessors has two
     columns: int  # of a slice, at a time
     slices: int
     num_warps: int

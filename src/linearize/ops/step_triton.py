@@ -30,8 +30,8 @@ LEAST = tl.constexpr(EPSILON)  # of the mean square that products divide by
 TURNED_BACK = tl.constexpr(2)  # for a recurrence behind the window; 1 where it reads keys as the window has them
 WIDEST = 128  # ranks of learned maps that one product has
 MANY = 192  # sequences times key/value heads from which on `step_many_triton` is the faster
-LARGEST = 128, 256, 31, 64  # channels, keys, query heads of a group and sinks that its programs take in 16 bits: both
-# of them fit, or none runs
+LARGEST = 128, 256, 31, 64  # channels, keys, query heads of a group and sinks that its two
+# kernels take in 16 bits: both fit, or none runs
 
 
 @triton.jit
