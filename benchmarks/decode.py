@@ -18,7 +18,6 @@ import argparse
 import gc
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +36,6 @@ from linearize.convert import choose_layers
 from linearize.decoder import Decoder
 from linearize.heads import parse_heads
 from linearize.inspect import recurrent_bytes
-from linearize.ops import dispatch
 from linearize.recipe import read
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -94,14 +92,9 @@ def main() -> None:
     parser.add_argument(
         "--compile", choices=COMPILED, default="telling", help="where the original is timed in its compiled form, too"
     )
-    parser.add_argument(
-        "--overlap", action=argparse.BooleanOptionalAction, help="of a step's kernels, in place of what is the default"
-    )
     arguments = parser.parse_args()
     stop = time.perf_counter() + arguments.seconds
     torch.manual_seed(0)
-    if arguments.overlap is not None:
-        dispatch.OVERLAP = sys.maxsize * arguments.overlap
     if arguments.smoke and arguments.structure == "heads":
         parser.error("--smoke is of a tiny model, which has none of the heads of --structure heads")
     elif arguments.smoke or arguments.tune:
@@ -229,7 +222,7 @@ def compare(out: Path, names: list[str], stop: float, arguments: argparse.Namesp
                     continue
                 compiled = (batch, context) in COMPILED[arguments.compile]
                 row = {"model": name, "batch": batch, "context": context, **sizes(model, settings, batch, context)}
-                row["linearized"] = ours[batch, context] | {"overlap": dispatch.OVERLAP}
+                row["linearized"] = ours[batch, context]
                 row["original"] = original_steps(model, batch, context, compiled)
                 rows.append(row)
                 print(describe(row, copy), flush=True)

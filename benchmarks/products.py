@@ -6,10 +6,10 @@ compare them with cuBLAS.
 Each product of a layer, with the norm, SwiGLU or residual that goes with it, in the shapes of real models, bf16. What
 is timed is a CUDA graph of as many of them one after the other, each with a weight of its own, as do not fit into the
 L2 cache together; the median of its replays by device events. "cuBLAS" is the same by PyTorch's operations. Every
-candidate is timed with 16 rows; the best of each product also with 1 and 4, and once more such that kernels overlap
-(`dispatch.OVERLAP`). Results are compared with float64. What fails is kept with its reason; what does not fit into the
-device's shared memory is timed with the stages that do. Prints the tables to paste, without and with overlap. A result
-file that is there already is gone on from.
+candidate is timed with 16 rows; the best of each product also with 1 and 4, and once more such that each begins before
+the one ahead of it has ended (`Launch.ahead`). Results are compared with float64. What fails is kept with its reason;
+what does not fit into the device's shared memory is timed with the stages that do. Prints the tables to paste, of
+kernels one after the other and beginning early. A result file that is there already is gone on from.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import json
 import math
 import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,13 +33,14 @@ from benchmarks.decode import DEVICE, GPU, SHAPES, said, timed
 from benchmarks.results import provenance, write
 from benchmarks.timing import copy_speed, graphed, times
 from benchmarks.tune import Recorder, Task, by_dtype, compiled, start_compiler
-from linearize.ops import dispatch, products, products_triton
+from linearize.ops import products, products_triton
 from linearize.ops.products import Norm
 from linearize.ops.products_triton import LAUNCHES, Launch, launch_of
 
 MODELS = ("SmolLM2-135M", "Llama-3.2-1B", "Llama-3-8B")
 BATCHES = (16, 1, 4)  # the first for every candidate, the others for the best
 BEST = 4  # of a product
+AHEAD = 32768  # bytes of a program's weights that are fetched ahead
 DISTINCT = 120e6 if GPU else 0  # bytes of weights; an H100's L2 cache has 50 MB
 DTYPE = torch.bfloat16 if GPU else torch.float32
 TOLERANCE = 6e-3  # of results, relative to float64
@@ -71,7 +71,7 @@ def products_of(model: str) -> list[Product]:
 
 def candidates(product: Product) -> list[Launch]:
     """What is tried, the settings in the table first."""
-    found = [launch_of(product.kernel, product.rows, product.columns)]
+    found = [launch_of(product.kernel, product.rows, product.columns)._replace(ahead=0)]
     for rows, columns, (slices, warps), stages in itertools.product(
         (8, 16, 24, 32, 48, 64), (64, 128), ((1, 4), (2, 2), (4, 4), (8, 8)), (3, 4, 6)
     ):
@@ -82,13 +82,17 @@ def candidates(product: Product) -> list[Launch]:
     return list(dict.fromkeys(found))
 
 
+def beginning_early(product: Product, launch: Launch) -> Launch:
+    """The same, which fetches some of its weights while the kernel ahead of it works."""
+    tile = launch.rows * (1 + (product.kernel == "swiglu"))
+    lines = min(AHEAD // (128 * tile), math.ceil(product.columns / products_triton.LINE.value))
+    return launch._replace(ahead=2 ** (max(lines, 1).bit_length() - 1))
+
+
 @contextmanager
-def settled(product: Product, launch: Launch, overlap: bool = False) -> Iterator[None]:
+def settled(product: Product, launch: Launch) -> Iterator[None]:
     """With these settings in the table."""
-    with (
-        patch.dict(LAUNCHES[product.kernel], {(product.rows, product.columns): launch}),
-        patch.object(dispatch, "OVERLAP", sys.maxsize * overlap),
-    ):
+    with patch.dict(LAUNCHES[product.kernel], {(product.rows, product.columns): launch}):
         yield
 
 
@@ -178,11 +182,11 @@ def compiled_apart(context: Any, target: Any, task: Task, seconds: float = 60) -
         process.join()
 
 
-def task_of(problem: Problem, launch: Launch, overlap: bool) -> Task:
+def task_of(problem: Problem, launch: Launch) -> Task:
     """The launch of a candidate."""
     tasks: list[Task] = []
     recorder = Recorder(products_triton.product_kernel, tasks, runs=False)
-    with settled(problem.product, launch, overlap), patch.object(products_triton, "product_kernel", recorder):
+    with settled(problem.product, launch), patch.object(products_triton, "product_kernel", recorder):
         problem.run(products_triton, max(BATCHES), problem.weights[:1])
     return by_dtype(tasks[0])
 
@@ -200,9 +204,9 @@ class Sweep:
             self.rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
         self.copy, self.made_on = copy_speed() if GPU else 1e10, provenance()
 
-    def row(self, problem: Problem, launch: Launch | str, overlap: bool, batch: int, job: Future | None) -> dict:
+    def row(self, problem: Problem, launch: Launch | str, batch: int, job: Future | None) -> dict:
         """Of one candidate; measured if it is not there yet."""
-        name = launch if isinstance(launch, str) else list(launch)
+        name, overlap = (launch, False) if isinstance(launch, str) else (list(launch), launch.ahead > 0)
         key = {**problem.product._asdict(), "launch": name, "overlap": overlap, "batch": batch}
         known = [row for row in self.rows if key.items() <= row.items()]
         if known:
@@ -214,7 +218,7 @@ class Sweep:
             with patch.object(products, "why_not_fused", lambda *_, **__: launch):
                 found |= problem.measured(products, batch)
         elif "error" not in found:
-            with settled(problem.product, launch, overlap):  # type: ignore[arg-type]
+            with settled(problem.product, launch):  # type: ignore[arg-type]
                 found |= problem.measured(products_triton, batch)
         size = 2 * problem.weights[0].numel()
         self.rows.append(key | {"floor": size / self.copy} | found)
@@ -251,7 +255,8 @@ class Sweep:
 
     def table(self, wanted: list[Product], overlap: bool) -> None:
         """Print the module's table."""
-        print(f"\n# OVERLAP = {overlap}\nLAUNCHES: dict[str, dict[tuple[int, int], Launch]] = {{")
+        print("\n#", "beginning early" if overlap else "one after the other")
+        print("LAUNCHES: dict[str, dict[tuple[int, int], Launch]] = {")
         for kernel in LAUNCHES:
             print(f'    "{kernel}": {{')
             for product in wanted:
@@ -301,20 +306,19 @@ def sweep(made: Sweep, models: list[str]) -> None:
     jobs = {}
     for product in wanted:
         problem = Problem(product)
-        jobs[product] = {
-            launch: made.compile_one(task_of(problem, launch, overlap=False)) for launch in candidates(product)
-        }
+        jobs[product] = {launch: made.compile_one(task_of(problem, launch)) for launch in candidates(product)}
     later: dict[Product, dict[Launch, Future]] = {}
     for product in wanted:
         problem = Problem(product)
         for batch in BATCHES:
-            made.row(problem, CUBLAS, False, batch, None)
+            made.row(problem, CUBLAS, batch, None)
         for launch, job in jobs[product].items():
-            made.row(problem, launch, False, BATCHES[0], job)
+            made.row(problem, launch, BATCHES[0], job)
         finalists = [row["launch"] for row in made.best(product, False, BEST, BATCHES[:1])]
-        later[product] = {launch: made.compile_one(task_of(problem, launch, overlap=True)) for launch in finalists}
+        early = [beginning_early(product, launch) for launch in finalists]
+        later[product] = {launch: made.compile_one(task_of(problem, launch)) for launch in early}
         for launch, batch in itertools.product(finalists, BATCHES[1:]):
-            made.row(problem, launch, False, batch, None)
+            made.row(problem, launch, batch, None)
         for found in made.best(product, False, 1, BATCHES):
             others = micro(made.cublas(product))
             print(
@@ -324,7 +328,7 @@ def sweep(made: Sweep, models: list[str]) -> None:
     for product in wanted:
         problem = Problem(product)
         for (launch, job), batch in itertools.product(later[product].items(), BATCHES):
-            made.row(problem, launch, True, batch, job)
+            made.row(problem, launch, batch, job)
     for overlap in (False, True):
         made.table(wanted, overlap)
 

@@ -569,7 +569,6 @@ def test_sixteen_bits_on_a_gpu(many, overlap, family, settings, steps, monkeypat
     from linearize.ops import products_triton, step_many_triton, step_triton
 
     monkeypatch.setattr(step_triton, "MANY", 0 if many else sys.maxsize)
-    monkeypatch.setattr(dispatch, "OVERLAP", sys.maxsize * overlap)
     if not overlap:
         for module in (products_triton, step_many_triton, step_triton):
             monkeypatch.setattr(module, "can_overlap", lambda _: False)

@@ -15,7 +15,7 @@ import interpreted  # noqa: F401
 from benchmarks import documents_speed as speed
 from benchmarks import products as benchmark
 from benchmarks import results
-from linearize.ops import dispatch, products_triton
+from linearize.ops import products_triton
 from linearize.ops.products_triton import LAUNCHES, Launch, launch_of
 
 FOUND = [Launch(16, 64, 1, 4, 3), Launch(32, 32, 2, 2, 3)]
@@ -37,7 +37,6 @@ def run(monkeypatch, tmp_path):
 
 
 def test_every_product_is_measured_once_and_told(run, capsys, monkeypatch, tmp_path):
-    before = dispatch.OVERLAP
     rows = run()
     assert len(rows) == 4 * (3 + 2 * 3 + 2 * 3)  # three batches: cuBLAS, two candidates, and these with overlap
     assert all(row["difference"] < 1e-5 and row["seconds"] == 1.0 for row in rows)
@@ -51,7 +50,6 @@ def test_every_product_is_measured_once_and_told(run, capsys, monkeypatch, tmp_p
     (tmp_path / "products_h100.json").write_text((tmp_path / "products.json").read_text())
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     assert speed.products().count("| 1000000.0 | 1000000.0 | 1000000.0 |") == 4 * 3
-    assert before == dispatch.OVERLAP
     assert (128, 64) not in LAUNCHES["product"]
 
 
@@ -81,6 +79,14 @@ def test_failures_are_rows(run, monkeypatch):
 def test_candidates_begin_with_the_table(model):
     for product in benchmark.products_of(model):
         found = benchmark.candidates(product)
-        assert launch_of(product.kernel, product.rows, product.columns) in (found[0], None)
+        assert launch_of(product.kernel, product.rows, product.columns)._replace(ahead=0) == found[0]
         assert (product.rows, product.columns) in LAUNCHES[product.kernel]
         assert len(set(found)) == len(found) > 10
+
+
+def test_what_is_fetched_ahead():
+    """Lines of 64 columns, a power of two of them for the kernel, no more than a row has."""
+    for rows, columns, ahead in ((24, 2048, 8), (64, 2048, 4), (8, 576, 8), (8, 100, 2), (64, 64, 1)):
+        launch = Launch(rows, 64, 1, 4, 3)
+        assert benchmark.beginning_early(benchmark.Product("add", 640, columns), launch) == launch._replace(ahead=ahead)
+    assert benchmark.beginning_early(benchmark.Product("swiglu", 640, 2048), launch).ahead == 2

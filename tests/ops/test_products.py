@@ -177,6 +177,7 @@ def test_the_nearest_settings_in_the_table():
     for kind, table in LAUNCHES.items():
         for shape, launch in table.items():
             assert launch_of(kind, *shape) == launch
+            assert launch.ahead & (launch.ahead - 1) == 0  # a kernel's range of lines
     assert launch_of("add", 600, 500) == LAUNCHES["add"][576, 576]
     assert launch_of("add", 4000, 20000) == LAUNCHES["add"][4096, 14336]
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)  # what kernels are for; in fp32 they are for the interpreter
 MOST = 65535  # of sequences times heads, which CUDA has no more of in a grid
-OVERLAP = 2048  # numbers in a row from which on kernels of a decoding step wait for the one ahead; see `overlaps`
 
 
 def no_device(x: Tensor) -> str | None:
@@ -35,16 +34,11 @@ def _too_little(device: torch.device) -> str | None:
     return None
 
 
-def overlaps(x: Tensor) -> bool:
-    """Whether kernels of a decoding step begin before the one ahead of them has ended (programmatic dependent launch):
-    until they wait for it, they fetch what it does not write. That pays where rows of x are short and kernels are over
-    soon; in larger models it takes the bandwidth of those that are waited for."""
-    return x[0].numel() < OVERLAP and can_overlap(x)
-
-
 def can_overlap(x: Tensor) -> bool:
-    """Whether the device can do that. In models of any size attention then begins while the kernel before it works, a
-    product or that of many sequences' inputs, which leaves bandwidth to its window and state."""
+    """Whether kernels of a decoding step may begin before the one ahead of them has ended (programmatic dependent
+    launch): until they wait for it, they fetch what it does not write. Attention does, beside a product or the kernel
+    of many sequences' inputs, which leave bandwidth to its window and state; products do if their settings say
+    `ahead`."""
     if not x.is_cuda or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(x.device) >= (9, 0)

@@ -15,12 +15,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from linearize.ops.dispatch import can_overlap, overlaps
+from linearize.ops.dispatch import can_overlap
 from linearize.ops.products import Linear, Norm
 
 LEAST = 16  # the smallest side of a matrix product
-LINE = 64  # columns of 16 bits in a line of the cache
-AHEAD = 32768  # bytes of a program's weights that are fetched before its turn; all programs' must fit into the cache
+LINE = tl.constexpr(64)  # columns of 16 bits in a line of the cache
 
 
 class Launch(NamedTuple):
@@ -31,26 +30,28 @@ class Launch(NamedTuple):
     slices: int
     num_warps: int
     num_stages: int
+    ahead: int = 0  # lines of each row, a power of two, fetched while the kernel ahead works; 0: it is waited for first
 
 
 # by kernel, and rows and columns of the weight; measured on an H100 by `benchmarks.products`, those of 2,048 columns or
-# rows on an H200, narrow ones with overlap; those of 24 and 48 rows in whole steps, where attention begins beside them
+# rows on an H200, those that begin ahead so; rows of 24 and 48, and who begins ahead, in whole steps. That pays where
+# kernels are over soon, or, in larger models, do not take bandwidth from the one that is waited for
 LAUNCHES: dict[str, dict[tuple[int, int], Launch]] = {
     "product": {
-        (960, 576): Launch(8, 64, 4, 4, 4),
+        (960, 576): Launch(8, 64, 4, 4, 4, 16),
         (3072, 2048): Launch(24, 64, 4, 4, 4),
         (6144, 4096): Launch(48, 64, 4, 4, 4),
     },
     "swiglu": {
-        (1536, 576): Launch(16, 64, 2, 2, 6),
+        (1536, 576): Launch(16, 64, 2, 2, 6, 8),
         (8192, 2048): Launch(32, 64, 2, 2, 3),
         (14336, 4096): Launch(32, 128, 1, 4, 3),
     },
     "add": {
-        (576, 576): Launch(8, 64, 2, 2, 6),
-        (576, 1536): Launch(8, 64, 4, 4, 6),
-        (2048, 2048): Launch(16, 64, 4, 4, 6),
-        (2048, 8192): Launch(16, 64, 4, 4, 6),
+        (576, 576): Launch(8, 64, 2, 2, 6, 16),
+        (576, 1536): Launch(8, 64, 4, 4, 6, 32),
+        (2048, 2048): Launch(16, 64, 4, 4, 6, 16),
+        (2048, 8192): Launch(16, 64, 4, 4, 6, 1),
         (4096, 4096): Launch(8, 128, 2, 2, 4),
         (4096, 14336): Launch(16, 128, 4, 4, 3),
     },
@@ -60,7 +61,7 @@ LAUNCHES: dict[str, dict[tuple[int, int], Launch]] = {
 @triton.jit
 def prefetch(weight, rows, K: tl.constexpr, LINES: tl.constexpr):
     """The beginning of these rows comes into the L2 cache, a line of it for 128 bytes."""
-    columns = tl.minimum(tl.arange(0, LINES) * 64, K - 1)
+    columns = tl.minimum(tl.arange(0, LINES) * LINE, K - 1)
     places = weight + rows[:, None] * K + columns[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places.to(tl.int64)], tl.int32, is_pure=False, pack=1
@@ -206,9 +207,8 @@ def launch_of(kind: str, rows: int, columns: int) -> Launch:
 def run(kind: str, x: Tensor, norm: Norm | None, linear: Linear, output: Tensor) -> None:
     """One of `LAUNCHES`: x `[B, K]` by the weight into output `[B, N]`."""
     (B, K), N, (weight, bias) = x.shape, output.shape[1], linear
-    launch, waits = launch_of(kind, N, K), overlaps(x)
-    tells = waits or (kind == "product" and can_overlap(x))  # attention, which waits for that one
-    ahead = min(AHEAD // (2 * launch.rows * (1 + (kind == "swiglu"))), triton.next_power_of_2(K))  # columns
+    launch, overlaps = launch_of(kind, N, K), can_overlap(x)
+    waits = overlaps and launch.ahead > 0
     for stages in range(launch.num_stages, 0, -1):
         try:
             product_kernel[(triton.cdiv(N, launch.rows),)](
@@ -217,7 +217,7 @@ def run(kind: str, x: Tensor, norm: Norm | None, linear: Linear, output: Tensor)
                 K=K, BM=max(triton.next_power_of_2(B), LEAST), ROWS=launch.rows,
                 BN=triton.next_power_of_2(launch.rows), BK=launch.columns, SLICES=launch.slices,
                 NORM=norm is not None, SWIGLU=kind == "swiglu", BIAS=bias is not None, ADD=kind == "add",
-                WAITS=waits, TELLS=tells, LINES=max(ahead // LINE, 1),
+                WAITS=waits, TELLS=overlaps, LINES=launch.ahead,
                 num_warps=launch.num_warps, num_stages=stages, **({"launch_pdl": True} if waits else {}),
             )  # fmt: skip
             return
