@@ -14,9 +14,7 @@ import triton.language as tl
 
 from linearize.ops.liger_triton import (
     CHUNK,
-    GONE,
     continues,
-    decay_of_keys,
     decay_of_queries,
     exp,
     feature_backward,
@@ -28,9 +26,11 @@ from linearize.ops.liger_triton import (
     load_state,
     load_tile,
     load_total,
+    middle_of,
     product,
     read_mask,
     rotate_back,
+    rounded,
     running_sum,
     state_factors,
     store_gate,
@@ -110,7 +110,8 @@ def query_gradients_kernel(
     if FEATURE != "softmax":
         x = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
         _, log_g = key_and_gate(x, rows < T, columns, tl.load(decay + head), rate, lower, D, GATE, FEATURE)
-        for_query = decay_of_queries(running_sum(log_g, DTYPE, SCALAR), total, SCALAR)
+        sums = running_sum(rounded(log_g, DTYPE, SCALAR), DTYPE, SCALAR)
+        for_query = decay_of_queries(sums, total, SCALAR)
     gathered = tl.zeros([CHUNK, 1 if SCALAR else DP], tl.float32)
     for group in range(GROUPS):
         index, ours = batch * H + head * GROUPS + group, (batch * T * H + head * GROUPS + group) * D
@@ -161,27 +162,30 @@ def gradients_of_state(
 
 @triton.jit(do_not_specialize=["T"])
 def key_gradients_kernel(
-    k, near_query, near_key, v, mixing, first, decay, totals, states, dstates, terms, doutput, dk, dv, T, rate, lower,
-    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GATE: tl.constexpr,
-    FEATURE: tl.constexpr, SCALAR: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
+    near_query, near_key, v, mixing, first, totals, states, dstates, doutput, dnear_key, lasts, dv, T,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    SCALAR: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a chunk's keys (as keys of the recurrence and as the gate) and values, from its own queries
-    and from the state after it; `terms` as `query_gradients_kernel` leaves them."""
+    """The gradients of a chunk's near keys, fp32, and values, from its own queries and from the state after it; and of
+    the gate of its last token, `lasts` `[B * KV, chunks, K]`, from the state."""
     chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
     pair = tl.program_id(1).to(tl.int64)
     batch, head = pair // KV, pair % KV
     theirs = (batch * T * KV + head) * D
     start = chunk * CHUNK
     rows, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP)
-    starts = load_first(first + batch * T, rows, T, PACKED)
-    total = load_total(totals, pair, chunks, chunk, columns, D)
     key = load_tile(near_key + theirs, rows, columns, T, KV * D, D)
     values = load_tile(v + theirs, rows, columns, T, KV * D, D)
+    starts = load_first(first + batch * T, rows, T, PACKED)
+    total = load_total(totals, pair, chunks, chunk, columns, D)
 
     dkey, dvalues, last = gradients_of_state(
         key, values, states, dstates, pair * chunks + chunk, first + batch * T, start, total, columns, T, D, DTYPE,
         SCALAR, PACKED,
     )  # fmt: skip
+    K: tl.constexpr = 1 if SCALAR else D
+    channels = tl.arange(0, last.shape[1])
+    tl.store(lasts + ((pair * chunks + chunk) * K + channels)[None, :], last, mask=(channels < K)[None, :])
 
     # transposed, so that they are operands as they are
     seen = tl.trans(read_mask(rows, rows, starts, total))  # [key, query]
@@ -195,21 +199,44 @@ def key_gradients_kernel(
         dvalues += product(a, dout, DTYPE)
         dkey += product(da, query, DTYPE)
     store_tile(dv + theirs, rows, columns, dvalues, T, KV * D, D)
+    store_tile(dnear_key + theirs, rows, columns, dkey, T, KV * D, D)
 
-    paired = key.to(tl.float32) * dkey
-    dlog_g = load_gate(terms, batch, head, rows, columns, T, KV, D, SCALAR)
-    dlog_g -= tl.sum(paired, 1, keep_dims=True) if SCALAR else paired
-    dlog_g = running_sum(dlog_g, DTYPE, SCALAR, True) + last
-    raw = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
-    fixed = tl.load(decay + head)
-    _, log_g = key_and_gate(raw, rows < T, columns, fixed, rate, lower, D, GATE, FEATURE)
-    sums = running_sum(log_g, DTYPE, SCALAR)
-    for_key = decay_of_keys(
-        sums, total, k + theirs, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, DTYPE, SCALAR
-    )
-    dlog_g = tl.where(log_g > GONE, dlog_g, 0.0)  # else the sum's rounding, times the slope of a steep gate
-    draw = key_and_gate_backward(raw, dkey * for_key, paired, dlog_g, columns, rate, lower, D, GATE, FEATURE)
-    store_tile(dk + theirs, rows, columns, draw, T, KV * D, D)
+
+@triton.jit(do_not_specialize=["T"])
+def gate_gradients_kernel(
+    k, near_key, decay, totals, terms, dnear_key, lasts, dk, T, rate, lower,
+    KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, GATE: tl.constexpr,
+    FEATURE: tl.constexpr, SCALAR: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a chunk's keys, as keys of the recurrence and as the gate, from those of the near keys; `terms`
+    as `query_gradients_kernel` leaves them. ROWS at a time, from the chunk's end, where the gate's gradient is
+    `lasts`: all at once they would not fit into registers."""
+    chunk, chunks = tl.program_id(0), tl.num_programs(0)
+    pair = tl.program_id(1).to(tl.int64)
+    batch, head = pair // KV, pair % KV
+    theirs, columns = (batch * T * KV + head) * D, tl.arange(0, DP)
+    K: tl.constexpr = 1 if SCALAR else D
+    channels = tl.arange(0, 1 if SCALAR else DP)[None, :]
+    after = tl.load(lasts + (pair * chunks + chunk) * K + channels, mask=channels < K, other=0.0)
+    middle = middle_of(load_total(totals, pair, chunks, chunk, columns, D), SCALAR)
+    fixed, log_after = tl.load(decay + head), tl.zeros_like(after)
+    for n in range(CHUNK // ROWS):
+        rows = (chunk + 1) * CHUNK - (n + 1) * ROWS + tl.arange(0, ROWS)
+        dkey = load_tile(dnear_key + theirs, rows, columns, T, KV * D, D)
+        paired = load_tile(near_key + theirs, rows, columns, T, KV * D, D).to(tl.float32) * dkey
+        change = load_gate(terms, batch, head, rows, columns, T, KV, D, SCALAR)
+        change -= tl.sum(paired, 1, keep_dims=True) if SCALAR else paired
+        dlog_g = running_sum(change, DTYPE, SCALAR, True) + after
+        after += tl.sum(change, 0, keep_dims=True)
+        raw = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
+        if FEATURE != "softmax" or GATE == "hgrn2":  # else the gradient of what the key decayed to is all it takes
+            _, log_g = key_and_gate(raw, rows < T, columns, fixed, rate, lower, D, GATE, FEATURE)
+            log_g = rounded(log_g, DTYPE, SCALAR)
+            later = running_sum(log_g, DTYPE, SCALAR, True) - log_g.to(tl.float32) + log_after
+            dkey *= exp(later - middle)
+            log_after += tl.sum(log_g.to(tl.float32), 0, keep_dims=True)
+        draw = key_and_gate_backward(raw, dkey, paired, dlog_g, columns, rate, lower, D, GATE, FEATURE)
+        store_tile(dk + theirs, rows, columns, draw, T, KV * D, D)
 
 
 @triton.jit(do_not_specialize=["T", "rope_stride"])

@@ -24,6 +24,7 @@ from linearize.ops.liger_triton import (
     query_rows,
     read_mask,
     rotated,
+    rounded,
     running_sum,
     sink_mask,
     sink_rows,
@@ -54,7 +55,8 @@ def prepare_kernel(
         store_tile(turned_key + at, rows, columns, turned, T, KV * D, D)
     x, fixed = raw.to(tl.float32), tl.load(decay + head)
     key, log_g = key_and_gate(x, rows < T, columns, fixed, rate, lower, D, GATE, FEATURE)
-    total = tl.where(columns < D, tl.sum(log_g, 0), 0.0)
+    log_g = rounded(log_g, DTYPE, SCALAR)
+    total = tl.where(columns < D, tl.sum(log_g.to(tl.float32), 0), 0.0)
     tl.store(totals + (pair * tl.num_programs(0) + chunk) * D + columns, total, mask=columns < D)
     sums = running_sum(log_g, DTYPE, SCALAR)
     for_query = decay_of_queries(sums, total, SCALAR)

@@ -46,7 +46,8 @@ LAUNCHES: dict[str, dict[int, Launch]] = {
     "group_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1, registers=168), 128: Launch(8, 1, heads=2)},
     "state_gradients": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
     "query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
-    "key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 2)},
+    "key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
+    "gate_gradients": {16: Launch(4, 1, 32), 32: Launch(4, 1, 32), 64: Launch(4, 1, 32), 128: Launch(8, 1, 32)},
     "window_gradients": {16: Launch(4, 2), 32: Launch(4, 2), 64: Launch(4, 2), 128: Launch(4, 2)},
     "add_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "add_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
@@ -227,8 +228,8 @@ def prepare(call: Call) -> Operands:
     near_key = torch.empty_like(call.k, dtype=call.dtype)
     turned_key = torch.empty_like(near_key) if call.rotary > 0 else call.k
     totals = call.q.new_empty(call.pairs, call.chunks, D, dtype=torch.float32)
-    K = 1 if call.scalar else D
-    made = Operands(near_key, turned_key, totals, totals.new_empty(*call.k.shape[:3], K))
+    K, dtype = (1, torch.float32) if call.scalar else (D, call.dtype)
+    made = Operands(near_key, turned_key, totals, totals.new_empty(*call.k.shape[:3], K, dtype=dtype))
     kernels.prepare_kernel[(call.chunks, call.pairs)](
         call.k, call.cos, call.sin, call.decay, *made, T, call.rope_stride, call.rate, call.lower, R=call.rotary,
         **without_groups(call.heads()), **call.gating(), **launch("prepare", call),
@@ -323,9 +324,14 @@ def backward(call: Call, made_before: Sequence[Tensor], doutput: Tensor, dfinal:
         call.q, call.k, near_query, near_key, call.v, call.mixing, call.first, call.decay, totals, states, doutput, dq,
         dmixing, terms, T, *gate, **told, **gating, **launch("query_gradients", call),
     )  # fmt: skip
+    dnear_key, lasts = lse.new_empty(call.k.shape), lse.new_empty(call.pairs, call.chunks, terms.shape[-1])
     gradients.key_gradients_kernel[grid](
-        call.k, near_query, near_key, call.v, call.mixing, call.first, call.decay, totals, states, dstates, terms,
-        doutput, dk, dv, T, *gate, **told, **gating, **launch("key_gradients", call),
+        near_query, near_key, call.v, call.mixing, call.first, totals, states, dstates, doutput, dnear_key, lasts, dv,
+        T, SCALAR=call.scalar, **told, **launch("key_gradients", call),
+    )  # fmt: skip
+    gradients.gate_gradients_kernel[grid](
+        call.k, near_key, call.decay, totals, terms, dnear_key, lasts, dk, T, *gate, **without_groups(call.heads()),
+        ROWS=LAUNCHES["gate_gradients"][padded(D)].block, **gating, **launch("gate_gradients", call),
     )  # fmt: skip
     gradients.window_gradients_kernel[grid](
         turned_query, turned_key, call.v, *turning, call.mixing, call.first, lse, delta, doutput, dk, dv, T,

@@ -8,7 +8,6 @@ import triton.language as tl
 
 from linearize.ops.liger_triton import (
     CHUNK,
-    GONE,
     LEVELS,
     LIMIT,
     document_mask,
@@ -171,7 +170,7 @@ def add_gradients_kernel(
                 draw = feature_backward(raw, w * dquery, w * query * dquery, columns, D, FEATURE)
                 draw += load_tile(dq + ours, rows, columns, T, H * D, D).to(tl.float32)
                 store_tile(dq + ours, rows, columns, draw, T, H * D, D)
-            dlog_g = tl.where(log_g > GONE, running_sum(terms, DTYPE, SCALAR, True), 0.0)
+            dlog_g = running_sum(terms, DTYPE, SCALAR, True)
             draw = key_and_gate_backward(x, dkey, key * dkey, dlog_g, columns, rate, lower, D, GATE, FEATURE)
             draw += load_tile(dk + theirs, rows, columns, T, KV * D, D).to(tl.float32)
             dvalues += load_tile(dv + theirs, rows, columns, T, KV * D, D).to(tl.float32)

@@ -118,14 +118,14 @@ def product(x, y, DTYPE: tl.constexpr):
 
 @triton.jit
 def split_product(x, y, DTYPE: tl.constexpr):
-    """x y of a y that has more digits than DTYPE: in bf16 it is split in two; x is rounded."""
-    if tl.float32 == DTYPE:
+    """x y of a y that may have more digits than DTYPE: in bf16 it is split in two; x is rounded."""
+    if tl.float32 == DTYPE or y.dtype == DTYPE:
         z = product(x, y, DTYPE)
     else:
         y = y.to(tl.float32)
         # cut off, not rounded, which would take conversions that GPUs make at a quarter of their speed
         high = (y.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-        z = product(x, high, DTYPE) + product(x, y - high, DTYPE)
+        z = tl.dot(x.to(DTYPE), (y - high).to(DTYPE), product(x, high, DTYPE))
     return z
 
 
@@ -309,14 +309,18 @@ def key_and_gate(k, inside, columns, decay, rate, lower, D: tl.constexpr, GATE: 
 def key_and_gate_backward(
     k, dkey, paired, dlog_g, columns, rate, lower, D: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr
 ):
-    """The gradient of the key projection; `paired` is key · dkey, as in `feature_backward`."""
+    """The gradient of the key projection; `paired` is key · dkey, as in `feature_backward`. That of a log decay that is
+    GONE is none, whatever rounding has left in a sum. (As low as that, log σ(x) is x.)"""
     if GATE == "gla":
-        dk = feature_backward(k, dkey, paired, columns, D, FEATURE) + dlog_g * sigmoid(-k) * rate
+        slope = tl.where(k * rate > GONE, sigmoid(-k) * rate, 0.0)
+        dk = feature_backward(k, dkey, paired, columns, D, FEATURE) + dlog_g * slope
     elif GATE == "rwkv6":
-        slope = tl.where(k <= 10.0, -exp(tl.minimum(k, 10.0)) * rate, 0.0)
+        log_g = -exp(tl.minimum(k, 10.0)) * rate  # its own slope
+        slope = tl.where((k <= 10.0) & (log_g > GONE), log_g, 0.0)
         dk = feature_backward(k, dkey, paired, columns, D, FEATURE) + dlog_g * slope
     elif GATE == "hgrn2":
         slope, kept = sigmoid(-k) * rate, (1.0 - lower) * exp(log_sigmoid(k) * rate)
+        dlog_g = tl.where(k * rate > GONE, dlog_g, 0.0)
         if lower > 0.0:
             dlog_g *= kept / (lower + kept)
         dk = (dlog_g - dkey * kept) * slope
@@ -325,10 +329,11 @@ def key_and_gate_backward(
     else:
         pooled = tl.sum(k, 1, keep_dims=True) / D
         if GATE == "mlstm":
-            dpooled = dlog_g * sigmoid(-pooled) * rate
+            dpooled = dlog_g * tl.where(pooled * rate > GONE, sigmoid(-pooled) * rate, 0.0)
         else:  # mamba2
             step = -log_sigmoid(-pooled)
-            dstep = tl.where(step > 0.0, tl.sum(paired, 1, keep_dims=True) / step, 0.0) - dlog_g * rate
+            dstep = tl.where(step > 0.0, tl.sum(paired, 1, keep_dims=True) / step, 0.0)
+            dstep -= tl.where(step * rate < -GONE, dlog_g * rate, 0.0)
             dpooled = dstep * sigmoid(pooled)
             dkey = dkey * step
         dk = feature_backward(k, dkey, paired, columns, D, FEATURE) + dpooled / D
@@ -340,14 +345,24 @@ def key_and_gate_backward(
 
 @triton.jit
 def running_sum(x, DTYPE: tl.constexpr, SCALAR: tl.constexpr, REVERSE: tl.constexpr = False):
-    """The sum of x `[C, K]` up to and with each token, or from it on: of a tile as a product, since a scan that goes
+    """The sum of x `[rows, K]` up to and with each token, or from it on: of a tile as a product, since a scan that goes
     across warps has each of them add up what all others have. (Triton cannot scan a tile of width 1.)"""
     if SCALAR:
         sums = tl.cumsum(tl.sum(x, 1), 0, reverse=REVERSE)[:, None]
     else:
-        i, t = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+        i, t = tl.arange(0, x.shape[0])[:, None], tl.arange(0, x.shape[0])[None, :]
         sums = split_product(tl.where(t >= i if REVERSE else t <= i, 1.0, 0.0), x, DTYPE)
     return sums
+
+
+@triton.jit
+def rounded(log_g, DTYPE: tl.constexpr, SCALAR: tl.constexpr):
+    """Log decays as every sum of them takes them: with the digits of keys and queries, so that one product adds them
+    up; in fp32, and of whole heads, as they are."""
+    if not SCALAR and tl.float32 != DTYPE:  # by bits, where a conversion takes four times as long
+        bits = (log_g.to(tl.int32, bitcast=True) + 0x8000) >> 16
+        log_g = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return log_g
 
 
 @triton.jit
@@ -376,7 +391,7 @@ def decay_of_keys(
         x = load_tile(k, later, columns, T, STRIDE, D).to(tl.float32)
         inside = (later < T) & (later % CHUNK != 0)
         _, log_after = key_and_gate(x, inside, columns, fixed, rate, lower, D, GATE, FEATURE)
-        for_key = exp(running_sum(log_after, DTYPE, SCALAR, True))
+        for_key = exp(running_sum(rounded(log_after, DTYPE, SCALAR), DTYPE, SCALAR, True))
     return for_key
 
 
