@@ -19,7 +19,6 @@ from linearize.ops.liger_triton import (
     GONE,
     LIMIT,
     continues,
-    decay_of_queries,
     document_mask,
     exp,
     load_first,
@@ -27,7 +26,6 @@ from linearize.ops.liger_triton import (
     load_state,
     load_tile,
     load_total,
-    middle_of,
     product,
     query_rows,
     running_sum,
@@ -50,7 +48,7 @@ def decay_of_writing(
 ):  # fmt: skip
     """What makes near x of x `[C, K]`, from the sums of log decays up to and with each token."""
     if tl.min(total) > LIMIT:
-        decay = exp(middle_of(total, SCALAR) - sums)
+        decay = exp(-sums)
     else:  # to the chunk's end; large sums are not subtracted
         later = rows + 1
         after = load_decay(log_g, batch, head, later, columns, T, KV, D, SCALAR)
@@ -72,7 +70,7 @@ def given_kernel(
     total = tl.where(columns < D, tl.sum(decay, 0), 0.0)
     tl.store(totals + (pair * tl.num_programs(0) + chunk) * D + columns, total, mask=columns < D)
     sums = running_sum(decay, DTYPE, SCALAR)
-    store_gate(for_reading, batch, head, rows, columns, decay_of_queries(sums, total, SCALAR), T, KV, D, SCALAR)
+    store_gate(for_reading, batch, head, rows, columns, exp(sums), T, KV, D, SCALAR)
     for_writing = decay_of_writing(sums, total, log_g, batch, head, rows, columns, T, KV, D, DTYPE, SCALAR)
     raw = load_tile(x + at, rows, columns, T, KV * D, D).to(tl.float32)
     store_tile(near_x + at, rows, columns, raw * for_writing, T, KV * D, D)

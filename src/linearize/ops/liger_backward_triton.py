@@ -14,8 +14,8 @@ import triton.language as tl
 
 from linearize.ops.liger_triton import (
     CHUNK,
+    LIMIT,
     continues,
-    decay_of_queries,
     exp,
     feature_backward,
     key_and_gate,
@@ -26,12 +26,12 @@ from linearize.ops.liger_triton import (
     load_state,
     load_tile,
     load_total,
-    middle_of,
+    log_decay_after,
     product,
     read_mask,
     rotate_back,
-    rounded,
     running_sum,
+    scan,
     state_factors,
     store_gate,
     store_tile,
@@ -63,7 +63,7 @@ def state_gradients_kernel(
         at = (batch * T * H + head * GROUPS + group) * D
         query = load_tile(near_query + at, rows, channels, T, H * D, D)
         dout = load_tile(doutput + at, rows, columns, T, H * D, D)
-        half, whole = state_factors(total)
+        whole, after = state_factors(total)
         next_chunk = tl.maximum(end - 1 - (n + 1) // GROUPS, 0)
         total = load_total(totals, pair, chunks, next_chunk, channels, D)
         if PACKED:
@@ -71,15 +71,14 @@ def state_gradients_kernel(
             query = tl.where(continues(starts, chunk * CHUNK)[:, None], query, 0.0)
             last_first = load_last_first(first, chunk * CHUNK, T, PACKED)
             whole = tl.where(continues(last_first, chunk * CHUNK), whole, 0.0)
-        leaving, entering = group == 0, group == GROUPS - 1  # the chunk, from its end to its start
-        dstate *= tl.where(leaving, half, 1.0)[:, None]
+        leaving = group == 0  # the chunk, from its end to its start
+        dstate *= tl.where(leaving, after, 1.0)[:, None]
         if STORE:
             place = dstates + (pair * chunks + chunk) * D * D + offsets
             tl.store(place, dstate.to(dstates.dtype.element_ty), mask=inside & leaving)
         dstate *= tl.where(leaving, whole, 1.0)[:, None]
         dstate += tl.load(mixing + head * GROUPS + group) * product(tl.trans(query), dout, DTYPE)
-        dstate *= tl.where(entering, half, 1.0)[:, None]
-        passed *= tl.where(leaving, half * whole * half, 1.0)
+        passed *= tl.where(leaving, whole * after, 1.0)
     tl.store(final + (pair * segments + segment) * D * D + offsets, dstate, mask=inside)
     if not STORE:
         tl.store(products + (pair * segments + segment) * D + channels, passed, mask=channels < D)
@@ -110,8 +109,7 @@ def query_gradients_kernel(
     if FEATURE != "softmax":
         x = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
         _, log_g = key_and_gate(x, rows < T, columns, tl.load(decay + head), rate, lower, D, GATE, FEATURE)
-        sums = running_sum(rounded(log_g, DTYPE, SCALAR), DTYPE, SCALAR)
-        for_query = decay_of_queries(sums, total, SCALAR)
+        for_query = exp(running_sum(log_g, DTYPE, SCALAR))
     gathered = tl.zeros([CHUNK, 1 if SCALAR else DP], tl.float32)
     for group in range(GROUPS):
         index, ours = batch * H + head * GROUPS + group, (batch * T * H + head * GROUPS + group) * D
@@ -144,7 +142,7 @@ def gradients_of_state(
     """The gradients of near keys and values from that of the state after their chunk; and, `[1, K]`, of the gate of the
     chunk's last token."""
     dstate = load_state(dstates, place, columns, D)
-    written, writes, whole = key, values, state_factors(total)[1]
+    written, writes, whole = key, values, state_factors(total)[0]
     if PACKED:  # what the chunk's last token still sees
         last_first = load_last_first(first, start, T, PACKED)
         whole = tl.where(continues(last_first, start), whole, 0.0)
@@ -206,11 +204,11 @@ def key_gradients_kernel(
 def gate_gradients_kernel(
     k, near_key, decay, totals, terms, dnear_key, lasts, dk, T, rate, lower,
     KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, GATE: tl.constexpr,
-    FEATURE: tl.constexpr, SCALAR: tl.constexpr, DTYPE: tl.constexpr,
+    FEATURE: tl.constexpr, SCALAR: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a chunk's keys, as keys of the recurrence and as the gate, from those of the near keys; `terms`
-    as `query_gradients_kernel` leaves them. ROWS at a time, from the chunk's end, where the gate's gradient is
-    `lasts`: all at once they would not fit into registers."""
+    as `query_gradients_kernel` leaves them. One warp has ROWS at a time, as in `prepare_kernel`, from the chunk's end,
+    where the gate's gradient is `lasts`."""
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     pair = tl.program_id(1).to(tl.int64)
     batch, head = pair // KV, pair % KV
@@ -218,23 +216,23 @@ def gate_gradients_kernel(
     K: tl.constexpr = 1 if SCALAR else D
     channels = tl.arange(0, 1 if SCALAR else DP)[None, :]
     after = tl.load(lasts + (pair * chunks + chunk) * K + channels, mask=channels < K, other=0.0)
-    middle = middle_of(load_total(totals, pair, chunks, chunk, columns, D), SCALAR)
+    total = tl.load(totals + (pair * chunks + chunk) * D + channels, mask=channels < K, other=0.0)
+    mild = tl.min(load_total(totals, pair, chunks, chunk, columns, D)) > LIMIT
+    from_start = tl.where(mild, total, 0.0)  # what keys are decayed from, for whole heads the same in all channels
     fixed, log_after = tl.load(decay + head), tl.zeros_like(after)
     for n in range(CHUNK // ROWS):
-        rows = (chunk + 1) * CHUNK - (n + 1) * ROWS + tl.arange(0, ROWS)
+        rows = (chunk + 1) * CHUNK - 1 - n * ROWS - tl.arange(0, ROWS)  # the last token first
         dkey = load_tile(dnear_key + theirs, rows, columns, T, KV * D, D)
         paired = load_tile(near_key + theirs, rows, columns, T, KV * D, D).to(tl.float32) * dkey
         change = load_gate(terms, batch, head, rows, columns, T, KV, D, SCALAR)
         change -= tl.sum(paired, 1, keep_dims=True) if SCALAR else paired
-        dlog_g = running_sum(change, DTYPE, SCALAR, True) + after
+        dlog_g = scan(change, SCALAR) + after
         after += tl.sum(change, 0, keep_dims=True)
         raw = load_tile(k + theirs, rows, columns, T, KV * D, D).to(tl.float32)
         if FEATURE != "softmax" or GATE == "hgrn2":  # else the gradient of what the key decayed to is all it takes
-            _, log_g = key_and_gate(raw, rows < T, columns, fixed, rate, lower, D, GATE, FEATURE)
-            log_g = rounded(log_g, DTYPE, SCALAR)
-            later = running_sum(log_g, DTYPE, SCALAR, True) - log_g.to(tl.float32) + log_after
-            dkey *= exp(later - middle)
-            log_after += tl.sum(log_g.to(tl.float32), 0, keep_dims=True)
+            log_g = log_decay_after(k + theirs, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE)
+            dkey *= exp(scan(log_g, SCALAR) + log_after - from_start)
+            log_after += tl.sum(log_g, 0, keep_dims=True)
         draw = key_and_gate_backward(raw, dkey, paired, dlog_g, columns, rate, lower, D, GATE, FEATURE)
         store_tile(dk + theirs, rows, columns, draw, T, KV * D, D)
 

@@ -5,10 +5,10 @@ import triton.language as tl
 
 from linearize.ops.liger_triton import (
     CHUNK,
+    LIMIT,
     LOG2_E,
     continues,
-    decay_of_keys,
-    decay_of_queries,
+    exp,
     feature,
     key_and_gate,
     load_first,
@@ -19,13 +19,13 @@ from linearize.ops.liger_triton import (
     load_state,
     load_tile,
     load_total,
+    log_decay_after,
     partner_of,
     product,
     query_rows,
     read_mask,
     rotated,
-    rounded,
-    running_sum,
+    scan,
     sink_mask,
     sink_rows,
     state_factors,
@@ -38,33 +38,43 @@ from linearize.ops.liger_triton import (
 @triton.jit(do_not_specialize=["T", "rope_stride"])
 def prepare_kernel(
     k, cos, sin, decay, near_key, turned_key, totals, for_queries, T, rope_stride, rate, lower,
-    KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr,
-    SCALAR: tl.constexpr, DTYPE: tl.constexpr,
+    KV: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, GATE: tl.constexpr,
+    FEATURE: tl.constexpr, SCALAR: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk's keys, `near_key` of the recurrence and `turned_key`, after RoPE, of the window; the log decay over
     each chunk, `totals` `[B * KV, chunks, D]`; and what makes near queries of queries, `for_queries` `[B, T, KV, K]`:
-    to make it again for every query head would take more instructions than all else that `output_kernel` does."""
+    to make it again for every query head would take more instructions than all else that `output_kernel` does.
+
+    One warp has ROWS at a time, so that neither sums over tokens nor over channels wait for other warps."""
     chunk, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head = pair // KV, pair % KV
-    rows, columns = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
-    at, partners = (batch * T * KV + head) * D, partner_of(columns, R)
-    raw = load_tile(k + at, rows, columns, T, KV * D, D)
-    if R > 0:
-        c, s = load_rope(cos + batch * rope_stride * R, sin + batch * rope_stride * R, rows, columns, T, R)
-        turned = rotated(raw, load_tile(k + at, rows, partners, T, KV * D, D), c, s)
-        store_tile(turned_key + at, rows, columns, turned, T, KV * D, D)
-    x, fixed = raw.to(tl.float32), tl.load(decay + head)
-    key, log_g = key_and_gate(x, rows < T, columns, fixed, rate, lower, D, GATE, FEATURE)
-    log_g = rounded(log_g, DTYPE, SCALAR)
-    total = tl.where(columns < D, tl.sum(log_g.to(tl.float32), 0), 0.0)
-    tl.store(totals + (pair * tl.num_programs(0) + chunk) * D + columns, total, mask=columns < D)
-    sums = running_sum(log_g, DTYPE, SCALAR)
-    for_query = decay_of_queries(sums, total, SCALAR)
-    store_gate(for_queries, batch, head, rows, columns, for_query, T, KV, D, SCALAR)
-    for_key = decay_of_keys(
-        sums, total, k + at, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE, DTYPE, SCALAR
-    )
-    store_tile(near_key + at, rows, columns, key * for_key, T, KV * D, D)
+    at, columns = (batch * T * KV + head) * D, tl.arange(0, DP)
+    cos += batch * rope_stride * R
+    sin += batch * rope_stride * R
+    fixed, total = tl.load(decay + head), tl.zeros([1, 1 if SCALAR else DP], tl.float32)
+    for n in range(CHUNK // ROWS):
+        rows = chunk * CHUNK + n * ROWS + tl.arange(0, ROWS)
+        raw = load_tile(k + at, rows, columns, T, KV * D, D)
+        if R > 0:
+            c, s = load_rope(cos, sin, rows, columns, T, R)
+            turned = rotated(raw, load_tile(k + at, rows, partner_of(columns, R), T, KV * D, D), c, s)
+            store_tile(turned_key + at, rows, columns, turned, T, KV * D, D)
+        key, log_g = key_and_gate(raw.to(tl.float32), rows < T, columns, fixed, rate, lower, D, GATE, FEATURE)
+        sums = scan(log_g, SCALAR) + total
+        total += tl.sum(log_g, 0, keep_dims=True)
+        store_gate(for_queries, batch, head, rows, columns, exp(sums), T, KV, D, SCALAR)
+        store_tile(near_key + at, rows, columns, key * exp(-tl.maximum(sums, LIMIT)), T, KV * D, D)
+    whole = tl.sum(tl.broadcast_to(total, [1, DP]), 0)
+    tl.store(totals + (pair * tl.num_programs(0) + chunk) * D + columns, whole, mask=columns < D)
+    if tl.min(whole) <= LIMIT:  # keys decayed to the chunk's end
+        after = tl.zeros_like(total)
+        for n in range(CHUNK // ROWS):
+            rows = (chunk + 1) * CHUNK - 1 - n * ROWS - tl.arange(0, ROWS)  # the last token first
+            raw = load_tile(k + at, rows, columns, T, KV * D, D).to(tl.float32)
+            key, _ = key_and_gate(raw, rows < T, columns, fixed, rate, lower, D, GATE, FEATURE)
+            log_g = log_decay_after(k + at, rows, columns, T, fixed, rate, lower, KV * D, D, GATE, FEATURE)
+            store_tile(near_key + at, rows, columns, key * exp(scan(log_g, SCALAR) + after), T, KV * D, D)
+            after += tl.sum(log_g, 0, keep_dims=True)
 
 
 @triton.jit(do_not_specialize=["T", "SEGMENT"])
@@ -75,8 +85,8 @@ def states_kernel(
 ):  # fmt: skip
     """S ← exp(total of log_g) S + (key decayed to the chunk's end)ᵀ v, over one segment of chunks.
 
-    From `initial` `[B * KV, segments, D, D]` to `final`, likewise; the state before every chunk, as `state_factors`
-    keeps it, goes to `states`. Without STORE, the decay over the segment goes to `products` `[B * KV, segments, D]`.
+    From `initial` `[B * KV, segments, D, D]` to `final`, likewise; the state before every chunk goes to `states`.
+    Without STORE, the decay over the segment goes to `products` `[B * KV, segments, D]`.
     """
     block, segment, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     segments, chunks = tl.num_programs(1), tl.cdiv(T, CHUNK)
@@ -93,17 +103,16 @@ def states_kernel(
         rows = chunk * CHUNK + tl.arange(0, CHUNK)
         key = load_tile(near_key, rows, channels, T, KV * D, D)
         values = load_tile(v, rows, columns, T, KV * D, D)
-        half, whole = state_factors(total)
+        whole, leaving = state_factors(total)
         total = load_total(totals, pair, chunks, tl.minimum(chunk + 1, chunks - 1), channels, D)  # the next one
         if PACKED:  # what the chunk's last token still sees
             last_first = load_last_first(first, chunk * CHUNK, T, PACKED)
             key = tl.where((rows >= last_first)[:, None], key, 0.0)
             whole = tl.where(continues(last_first, chunk * CHUNK), whole, 0.0)
-        state = state * half[:, None]
         if STORE:
             tl.store(states + (pair * chunks + chunk) * D * D + offsets, state.to(states.dtype.element_ty), mask=inside)
-        state = (state * whole[:, None] + product(tl.trans(key), values, DTYPE)) * half[:, None]
-        passed *= half * whole * half
+        state = (state * whole[:, None] + product(tl.trans(key), values, DTYPE)) * leaving[:, None]
+        passed *= whole * leaving
     tl.store(final + (pair * segments + segment) * D * D + offsets, state, mask=inside)
     if not STORE:
         tl.store(products + (pair * segments + segment) * D + channels, passed, mask=channels < D)

@@ -28,7 +28,7 @@ class Launch(NamedTuple):
 
     num_warps: int
     num_stages: int
-    block: int = 64  # value channels of one program, in the passes over the states
+    block: int = 64  # value channels of one program, in the passes over the states; rows at a time, of one warp
     registers: int = 0  # of a thread at most; 0 for what the compiler likes
     heads: int = 1  # query heads at once, in `group_output`, if their number divides a group's
 
@@ -40,14 +40,14 @@ class Launch(NamedTuple):
 # multiprocessor
 LAUNCHES: dict[str, dict[int, Launch]] = {
     "window": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1, registers=168), 128: Launch(4, 1)},
-    "prepare": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1, 64, 128), 128: Launch(8, 1, 64, 128)},
+    "prepare": {16: Launch(1, 1, 32), 32: Launch(1, 1, 16), 64: Launch(1, 1, 16), 128: Launch(1, 1, 4)},
     "states": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
     "output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1, registers=168), 128: Launch(4, 1)},
     "group_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1, registers=168), 128: Launch(8, 1, heads=2)},
     "state_gradients": {16: Launch(1, 2, 16), 32: Launch(2, 2, 32), 64: Launch(4, 3), 128: Launch(4, 3)},
     "query_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
     "key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(4, 1)},
-    "gate_gradients": {16: Launch(4, 1, 32), 32: Launch(4, 1, 32), 64: Launch(4, 1, 32), 128: Launch(8, 1, 32)},
+    "gate_gradients": {16: Launch(1, 1, 32), 32: Launch(1, 1, 16), 64: Launch(1, 1, 16), 128: Launch(1, 1, 4)},
     "window_gradients": {16: Launch(4, 2), 32: Launch(4, 2), 64: Launch(4, 2), 128: Launch(4, 2)},
     "add_output": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
     "add_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
@@ -222,6 +222,13 @@ def without_groups(told: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in told.items() if name != "GROUPS"}
 
 
+def by_rows(name: str, call: Call) -> dict[str, Any]:
+    """How a kernel of one warp, which goes through its chunk by rows and makes no products, is told shapes and rows."""
+    D, settings = call.q.shape[3], LAUNCHES[name][padded(call.q.shape[3])]
+    told = {"KV": call.k.shape[2], "D": D, "DP": padded(D), "ROWS": settings.block}
+    return told | {"num_warps": settings.num_warps, "num_stages": settings.num_stages}
+
+
 def prepare(call: Call) -> Operands:
     """Operands of the matrix products; without RoPE, the window's are the projections themselves."""
     T, D = call.q.shape[1], call.q.shape[3]
@@ -232,7 +239,7 @@ def prepare(call: Call) -> Operands:
     made = Operands(near_key, turned_key, totals, totals.new_empty(*call.k.shape[:3], K, dtype=dtype))
     kernels.prepare_kernel[(call.chunks, call.pairs)](
         call.k, call.cos, call.sin, call.decay, *made, T, call.rope_stride, call.rate, call.lower, R=call.rotary,
-        **without_groups(call.heads()), **call.gating(), **launch("prepare", call),
+        **call.gating(), **by_rows("prepare", call),
     )  # fmt: skip
     return made
 
@@ -330,8 +337,8 @@ def backward(call: Call, made_before: Sequence[Tensor], doutput: Tensor, dfinal:
         T, SCALAR=call.scalar, **told, **launch("key_gradients", call),
     )  # fmt: skip
     gradients.gate_gradients_kernel[grid](
-        call.k, near_key, call.decay, totals, terms, dnear_key, lasts, dk, T, *gate, **without_groups(call.heads()),
-        ROWS=LAUNCHES["gate_gradients"][padded(D)].block, **gating, **launch("gate_gradients", call),
+        call.k, near_key, call.decay, totals, terms, dnear_key, lasts, dk, T, *gate,
+        **gating, **by_rows("gate_gradients", call),
     )  # fmt: skip
     gradients.window_gradients_kernel[grid](
         turned_query, turned_key, call.v, *turning, call.mixing, call.first, lse, delta, doutput, dk, dv, T,

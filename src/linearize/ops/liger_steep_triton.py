@@ -10,6 +10,7 @@ from linearize.ops.liger_triton import (
     CHUNK,
     LEVELS,
     LIMIT,
+    NEVER,
     document_mask,
     exp,
     feature,
@@ -26,6 +27,17 @@ from linearize.ops.liger_triton import (
 )
 
 STEP = tl.constexpr(16)  # chunks that one program looks at
+
+
+@triton.jit
+def steep_chunks(totals, pair, chunks, columns, D: tl.constexpr):
+    """The first steep chunk of this program's STEP, and the one after the last; no range if there is none. All are
+    looked at at once, where one after the other each look would wait for memory."""
+    steps = tl.program_id(0) * STEP + tl.arange(0, STEP)
+    inside = (steps < chunks)[:, None] & (columns < D)[None, :]
+    found = tl.load(totals + (pair * chunks + steps)[:, None] * D + columns[None, :], mask=inside, other=0.0)
+    steep = tl.min(found, 1) <= LIMIT
+    return tl.min(tl.where(steep, steps, NEVER)), tl.max(tl.where(steep, steps + 1, 0))
 
 
 # --- decay within a chunk ---
@@ -116,7 +128,8 @@ def add_output_kernel(
     pair, chunks, columns = tl.program_id(1).to(tl.int64), tl.cdiv(T, CHUNK), tl.arange(0, DP)
     batch, head, H = pair // KV, pair % KV, KV * GROUPS
     theirs = (batch * T * KV + head) * D
-    for chunk in range(tl.program_id(0) * STEP, tl.minimum(chunks, (tl.program_id(0) + 1) * STEP)):
+    begin, end = steep_chunks(totals, pair, chunks, columns, D)
+    for chunk in range(begin, end):
         if tl.min(load_total(totals, pair, chunks, chunk, columns, D)) <= LIMIT:
             rows = chunk * CHUNK + tl.arange(0, CHUNK)
             starts = load_first(first + batch * T, rows, T, PACKED)
@@ -143,7 +156,8 @@ def add_gradients_kernel(
     pair, chunks, columns = tl.program_id(1).to(tl.int64), tl.cdiv(T, CHUNK), tl.arange(0, DP)
     batch, head, H = pair // KV, pair % KV, KV * GROUPS
     theirs = (batch * T * KV + head) * D
-    for chunk in range(tl.program_id(0) * STEP, tl.minimum(chunks, (tl.program_id(0) + 1) * STEP)):
+    begin, end = steep_chunks(totals, pair, chunks, columns, D)
+    for chunk in range(begin, end):
         if tl.min(load_total(totals, pair, chunks, chunk, columns, D)) <= LIMIT:
             rows = chunk * CHUNK + tl.arange(0, CHUNK)
             starts = load_first(first + batch * T, rows, T, PACKED)

@@ -4,11 +4,10 @@ A program works on one chunk of 64 tokens of one head. Tensors are contiguous: q
 `[B, T, KV, D]`; states `[B * KV, chunks, D, D]`. In `[C, K]` below, K is D, or 1 where a gate has one decay for each
 head. DP is D rounded up to a power of two. `first` `[B, T]` is the index of the first token of each token's document.
 
-Decay within a chunk. Let b be the log decay up to and with each token, and m half of the chunk's. While a chunk decays
-by no more than LIMIT, it is `mild`: near queries, query · exp(b - m), and near keys, key · exp(m - b), are in range,
-and one product of them is the chunk's scores; the state before the chunk is kept times exp(m), so that near queries
-read it too. In other chunks, near queries are query · exp(b), near keys key decayed to the chunk's end, the state is
-kept as it is, and what a chunk's queries read of its own keys is added by `liger_steep_triton`.
+Decay within a chunk. Let b be the log decay up to and with each token. While a chunk decays by no more than LIMIT, it
+is `mild`: near queries, query · exp(b), and near keys, key · exp(-b), are in range, and one product of them is the
+chunk's scores. In other chunks near keys are keys decayed to the chunk's end, and what a chunk's queries read of its
+own keys is added by `liger_steep_triton`. Near queries read the state before the chunk.
 """
 
 import triton
@@ -20,7 +19,7 @@ SINK_ROWS = tl.constexpr(16)  # the smallest side of a matrix product
 GONE = tl.constexpr(-100.0)  # a log decay that leaves nothing of what rounding does not hide, and has no gradient
 NEVER = tl.constexpr(2**31 - 1)  # later than every token
 LOG2_E = tl.constexpr(1.4426950408889634)
-LIMIT = tl.constexpr(-60.0)  # of a chunk's summed log decay, for one product to serve the whole chunk
+LIMIT = tl.constexpr(-60.0)  # of a chunk's summed log decay, for one product to serve the whole chunk: bf16 has 1e26
 
 
 # --- tiles ---
@@ -118,8 +117,8 @@ def product(x, y, DTYPE: tl.constexpr):
 
 @triton.jit
 def split_product(x, y, DTYPE: tl.constexpr):
-    """x y of a y that may have more digits than DTYPE: in bf16 it is split in two; x is rounded."""
-    if tl.float32 == DTYPE or y.dtype == DTYPE:
+    """x y of a y that has more digits than DTYPE: in bf16 it is split in two; x is rounded."""
+    if tl.float32 == DTYPE:
         z = product(x, y, DTYPE)
     else:
         y = y.to(tl.float32)
@@ -346,7 +345,7 @@ def key_and_gate_backward(
 @triton.jit
 def running_sum(x, DTYPE: tl.constexpr, SCALAR: tl.constexpr, REVERSE: tl.constexpr = False):
     """The sum of x `[rows, K]` up to and with each token, or from it on: of a tile as a product, since a scan that goes
-    across warps has each of them add up what all others have. (Triton cannot scan a tile of width 1.)"""
+    across warps has each of them add up what all others have."""
     if SCALAR:
         sums = tl.cumsum(tl.sum(x, 1), 0, reverse=REVERSE)[:, None]
     else:
@@ -356,43 +355,26 @@ def running_sum(x, DTYPE: tl.constexpr, SCALAR: tl.constexpr, REVERSE: tl.conste
 
 
 @triton.jit
-def rounded(log_g, DTYPE: tl.constexpr, SCALAR: tl.constexpr):
-    """Log decays as every sum of them takes them: with the digits of keys and queries, so that one product adds them
-    up; in fp32, and of whole heads, as they are."""
-    if not SCALAR and tl.float32 != DTYPE:  # by bits, where a conversion takes four times as long
-        bits = (log_g.to(tl.int32, bitcast=True) + 0x8000) >> 16
-        log_g = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return log_g
+def scan(x, SCALAR: tl.constexpr):
+    """The sum of x `[rows, K]` up to and with each row, in a program of one warp, which needs no memory for it."""
+    if SCALAR:  # Triton cannot scan a tile of width 1
+        sums = tl.cumsum(tl.sum(x, 1), 0)[:, None]
+    else:
+        sums = tl.cumsum(x, 0)
+    return sums
 
 
 @triton.jit
-def middle_of(total, SCALAR: tl.constexpr):
-    """What a chunk's decays are relative to, `[1, K]`; 0 in a steep one. `total` `[DP]` as `load_total`."""
-    middle = tl.where(tl.min(total) > LIMIT, 0.5 * total, 0.0)[None, :]
-    return tl.min(middle, 1, keep_dims=True) if SCALAR else middle
-
-
-@triton.jit
-def decay_of_queries(sums, total, SCALAR: tl.constexpr):
-    """What makes near queries of queries `[C, K]`, from the sum of log decays up to and with each token."""
-    return exp(sums - middle_of(total, SCALAR))
-
-
-@triton.jit
-def decay_of_keys(
-    sums, total, k, rows, columns, T, fixed, rate, lower, STRIDE: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr,
-    FEATURE: tl.constexpr, DTYPE: tl.constexpr, SCALAR: tl.constexpr,
+def log_decay_after(
+    k, rows, columns, T, fixed, rate, lower, STRIDE: tl.constexpr, D: tl.constexpr, GATE: tl.constexpr,
+    FEATURE: tl.constexpr,
 ):  # fmt: skip
-    """What makes near keys of keys `[C, K]`; `sums` as in `decay_of_queries`."""
-    if tl.min(total) > LIMIT:
-        for_key = exp(middle_of(total, SCALAR) - sums)
-    else:  # large sums are not subtracted: one -1e4 would swallow its neighbours
-        later = rows + 1
-        x = load_tile(k, later, columns, T, STRIDE, D).to(tl.float32)
-        inside = (later < T) & (later % CHUNK != 0)
-        _, log_after = key_and_gate(x, inside, columns, fixed, rate, lower, D, GATE, FEATURE)
-        for_key = exp(running_sum(rounded(log_after, DTYPE, SCALAR), DTYPE, SCALAR, True))
-    return for_key
+    """Of each token the log decay of the next one in its chunk `[rows, K]`: summed up from the chunk's end, those after
+    each token. (Large sums are not subtracted: one -1e4 would swallow its neighbours.)"""
+    later = rows + 1
+    raw = load_tile(k, later, columns, T, STRIDE, D).to(tl.float32)
+    inside = (later < T) & (later % CHUNK != 0)
+    return key_and_gate(raw, inside, columns, fixed, rate, lower, D, GATE, FEATURE)[1]
 
 
 @triton.jit
@@ -403,7 +385,7 @@ def load_total(totals, pair, chunks, chunk, columns, D: tl.constexpr):
 
 @triton.jit
 def state_factors(total):
-    """Two factors `[DP]` from a chunk's log decay. The state before a chunk is kept as kept = half · S, and after it
-    S = half · (whole · kept + near keysᵀ values)."""
+    """Two factors `[DP]` from a chunk's log decay: the state after it is after · (whole · state before + near keysᵀ
+    values)."""
     mild = tl.min(total) > LIMIT
-    return exp(tl.where(mild, 0.5 * total, 0.0)), exp(tl.where(mild, 0.0, total))
+    return exp(tl.where(mild, 0.0, total)), exp(tl.where(mild, total, 0.0))
