@@ -88,8 +88,8 @@ def candidates(kernel: str, D: int) -> list[Launch]:
         found = [Launch(4, 1), Launch(4, 1, registers=168), Launch(8, 1, registers=128), Launch(8, 1)]
     elif kernel == "group_output":
         found = [Launch(4, 1), Launch(4, 1, registers=168), Launch(8, 1, heads=2), Launch(8, 1, registers=128, heads=2)]
-    elif kernel == "prepare":
-        found = [Launch(4, 1), Launch(8, 1), Launch(8, 1, registers=128), Launch(16, 1)]
+    elif kernel in ("prepare", "gate_gradients"):
+        found = [Launch(1, 1, rows) for rows in (2, 4, 8, 16, 32) if rows * D <= 2048]  # more do not fit into registers
     else:
         loops = kernel.endswith("_gradients") and kernel != "add_gradients"
         found = [Launch(4, 1), Launch(4, 1, registers=168), Launch(8, 1), Launch(8, 1, registers=128)]
@@ -188,6 +188,7 @@ def with_settings(task: Task, launch: Launch) -> Task:
     settings = {
         "BV": launch.block,
         "STAGES": launch.num_stages,
+        "ROWS": launch.block,
         "HEADS": math.gcd(launch.heads, task.told.get("GROUPS", 1)),
     }
     told = task.told | {name: value for name, value in settings.items() if name in task.told}

@@ -116,13 +116,17 @@ def query_gradients_kernel(
         w = tl.load(mixing + head * GROUPS + group)
         weight, used = tl.where(w == 0.0, 1.0, w), tl.where(w == 0.0, 0.0, 1.0)  # the gradient of w is divided by it
         dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
+        if DP <= 64:  # at one time; more channels would not fit into registers
+            near = load_tile(near_query + ours, rows, columns, T, H * D, D)
         # rounded with w, as the keys' gradients have it
         da = tl.where(seen, weight * product(dout, tl.trans(values), DTYPE), 0.0).to(DTYPE)
         if PACKED:  # a document that began here has no state
             dout = tl.where(continues(starts, start)[:, None], dout, 0.0)
         dquery = weight * product(dout, tl.trans(state), DTYPE)
         dquery += product(da, key, DTYPE)
-        paired = load_tile(near_query + ours, rows, columns, T, H * D, D).to(tl.float32) * dquery
+        if DP > 64:
+            near = load_tile(near_query + ours, rows, columns, T, H * D, D)
+        paired = near.to(tl.float32) * dquery
         gain = tl.sum(paired, 1)
         place = dmixing + index * chunks + chunk
         tl.store(place, tl.load(place) + tl.sum(gain, 0) / weight)
@@ -141,7 +145,8 @@ def gradients_of_state(
 ):  # fmt: skip
     """The gradients of near keys and values from that of the state after their chunk; and, `[1, K]`, of the gate of the
     chunk's last token."""
-    dstate = load_state(dstates, place, columns, D)
+    dstate, state = load_state(dstates, place, columns, D), load_state(states, place, columns, D)
+    last = tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
     written, writes, whole = key, values, state_factors(total)[0]
     if PACKED:  # what the chunk's last token still sees
         last_first = load_last_first(first, start, T, PACKED)
@@ -150,9 +155,7 @@ def gradients_of_state(
         written, writes = tl.where(ends, key, 0.0), tl.where(ends, values, 0.0)
     dvalues = product(written, dstate, DTYPE)
     dkey = product(writes, tl.trans(dstate), DTYPE)
-    state = load_state(states, place, columns, D)
-    last = tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1) * whole
-    last = (last + tl.sum(key.to(tl.float32) * dkey, 0))[None, :]
+    last = (last * whole + tl.sum(key.to(tl.float32) * dkey, 0))[None, :]
     if SCALAR:
         last = tl.sum(last, 1, keep_dims=True)
     return dkey, dvalues, last

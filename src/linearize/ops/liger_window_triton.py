@@ -80,6 +80,44 @@ def turned(x, partner, rows, columns, cos, sin, T, R: tl.constexpr):
 
 
 @triton.jit
+def turned_parts(x, partner, rows, columns, cos, sin, T, R: tl.constexpr, HALVES: tl.constexpr):
+    """A tile after RoPE, of `load_parts`: both halves of the channels if HALVES, else the tile, twice."""
+    if HALVES:
+        c, s = load_rope_half(cos, sin, rows, T, R)
+        dtype = x.dtype
+        left, right = x.to(tl.float32), partner.to(tl.float32)
+        x, partner = (left * c - right * s).to(dtype), (right * c + left * s).to(dtype)
+    else:
+        x = turned(x, partner, rows, columns, cos, sin, T, R)
+        partner = x
+    return x, partner
+
+
+@triton.jit
+def product_of_parts(x, x_right, y, y_right, HALVES: tl.constexpr, DTYPE: tl.constexpr):
+    """x yᵀ of `turned_parts`: of two halves the sum, for which nothing has to be put together."""
+    z = product(x, tl.trans(y), DTYPE)
+    if HALVES:
+        z = tl.dot(x_right.to(DTYPE), tl.trans(y_right.to(DTYPE)), z, input_precision="tf32x3")
+    return z
+
+
+@triton.jit
+def store_turned_back(
+    base, rows, columns, dx, dx_right, cos, sin, T, STRIDE: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    HALVES: tl.constexpr,
+):  # fmt: skip
+    """Store a gradient, of a tile after RoPE in parts, as that before it."""
+    if HALVES:
+        c, s = load_rope_half(cos, sin, rows, T, R)
+        half = tl.arange(0, R // 2)
+        store_tile(base, rows, half, dx * c + dx_right * s, T, STRIDE, D)
+        store_tile(base + R // 2, rows, half, dx_right * c - dx * s, T, STRIDE, D)
+    else:
+        store_tile(base, rows, columns, rotate_back(dx, rows, columns, cos, sin, T, R), T, STRIDE, D)
+
+
+@triton.jit
 def load_turned(base, rows, columns, cos, sin, T, STRIDE: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
     """`load_tile`, after RoPE."""
     x, partner = load_parts(base, rows, columns, T, STRIDE, D, R)
@@ -218,38 +256,60 @@ def window_query_gradients_kernel(
     starts = load_first(first, rows, T, PACKED)
     w = tl.load(mixing + query_head)
     share = (1.0 - w) * scale
-    norm = tl.load(lse + index * T + rows, mask=rows < T, other=0.0)[:, None]
-    query = load_turned(q + ours, rows, columns, cos, sin, T, H * D, D, 0 if TURNED else R)
+    HALVES: tl.constexpr = R == DP and DP >= 32 and not TURNED  # 16 channels are the least of a product
+    TURNS: tl.constexpr = 0 if TURNED else R
+    key, key_right = load_parts(k + theirs, rows, columns, T, KV * D, D, TURNS)
+    old, old_right = load_parts(k + theirs, before, columns, T, KV * D, D, TURNS)
     dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
-
-    key = load_turned(k + theirs, rows, columns, cos, sin, T, KV * D, D, 0 if TURNED else R)
-    key_before = load_turned(k + theirs, before, columns, cos, sin, T, KV * D, D, 0 if TURNED else R)
-    own, past = product(query, tl.trans(key), DTYPE) * scale, product(query, tl.trans(key_before), DTYPE) * scale
+    if DP <= 64:  # at one time; with more channels there is not the shared memory for two programs
+        values = load_tile(v + theirs, rows, columns, T, KV * D, D)
+        values_before = load_tile(v + theirs, before, columns, T, KV * D, D)
+    query, query_right = load_parts(q + ours, rows, columns, T, H * D, D, TURNS)  # it is waited for first
+    query, query_right = turned_parts(query, query_right, rows, columns, cos, sin, T, TURNS, HALVES)
+    key, key_right = turned_parts(key, key_right, rows, columns, cos, sin, T, TURNS, HALVES)
+    old, old_right = turned_parts(old, old_right, before, columns, cos, sin, T, TURNS, HALVES)
+    norm = tl.load(lse + index * T + rows, mask=rows < T, other=0.0)[:, None]
+    own = product_of_parts(query, query_right, key, key_right, HALVES, DTYPE) * scale
+    past = product_of_parts(query, query_right, old, old_right, HALVES, DTYPE) * scale
     own = exp(tl.where(window_mask(rows, rows, starts, W), own, -float("inf")) - norm)
     past = exp(tl.where(window_mask(rows, before, starts, W), past, -float("inf")) - norm)
-    down = product(dout, tl.trans(load_tile(v + theirs, rows, columns, T, KV * D, D)), DTYPE)
-    dpast = product(dout, tl.trans(load_tile(v + theirs, before, columns, T, KV * D, D)), DTYPE)
+    if DP > 64:
+        values = load_tile(v + theirs, rows, columns, T, KV * D, D)
+    down = product(dout, tl.trans(values), DTYPE)
+    if DP > 64:
+        values_before = load_tile(v + theirs, before, columns, T, KV * D, D)
+    dpast = product(dout, tl.trans(values_before), DTYPE)
     read = tl.sum(own * down, 1) + tl.sum(past * dpast, 1)
     if SINKS > 0:
         chunk_first = load_one_first(first, start, PACKED)
         sinks = sink_rows(chunk_first, SINKS)
-        sink_key = load_turned(k + theirs, sinks, columns, cos, sin, T, KV * D, D, 0 if TURNED else R)
-        far = product(query, tl.trans(sink_key), DTYPE) * scale
+        sink, sink_right = load_parts(k + theirs, sinks, columns, T, KV * D, D, TURNS)
+        sink, sink_right = turned_parts(sink, sink_right, sinks, columns, cos, sin, T, TURNS, HALVES)
+        far = product_of_parts(query, query_right, sink, sink_right, HALVES, DTYPE) * scale
         far = exp(tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf")) - norm)
         dfar = product(dout, tl.trans(load_tile(v + theirs, sinks, columns, T, KV * D, D)), DTYPE)
         read += tl.sum(far * dfar, 1)
     tl.store(delta + index * T + rows, read, mask=rows < T)
     tl.store(dmixing + index * chunks + chunk, -tl.sum(tl.where(rows < T, read, 0.0), 0))
-    dquery = product(share * own * (down - read[:, None]), key, DTYPE)
-    dquery += product(share * past * (dpast - read[:, None]), key_before, DTYPE)
+    down = (share * own * (down - read[:, None])).to(DTYPE)
+    dpast = (share * past * (dpast - read[:, None])).to(DTYPE)
+    dquery = product(down, key, DTYPE) + product(dpast, old, DTYPE)
+    dquery_right = dquery
+    if HALVES:
+        dquery_right = product(down, key_right, DTYPE) + product(dpast, old_right, DTYPE)
     if SINKS > 0:
-        dfar = share * far * (dfar - read[:, None])
-        dquery += product(dfar, sink_key, DTYPE)
+        dfar = (share * far * (dfar - read[:, None])).to(DTYPE)
         at = (index * chunks + chunk) * SINKS * D
-        store_by_sink(dsink_key + at, dfar, query, columns, SINKS, D, DTYPE)
+        dquery += product(dfar, sink, DTYPE)
+        if HALVES:
+            dquery_right += product(dfar, sink_right, DTYPE)
+            half = tl.arange(0, DP // 2)
+            store_by_sink(dsink_key + at, dfar, query, half, SINKS, D, DTYPE)
+            store_by_sink(dsink_key + at + DP // 2, dfar, query_right, half, SINKS, D, DTYPE)
+        else:
+            store_by_sink(dsink_key + at, dfar, query, columns, SINKS, D, DTYPE)
         store_by_sink(dsink_values + at, (1.0 - w) * far, dout, columns, SINKS, D, DTYPE)
-    dquery = rotate_back(dquery, rows, columns, cos, sin, T, R)
-    store_tile(dq + ours, rows, columns, dquery, T, H * D, D)
+    store_turned_back(dq + ours, rows, columns, dquery, dquery_right, cos, sin, T, H * D, D, R, HALVES)
 
 
 @triton.jit(do_not_specialize=["T", "rope_stride"])
@@ -326,24 +386,30 @@ def window_key_gradients_kernel(
     rows, columns = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
     cos += batch * rope_stride * R
     sin += batch * rope_stride * R
-    key = load_turned(k + theirs, rows, columns, cos, sin, T, KV * D, D, R)
+    HALVES: tl.constexpr = R == DP and DP >= 32
+    key, key_right = load_parts(k + theirs, rows, columns, T, KV * D, D, R)
     values = load_tile(v + theirs, rows, columns, T, KV * D, D)
-    dkey, dvalues = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
+    key, key_right = turned_parts(key, key_right, rows, columns, cos, sin, T, R, HALVES)
+    dkey, dvalues = tl.zeros(key.shape, tl.float32), tl.zeros([CHUNK, DP], tl.float32)
+    dkey_right = dkey
     for n in range(((W + CHUNK - 2) // CHUNK + 1) * GROUPS):
         query_head, times = head * GROUPS + n % GROUPS, rows + n // GROUPS * CHUNK
         ours, sums = (batch * T * H + query_head) * D, (batch * H + query_head) * T + times
-        query = load_turned(q + ours, times, columns, cos, sin, T, H * D, D, R)
         dout = load_tile(doutput + ours, times, columns, T, H * D, D)
+        query, query_right = load_parts(q + ours, times, columns, T, H * D, D, R)
+        query, query_right = turned_parts(query, query_right, times, columns, cos, sin, T, R, HALVES)
         norm = tl.load(lse + sums, mask=times < T, other=0.0)
         read = tl.load(delta + sums, mask=times < T, other=0.0)
         share = 1.0 - tl.load(mixing + query_head)
         starts, age = load_first(first + batch * T, times, T, PACKED), times[None, :] - rows[:, None]
         seen = (age >= 0) & (age < W) & (rows[:, None] >= starts[None, :])  # [key, query]
-        p = product(key, tl.trans(query), DTYPE) * scale
+        p = product_of_parts(key, key_right, query, query_right, HALVES, DTYPE) * scale
         p = share * exp(tl.where(seen, p, -float("inf")) - norm[None, :])
         dp = product(values, tl.trans(dout), DTYPE)
         dvalues += product(p, dout, DTYPE)
-        dkey += product(p * (dp - read[None, :]), query, DTYPE)
-    dkey = rotate_back(scale * dkey, rows, columns, cos, sin, T, R)
-    store_tile(dk + theirs, rows, columns, dkey, T, KV * D, D)
+        dp = (scale * p * (dp - read[None, :])).to(DTYPE)
+        dkey += product(dp, query, DTYPE)
+        if HALVES:
+            dkey_right += product(dp, query_right, DTYPE)
+    store_turned_back(dk + theirs, rows, columns, dkey, dkey_right, cos, sin, T, KV * D, D, R, HALVES)
     store_tile(dv + theirs, rows, columns, dvalues, T, KV * D, D)
