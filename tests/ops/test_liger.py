@@ -57,6 +57,18 @@ def test_any_decay(gate, spread):
 
 
 @needs_interpreter
+@pytest.mark.parametrize("total", [-59.0, -61.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 7e-3)], ids=str)
+def test_decays_on_both_sides_of_the_limit(dtype, tolerance, total):
+    """Where a chunk may decay by e^60, keys of as much are added up; where by more, each is decayed to the end."""
+    given, kept = inputs(130, D=32), torch.tensor(total / 64).exp()
+    given[1] = 0.1 * torch.randn_like(given[1]) + 4.0
+    given[1][..., ::3] = (kept / (1 - kept)).log()  # σ⁻¹: some channels decay so, the others hardly
+    fixed = settings("gla", D=32, temperature=1.0)
+    assert_is_the_equation(given, fixed, rope(130, 32), None, fused, dtype, tolerance)
+
+
+@needs_interpreter
 @pytest.mark.parametrize(("spread", "temperature"), [(20.0, 1.0), (400.0, 16.0), (1e3, 1.0)])
 def test_any_decay_of_hgrn2(spread, temperature):
     """In the first layer, where keys round to 1. Of still larger keys hardly one has a gradient."""
