@@ -53,8 +53,10 @@ def assert_is_the_equation(
     operator=fused,
     dtype: torch.dtype = torch.float32,
     tolerance: float = 1e-5,
+    size: float = 1.0,
 ) -> None:
-    """The gradient of a mixing weight, a sum over all tokens, may be next to nothing: it is judged by what it sums."""
+    """With gradients of the results of that size. The gradient of a mixing weight, a sum over all tokens, may be next
+    to nothing: it is judged by what it sums."""
     given = [*(x.to(dtype) for x in given[:3]), *given[3:]]
     decay = -torch.rand(given[1].shape[2])
     move = (lambda x: None if x is None else x.to(DEVICE)) if operator is fused else (lambda x: x)
@@ -66,7 +68,7 @@ def assert_is_the_equation(
     results = operator(*ours[:4], fixed, moved, ours[4], move(first), move(decay))
     expected = reference(*truth[:4], fixed, angles, truth[4], first, decay)
     # gradients as they arrive, in the results' dtype
-    weights = [torch.randn_like(x).to(y.dtype).double() for x, y in zip(expected, results, strict=True)]
+    weights = [(size * torch.randn_like(x)).to(y.dtype).double() for x, y in zip(expected, results, strict=True)]
     assert results[0].dtype == dtype
     assert results[1].dtype == torch.float32
     for result, other in zip((*results, *alone), expected * 2, strict=True):

@@ -30,17 +30,20 @@ _cast = interpreter.InterpreterBuilder.cast_impl
 
 
 def _rounded(self: Any, x: Any, dtype: Any) -> Any:
-    """To bf16 as GPUs round; the interpreter cuts off."""
-    if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
-        return _cast(self, x, dtype)
-    bits = torch.from_numpy(np.array(x.data)).bfloat16().view(torch.uint16).numpy()
-    return interpreter.TensorHandle(bits, dtype.scalar)
+    """To bf16 as GPUs round, and back; the interpreter cuts off, and changes the smallest numbers."""
+    if (x.dtype.scalar, dtype.scalar) == (tl.float32, tl.bfloat16):
+        bits = torch.from_numpy(np.array(x.data)).bfloat16().view(torch.uint16).numpy()
+        return interpreter.TensorHandle(bits, dtype.scalar)
+    if (x.dtype.scalar, dtype.scalar) == (tl.bfloat16, tl.float32):
+        bits = np.array(x.data).astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), dtype.scalar)
+    return _cast(self, x, dtype)
 
 
 def _by_value(self: Any, a: Any, b: Any, sums: Any, *_: Any) -> Any:
     """Products, summed in float64 and rounded once: in what order a machine's BLAS adds shows in fp32, and of bf16 the
     interpreter multiplies the bits, as if they were whole numbers."""
-    a, b = (_cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+    a, b = (_rounded(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
     product = np.matmul(a.data, b.data, dtype=np.float64).astype(sums.data.dtype)
     return interpreter.TensorHandle(product + sums.data, sums.dtype.scalar)
 

@@ -58,14 +58,16 @@ def test_any_decay(gate, spread):
 
 @needs_interpreter
 @pytest.mark.parametrize("total", [-59.0, -61.0])
+@pytest.mark.parametrize("size", [1.0, 1e-9])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 7e-3)], ids=str)
-def test_decays_on_both_sides_of_the_limit(dtype, tolerance, total):
-    """Where a chunk may decay by e^60, keys of as much are added up; where by more, each is decayed to the end."""
+def test_decays_on_both_sides_of_the_limit(dtype, tolerance, size, total):
+    """Where a chunk may decay by e^60, keys grow by as much and their gradients, however small, shrink; where by more,
+    each is decayed to the end."""
     given, kept = inputs(130, D=32), torch.tensor(total / 64).exp()
     given[1] = 0.1 * torch.randn_like(given[1]) + 4.0
     given[1][..., ::3] = (kept / (1 - kept)).log()  # σ⁻¹: some channels decay so, the others hardly
     fixed = settings("gla", D=32, temperature=1.0)
-    assert_is_the_equation(given, fixed, rope(130, 32), None, fused, dtype, tolerance)
+    assert_is_the_equation(given, fixed, rope(130, 32), None, fused, dtype, tolerance, size)
 
 
 @needs_interpreter
@@ -268,6 +270,14 @@ def test_window_alone_by_heads(T, monkeypatch):
 @pytest.mark.parametrize("rotary", [64, 80])
 def test_window_alone_of_large_heads(rotary):
     assert_is_the_window(inputs(130, D=80, groups=2), settings("none"), rope(130, rotary))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("fixed", [{}, {"sinks": 16, "window": 30}, {"sinks": 0, "window": 129}], ids=str)
+def test_window_alone_of_heads_that_are_rotated_whole(fixed):
+    """Both halves of the channels apart, as `turned_parts` has them."""
+    first = None if "window" in fixed else documents(130, [20, 23, 100], [64])
+    assert_is_the_window(inputs(130, B=2, groups=2, D=32), settings("none", D=32, **fixed), rope(130, 32), first)
 
 
 @needs_interpreter

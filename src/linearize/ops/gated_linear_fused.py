@@ -40,7 +40,7 @@ def operator(
     told = without_groups(call.heads())
     with torch.cuda.device_of(q):  # kernels run on the current device; backward, autograd sees to it
         kernels.given_kernel[(call.chunks, call.pairs)](
-            x, log_g, near_x, totals, for_reading, q.shape[1], SCALAR=call.scalar, **told, **launch("prepare", call)
+            x, log_g, near_x, totals, for_reading, q.shape[1], SCALAR=call.scalar, **told, **launch("given", call)
         )
         inputs, kernel = (near_x, y, call.first, totals), liger_forward_triton.states_kernel
         states, final = pass_over_states(call, "states", kernel, inputs, state, told)

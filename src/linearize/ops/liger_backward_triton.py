@@ -1,8 +1,9 @@
 """Backward kernels of Liger Attention; shapes and names as in `liger_triton`.
 
 The gradients of the states, from the last chunk to the first; then for every chunk at once the gradients of its
-queries, from the recurrence, beside those from the window, which `liger_window_triton` leaves; and those of its keys
-and values, first from the recurrence, then from the window. Kernels that do both need more tiles at once.
+queries, from the recurrence, beside those from the window, which `liger_window_triton` leaves; those of its near keys
+and values, from the recurrence; of these, those of keys and gates; and, beside them, those from the window. Kernels
+that do several of these need more tiles at once.
 
 The gate's gradient is a sum over the chunk of query · dquery - key · dkey, in which most terms cancel: it is taken of
 the operands exactly as rounded for the matrix products, in fp32, so that they do. The first term is summed where the

@@ -67,6 +67,7 @@ def prepare_kernel(
     whole = tl.sum(tl.broadcast_to(total, [1, DP]), 0)
     tl.store(totals + (pair * tl.num_programs(0) + chunk) * D + columns, whole, mask=columns < D)
     if tl.min(whole) <= LIMIT:  # keys decayed to the chunk's end
+        tl.debug_barrier()  # other threads have written the same places
         after = tl.zeros_like(total)
         for n in range(CHUNK // ROWS):
             rows = (chunk + 1) * CHUNK - 1 - n * ROWS - tl.arange(0, ROWS)  # the last token first

@@ -66,6 +66,8 @@ LAUNCHES: dict[str, dict[int, Launch]] = {
     "delta_key_gradients": {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)},
 }
 # with gates that are given
+LAUNCHES["given"] = {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1, registers=128)}
+LAUNCHES["given"][128] = LAUNCHES["given"][64]
 LAUNCHES["read"] = {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)}
 # two stages are a tenth faster at 128 and do not fit into 99 KB of shared memory
 LAUNCHES["read_gradients"] = {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1), 128: Launch(4, 1)}
@@ -138,7 +140,7 @@ class Call(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What `prepare_kernel` makes of keys."""
+    """What `prepare_kernel` makes of keys; `for_queries` of a decay for each channel is rounded as operands are."""
 
     near_key: Tensor
     turned_key: Tensor

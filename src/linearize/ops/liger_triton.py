@@ -19,7 +19,9 @@ SINK_ROWS = tl.constexpr(16)  # the smallest side of a matrix product
 GONE = tl.constexpr(-100.0)  # a log decay that leaves nothing of what rounding does not hide, and has no gradient
 NEVER = tl.constexpr(2**31 - 1)  # later than every token
 LOG2_E = tl.constexpr(1.4426950408889634)
-LIMIT = tl.constexpr(-60.0)  # of a chunk's summed log decay, for one product to serve the whole chunk: bf16 has 1e26
+# of a chunk's summed log decay, for one product to serve the whole chunk: keys grow by up to e^60 = 1e26, their
+# gradients shrink by as much, and bf16 has 1e±38
+LIMIT = tl.constexpr(-60.0)
 
 
 # --- tiles ---
@@ -309,7 +311,7 @@ def key_and_gate_backward(
     k, dkey, paired, dlog_g, columns, rate, lower, D: tl.constexpr, GATE: tl.constexpr, FEATURE: tl.constexpr
 ):
     """The gradient of the key projection; `paired` is key · dkey, as in `feature_backward`. That of a log decay that is
-    GONE is none, whatever rounding has left in a sum. (As low as that, log σ(x) is x.)"""
+    GONE is none, whatever rounding has left in a sum. (So low, at temperatures of 1 and more, log σ(x) is x.)"""
     if GATE == "gla":
         slope = tl.where(k * rate > GONE, sigmoid(-k) * rate, 0.0)
         dk = feature_backward(k, dkey, paired, columns, D, FEATURE) + dlog_g * slope
