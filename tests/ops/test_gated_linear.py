@@ -91,6 +91,28 @@ def test_decays_from_nothing_to_all_in_one_sequence():
     assert_is_the_equation(given)
 
 
+@pytest.mark.parametrize("starts", [[], [30, 64, 100]], ids=str)
+@pytest.mark.parametrize(
+    ("each", "lowest"), [(-29 / 64, 0), (-31 / 64, 0), (-1e-3, -1.9), (-1e-3, -2.1), (-0.2, -18.0)]
+)
+def test_decays_on_both_sides_of_the_limits(each, lowest, starts):
+    """One product for a chunk, or merges, by the chunk's sum and by its steepest decay; a chunk of each in a batch."""
+    given = inputs(200, decay=each)
+    given[3][:, 70, :, ::3] += lowest
+    given[3][1, :64] *= 40
+    assert_is_the_equation(given, documents(200, starts).expand(2, -1))
+
+
+@pytest.mark.parametrize(("decay", "forms"), [(-0.4, ["_at_once"]), (-0.5, ["_by_merges"])])
+def test_mild_chunks_are_read_at_once(monkeypatch, decay, forms):
+    called = []
+    for form in ("_at_once", "_by_merges"):
+        original = getattr(module, form)
+        monkeypatch.setattr(module, form, lambda *x, c=form, f=original, **told: (called.append(c), f(*x, **told))[1])
+    chunked(*inputs(64, decay=decay))
+    assert called == forms
+
+
 @pytest.mark.parametrize("splits", [[1], [64], [63, 64, 65], [7, 100], [129]], ids=str)
 def test_any_split_gives_the_same(splits):
     *given, state = inputs(130)

@@ -9,10 +9,17 @@ nothing is repeated for them.
 """
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from linearize.ops.dispatch import MOST, kernel_dtype, warn_once, why_no_kernel
+
+# for one product to serve a whole chunk in fp32: of its summed log decay, which keys are multiplied by the inverse of,
+LIMIT = -30.0
+# and of each token's, since its gradient is what a token's own read, which does not decay, leaves when it cancels
+STEEPEST = -2.0
+PART = 32  # chunks at a time on a CPU, so that what is made of them stays in its cache
 
 Output = tuple[Float[Tensor, "B T H V"], Float[Tensor, "B KV K V"]]
 
@@ -173,7 +180,7 @@ def with_bonus(
     dtype = kernel_dtype(v)
     with torch.autocast(q.device.type, enabled=False):
         q_, k_, v_, log_g_ = (x.float() for x in (q, k, v, log_g))
-        late_k, late_v, late_g = (torch.nn.functional.pad(x, (0, 0, 0, 0, 1, -1)) for x in (k_, v_, log_g_))
+        late_k, late_v, late_g = (F.pad(x, (0, 0, 0, 0, 1, -1)) for x in (k_, v_, log_g_))
         if document is not None:  # a document begins with an empty state: the token before it is of another one
             same = document == torch.cat([document[:, :1], document[:, :-1]], dim=1)
             late_k = late_k * same[:, :, None, None]
@@ -210,42 +217,103 @@ def reference_with_bonus(
 def _chunked(
     q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, state: Tensor, document: Tensor | None, chunk: int, by_value: bool
 ) -> tuple[Tensor, Tensor]:
-    """`chunked`, or `chunked_by_value`."""
+    """`chunked`, or `chunked_by_value`. Below, N is B * KV, M all chunks, C a chunk's tokens, G a group's heads."""
     B, T, H, _ = q.shape
     KV, V = k.shape[2], v.shape[3]
     while chunk // 2 >= T:
         chunk //= 2
     pad = -T % chunk
 
-    def heads_first(x: Tensor) -> Tensor:  # [B, T, KV*G, D] -> [B*KV, T + pad, G, D]; a padded token changes nothing
+    def chunks(x: Tensor) -> Tensor:  # [B, T, KV*G, D] -> [N, chunks, C, G, D]; a padded token changes nothing
         x = x.float().unflatten(2, (KV, -1)).transpose(1, 2).flatten(0, 1)
-        return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, pad)) if pad else x.contiguous()
+        return F.pad(x, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, chunk))
 
-    q_, k_, v_, g_ = heads_first(q), heads_first(k)[:, :, 0], heads_first(v)[:, :, 0], heads_first(log_g)[:, :, 0]
+    q_, k_, v_, g_ = chunks(q), *(chunks(x)[:, :, :, 0] for x in (k, v, log_g))
+    packed: tuple[Tensor, ...] = ()
     if document is not None:
         document = torch.cat([document, document[:, -1:].expand(-1, pad)], dim=1).repeat_interleave(KV, dim=0)
-
-    output, to_query, to_end = _within_chunks(q_, k_, v_, g_, document, chunk, by_value)
-    from_start = to_query.exp()[:, :, None]
-    if by_value:
-        v_ = v_ * to_end.exp()
-    else:
-        q_, k_ = q_ * from_start, k_ * to_end.exp()
-    carried, state = _between_chunks(k_, v_, to_query, state.flatten(0, 1), document, chunk, by_value)
-    q_ = q_.unflatten(1, (-1, chunk))
-    if document is not None:  # the carried state belongs to the document of the token before the chunk
-        q_ = q_ * continues(document, chunk)[..., None, None]
-    read = (q_.flatten(2, 3) @ carried).view_as(output)
-    output = output + (read * from_start if by_value else read)
-    output = output[:, :T].unflatten(0, (B, KV)).transpose(1, 2).reshape(B, T, H, V)
+        packed = document.unflatten(1, (-1, chunk)), continues(document, chunk)
+    before, state = _between_chunks(k_, v_, g_, state.flatten(0, 1), packed, by_value)
+    output = _read(*(x.flatten(0, 1) for x in (q_, k_, v_, g_, before, *packed)), by_value=by_value)
+    output = output.view(B, KV, T + pad, -1, V)[:, :, :T].transpose(1, 2).reshape(B, T, H, V)
     return output.to(q.dtype), state.unflatten(0, (B, KV))
 
 
-def _within_chunks(
-    q: Tensor, k: Tensor, v: Tensor, log_g: Tensor, document: Tensor | None, chunk: int, by_value: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What each token reads from its own chunk `[N, T, G, V]`, and two sums of log_g `[N, T, K]` in the chunk: up to
-    and with the token, and after it."""
+def _between_chunks(
+    k: Tensor, v: Tensor, log_g: Tensor, state: Tensor, packed: tuple[Tensor, ...], by_value: bool
+) -> tuple[Tensor, Tensor]:
+    """The state before every chunk `[N, chunks, K, V]` and the one after the last `[N, K, V]`."""
+    # what decays a token after it, summed up from the chunk's end: nothing is subtracted
+    to_end = F.pad(log_g, (0, 0, -1, 1)).flip(2).cumsum(2).flip(2).exp()
+    decay = log_g.sum(2).exp()
+    k, v = (k, v * to_end) if by_value else (k * to_end, v)
+    if packed:
+        number, reaches = packed
+        k = k * (number == number[:, :, -1:])[..., None]
+        decay = decay * reaches[:, :, -1:]
+    written, decay = k.mT @ v, decay.unsqueeze(-2 if by_value else -1)
+    states = []
+    for n in range(k.shape[1]):
+        states.append(state)
+        state = decay[:, n] * state + written[:, n]
+    return torch.stack(states, dim=1), state
+
+
+def _read(*inputs: Tensor, by_value: bool) -> Tensor:
+    """What tokens read from their own chunk and from the state before it `[M, C, G, V]`; inputs as `_at_once` has."""
+    if inputs[0].device.type != "cpu":  # another device would have to be waited for
+        return _by_merges(*inputs, by_value=by_value)
+    reads = []
+    for part in zip(*(x.split(PART) for x in inputs), strict=True):
+        log_g = part[3]
+        mild = ((log_g.sum(1) > LIMIT) & (log_g.amin(1) > STEEPEST)).all()
+        reads.append((_at_once if mild else _by_merges)(*part, by_value=by_value))
+    return torch.cat(reads)
+
+
+def _at_once(
+    q: Float[Tensor, "M C G K"],
+    k: Float[Tensor, "M C K"],
+    v: Float[Tensor, "M C V"],
+    log_g: Float[Tensor, "M C #K"] | Float[Tensor, "M C #V"],
+    before: Float[Tensor, "M K V"],
+    number: Int[Tensor, "M C"] | None = None,
+    reaches: Bool[Tensor, "M C"] | None = None,
+    by_value: bool = False,
+) -> Float[Tensor, "M C G V"]:
+    """In mild chunks: queries decay from the chunk's beginning on, keys by the inverse, and one product has all scores.
+
+    `before` is the state before the chunk; of packed documents, `number` says each token's, and `reaches` whether
+    the state is of the same one."""
+    chunk, groups = q.shape[1:3]
+    to_query = log_g.cumsum(1)
+    decay = to_query.exp()[:, :, None]
+    if by_value:
+        v = v * (-to_query).exp()
+    else:
+        q, k = q * decay, k * (-to_query).exp()
+    unseen = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)[:, None]
+    if number is not None:
+        unseen = unseen | (number[:, :, None, None] != number[:, None, None])
+    scores = (q.flatten(1, 2) @ k.mT).unflatten(1, (chunk, groups)).masked_fill_(unseen, 0.0).flatten(1, 2)
+    if reaches is not None:
+        q = q * reaches[:, :, None, None]
+    output = torch.baddbmm(q.flatten(1, 2) @ before, scores, v).unflatten(1, (chunk, groups))
+    return output * decay if by_value else output
+
+
+def _by_merges(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor,
+    before: Tensor,
+    number: Tensor | None = None,
+    reaches: Tensor | None = None,
+    by_value: bool = False,
+) -> Tensor:
+    """As `_at_once`, whatever decays: blocks merge pairwise, as `chunked` says."""
+    chunk, groups = q.shape[1:3]
     output = (q * k[:, :, None]).sum(-1, keepdim=True) * v[:, :, None]
     to_query, to_end = log_g, torch.zeros_like(log_g)
     size = 1
@@ -260,8 +328,8 @@ def _within_chunks(
         else:
             right_q, left_k = right_q * from_boundary, left_k * to_boundary
         scores = (right_q.flatten(2, 3) @ left_k.mT).unflatten(2, (size, -1))
-        if document is not None:
-            left, right = document.unflatten(1, pairs).unbind(2)
+        if number is not None:
+            left, right = number.unflatten(1, pairs).unbind(2)
             scores = scores * (right[:, :, :, None, None] == left[:, :, None, None, :])
         read = (scores.flatten(2, 3) @ left_v).unflatten(2, (size, -1))
         if by_value:
@@ -271,26 +339,11 @@ def _within_chunks(
         to_query = torch.stack([left_to_query, right_to_query + left_to_query[:, :, -1:]], dim=2).flatten(1, 3)
         to_end = torch.stack([left_to_end + right_to_query[:, :, -1:], right_to_end], dim=2).flatten(1, 3)
         size *= 2
-    return output, to_query, to_end
-
-
-def _between_chunks(
-    k: Tensor, v: Tensor, to_query: Tensor, state: Tensor, document: Tensor | None, chunk: int, by_value: bool
-) -> tuple[Tensor, Tensor]:
-    """The state before every chunk `[N, T/chunk, K, V]` and the one after the last `[N, K, V]`; `k` (or, by value,
-    `v`) decayed to its chunk's end."""
-    k, v = k.unflatten(1, (-1, chunk)), v.unflatten(1, (-1, chunk))
-    decay = to_query.unflatten(1, (-1, chunk))[:, :, -1].exp()
-    if document is not None:
-        last = document.unflatten(1, (-1, chunk))
-        k = k * (last == last[:, :, -1:])[..., None]
-        decay = decay * continues(document, chunk)[:, :, -1:]
-    written, decay = k.mT @ v, decay.unsqueeze(-2 if by_value else -1)
-    states = []
-    for n in range(k.shape[1]):
-        states.append(state)
-        state = decay[:, n] * state + written[:, n]
-    return torch.stack(states, dim=1), state
+    decay = to_query.exp()[:, :, None]
+    if reaches is not None:
+        q = q * reaches[:, :, None, None]
+    read = ((q if by_value else q * decay).flatten(1, 2) @ before).unflatten(1, (chunk, groups))
+    return output + (read * decay if by_value else read)
 
 
 def continues(document: Tensor, chunk: int) -> Tensor:
