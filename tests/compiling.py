@@ -3,17 +3,23 @@
     python tests/compiling.py 90 64 RECIPE [KEY=VALUE ...]      # as `--set mixer.KEY=VALUE`
 
 For a compute capability (90 is an H100) and a head size. Nothing runs: what kernels are to write stays as it was
-allocated. Prints the names of the kernels; fails where one takes more shared memory than there is. The interpreter,
-which has other tests run kernels, takes more than the compiler does.
+allocated. Prints the names of the kernels; fails where one takes more shared memory than there is, or keeps far more
+than its registers hold. The interpreter, which has other tests run kernels, takes more than the compiler does.
 """
 
+import re
+import subprocess
 import sys
+import tempfile
+from functools import cache
+from pathlib import Path
 from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -25,6 +31,7 @@ from linearize.ops import (
     dispatch,
     gated_delta,
     gated_linear,
+    liger_window,
     maps,
     products_triton,
     slots,
@@ -34,7 +41,19 @@ from linearize.ops import (
 from linearize.train.distill import distill_loss
 
 SHARED = {80: 166_912, 89: 101_376, 90: 232_448}  # bytes of a program, by compute capability
+SPILLED = 7_000  # bytes of a thread in memory; `delta_query_gradients` keeps 6,184, of heads of 128 before Hopper
 LENGTH, DOCUMENTS = 256, 2
+
+
+@cache
+def spilled(cubin: bytes) -> int:
+    """Bytes of a thread that did not fit into its registers, as the compiled program says."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "program.cubin")
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return max(int(found) for found in re.findall(r"STACK:(\d+)", usage))
 
 
 def main(capability: str, size: str, name: str, *given: str) -> None:
@@ -57,6 +76,8 @@ def main(capability: str, size: str, name: str, *given: str) -> None:
         takes, there = program.metadata.shared, SHARED[int(capability)]
         if self.fn is not step_triton.step_kernel.fn:  # there `ops.step` goes on without
             assert takes <= there, f"{self.fn.__name__} takes {takes:,} of {there:,} bytes of shared memory"
+        kept = spilled(program.asm["cubin"])
+        assert kept <= SPILLED, f"{self.fn.__name__} keeps {kept:,} bytes of a thread in memory"
         return program
 
     driver.set_active(Target(GPUTarget("cuda", int(capability), 32)))
@@ -65,6 +86,7 @@ def main(capability: str, size: str, name: str, *given: str) -> None:
             patched.enter_context(patch.object(module, "kernel_dtype", lambda x: x.dtype))
         patched.enter_context(patch.object(JITFunction, "run", compile_only))
         patched.enter_context(patch.object(dispatch, "no_device", lambda x: None))
+        patched.enter_context(patch.object(liger_window, "from_hopper_on", lambda x: int(capability) >= 90))
         ids, positions = torch.randint(0, 1024, (1, LENGTH)), torch.arange(LENGTH)[None] % (LENGTH // DOCUMENTS)
         batch = {"input_ids": ids, "position_ids": positions, "targets": ids}
         distill_loss(student, teacher, batch, documents=DOCUMENTS).backward()

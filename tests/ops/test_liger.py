@@ -273,9 +273,11 @@ def test_window_alone_of_large_heads(rotary):
 
 
 @needs_interpreter
+@pytest.mark.parametrize("halves", [True, False])
 @pytest.mark.parametrize("fixed", [{}, {"sinks": 16, "window": 30}, {"sinks": 0, "window": 129}], ids=str)
-def test_window_alone_of_heads_that_are_rotated_whole(fixed):
-    """Both halves of the channels apart, as `turned_parts` has them."""
+def test_window_alone_of_heads_that_are_rotated_whole(fixed, halves, monkeypatch):
+    """Both halves of the channels apart, as `turned_parts` has them, or together."""
+    monkeypatch.setattr("linearize.ops.liger_window.from_hopper_on", lambda x: halves)
     first = None if "window" in fixed else documents(130, [20, 23, 100], [64])
     assert_is_the_window(inputs(130, B=2, groups=2, D=32), settings("none", D=32, **fixed), rope(130, 32), first)
 

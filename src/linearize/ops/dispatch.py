@@ -34,14 +34,19 @@ def _too_little(device: torch.device) -> str | None:
     return None
 
 
+def from_hopper_on(x: Tensor) -> bool:
+    """Whether x is on an NVIDIA GPU of compute capability 9.0 or more."""
+    if not x.is_cuda or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
 def can_overlap(x: Tensor) -> bool:
     """Whether kernels of a decoding step may begin before the one ahead of them has ended (programmatic dependent
     launch): until they wait for it, they fetch what it does not write. Attention does, beside a product or the kernel
     of many sequences' inputs, which leave bandwidth to its window and state; products do if their settings say
     `ahead`."""
-    if not x.is_cuda or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return from_hopper_on(x)
 
 
 def kernel_dtype(x: Tensor) -> torch.dtype | None:

@@ -279,7 +279,8 @@ def _at_once(
     before: Float[Tensor, "M K V"],
     number: Int[Tensor, "M C"] | None = None,
     reaches: Bool[Tensor, "M C"] | None = None,
-    by_value: bool = False,
+    *,
+    by_value: bool,
 ) -> Float[Tensor, "M C G V"]:
     """In mild chunks: queries decay from the chunk's beginning on, keys by the inverse, and one product has all scores.
 
@@ -310,7 +311,8 @@ def _by_merges(
     before: Tensor,
     number: Tensor | None = None,
     reaches: Tensor | None = None,
-    by_value: bool = False,
+    *,
+    by_value: bool,
 ) -> Tensor:
     """As `_at_once`, whatever decays: blocks merge pairwise, as `chunked` says."""
     chunk, groups = q.shape[1:3]

@@ -326,8 +326,8 @@ def backward(call: Call, made_before: Sequence[Tensor], doutput: Tensor, dfinal:
     dstates, dinitial = pass_over_states(call, "state_gradients", kernel, inputs, dfinal, call.heads())
     windows.window_query_gradients_kernel[(call.chunks, B * H)](
         turned_query, turned_key, call.v, *turning, call.mixing, call.first, lse, doutput, dq, delta, dmixing, *sinks,
-        T, call.rope_stride, call.scale, R=call.rotary, W=call.window, SINKS=call.sinks, TURNED=True, **told,
-        **launch("window_query_gradients", call),
+        T, call.rope_stride, call.scale, R=call.rotary, W=call.window, SINKS=call.sinks, TURNED=True, HALVES=False,
+        **told, **launch("window_query_gradients", call),
     )  # fmt: skip
     gradients.query_gradients_kernel[grid](
         call.q, call.k, near_query, near_key, call.v, call.mixing, call.first, call.decay, totals, states, doutput, dq,

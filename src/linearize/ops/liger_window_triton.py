@@ -239,11 +239,11 @@ def long_window_kernel(
 def window_query_gradients_kernel(
     q, k, v, cos, sin, mixing, first, lse, doutput, dq, delta, dmixing, dsink_key, dsink_values, T, rope_stride, scale,
     KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    SINKS: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, TURNED: tl.constexpr,
+    SINKS: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, TURNED: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a chunk's queries of one head; besides, for each query doutput · window, `delta` `[B, H, T]`,
     and what the chunk adds to the gradients of the mixing weights, `dmixing` `[B, H, chunks]`, and of the sinks, after
-    RoPE, `[B, H, chunks, SINKS, D]`. If TURNED, q and k are given after RoPE."""
+    RoPE, `[B, H, chunks, SINKS, D]`. If TURNED, q and k are given after RoPE; of HALVES, see `turned_parts`."""
     chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
     index = tl.program_id(1).to(tl.int64)  # of a query head among all sequences
     batch, query_head = index // H, index % H
@@ -256,7 +256,6 @@ def window_query_gradients_kernel(
     starts = load_first(first, rows, T, PACKED)
     w = tl.load(mixing + query_head)
     share = (1.0 - w) * scale
-    HALVES: tl.constexpr = R == DP and DP >= 32 and not TURNED  # 16 channels are the least of a product
     TURNS: tl.constexpr = 0 if TURNED else R
     key, key_right = load_parts(k + theirs, rows, columns, T, KV * D, D, TURNS)
     old, old_right = load_parts(k + theirs, before, columns, T, KV * D, D, TURNS)
@@ -375,7 +374,7 @@ def long_window_query_gradients_kernel(
 def window_key_gradients_kernel(
     q, k, v, cos, sin, mixing, first, lse, delta, doutput, dk, dv, T, rope_stride, scale,
     KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    PACKED: tl.constexpr, DTYPE: tl.constexpr,
+    PACKED: tl.constexpr, DTYPE: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a chunk's keys and values, from the window of its queries and those of the chunks after it that
     see it; not of sinks."""
@@ -386,7 +385,6 @@ def window_key_gradients_kernel(
     rows, columns = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
     cos += batch * rope_stride * R
     sin += batch * rope_stride * R
-    HALVES: tl.constexpr = R == DP and DP >= 32
     key, key_right = load_parts(k + theirs, rows, columns, T, KV * D, D, R)
     values = load_tile(v + theirs, rows, columns, T, KV * D, D)
     key, key_right = turned_parts(key, key_right, rows, columns, cos, sin, T, R, HALVES)
