@@ -11,9 +11,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
