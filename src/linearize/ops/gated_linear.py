@@ -140,7 +140,8 @@ def chunked(
     Inside a chunk, blocks merge pairwise: 1 + 1 tokens, 2 + 2, 4 + 4 ... At each merge a query of the right block
     sees the keys of the left one through `exp(log_g summed from the boundary to the query)` times `exp(log_g summed
     from the key to the boundary)`. Both exponents are at most 0 whatever the gates are, and both sums grow with the
-    blocks, so nothing overflows, nothing is clamped and no large sums are subtracted.
+    blocks, so nothing overflows, nothing is clamped and no large sums are subtracted. On a CPU, chunks that decay by
+    little are read by one product in place of these merges.
     """
     return _chunked(q, k, v, log_g, state, document, chunk, by_value=False)
 
@@ -156,7 +157,7 @@ def chunked_by_value(
 ) -> Output:
     """As `chunked`, with a decay for each value channel: `S_t = S_{t-1} diag(exp(log_g_t)) + k_tᵀ v_t`.
 
-    The same merges; the two factors are on the values of the left block and on what the right one reads.
+    The same merges, or product; the two factors are on the values of the left block and on what the right one reads.
     """
     return _chunked(q, k, v, log_g, state, document, chunk, by_value=True)
 
