@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from linearize.ops.dispatch import MOST, kernel_dtype, warn_once, why_no_kernel
+from linearize.ops.dispatch import MOST, kernel_dtype, may_look, warn_once, why_no_kernel
 
 # for one product to serve a whole chunk in fp32: of its summed log decay, which keys are multiplied by the inverse of,
 LIMIT = -30.0
@@ -262,7 +262,7 @@ def _between_chunks(
 
 def _read(*inputs: Tensor, by_value: bool) -> Tensor:
     """What tokens read from their own chunk and from the state before it `[M, C, G, V]`; inputs as `_at_once` has."""
-    if inputs[0].device.type != "cpu":  # another device would have to be waited for
+    if not may_look(inputs[0]):
         return _by_merges(*inputs, by_value=by_value)
     reads = []
     for part in zip(*(x.split(PART) for x in inputs), strict=True):
