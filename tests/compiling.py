@@ -31,7 +31,7 @@ from linearize.ops import (
     dispatch,
     gated_delta,
     gated_linear,
-    liger_window,
+    liger_fused,
     maps,
     products_triton,
     slots,
@@ -86,7 +86,7 @@ def main(capability: str, size: str, name: str, *given: str) -> None:
             patched.enter_context(patch.object(module, "kernel_dtype", lambda x: x.dtype))
         patched.enter_context(patch.object(JITFunction, "run", compile_only))
         patched.enter_context(patch.object(dispatch, "no_device", lambda x: None))
-        patched.enter_context(patch.object(liger_window, "from_hopper_on", lambda x: int(capability) >= 90))
+        patched.enter_context(patch.object(liger_fused, "from_hopper_on", lambda x: int(capability) >= 90))
         ids, positions = torch.randint(0, 1024, (1, LENGTH)), torch.arange(LENGTH)[None] % (LENGTH // DOCUMENTS)
         batch = {"input_ids": ids, "position_ids": positions, "targets": ids}
         distill_loss(student, teacher, batch, documents=DOCUMENTS).backward()

@@ -25,7 +25,7 @@ from tiny import assert_close
 from linearize.config import MixerConfig
 from linearize.features import FEATURE_MAPS
 from linearize.gates import pooled
-from linearize.ops import liger
+from linearize.ops import gated_linear, liger
 from linearize.ops.liger import first_tokens, fused, reference, unfused
 from linearize.structures import STRUCTURES
 from linearize.structures.base import Layer
@@ -277,9 +277,26 @@ def test_window_alone_of_large_heads(rotary):
 @pytest.mark.parametrize("fixed", [{}, {"sinks": 16, "window": 30}, {"sinks": 0, "window": 129}], ids=str)
 def test_window_alone_of_heads_that_are_rotated_whole(fixed, halves, monkeypatch):
     """Both halves of the channels apart, as `turned_parts` has them, or together."""
-    monkeypatch.setattr("linearize.ops.liger_window.from_hopper_on", lambda x: halves)
+    monkeypatch.setattr("linearize.ops.liger_fused.from_hopper_on", lambda x: halves)
     first = None if "window" in fixed else documents(130, [20, 23, 100], [64])
     assert_is_the_window(inputs(130, B=2, groups=2, D=32), settings("none", D=32, **fixed), rope(130, 32), first)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("halves", [True, False])
+@pytest.mark.parametrize(
+    ("gate", "fixed"),
+    [("gla", {}), ("mamba2", {"sinks": 16, "window": 30}), ("hgrn2", {"sinks": 0}), ("gla", {"feature_map": "none"})],
+    ids=str,
+)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_heads_that_are_rotated_whole(gate, fixed, groups, halves, monkeypatch):
+    """As above; by heads, and by groups of heads."""
+    monkeypatch.setattr("linearize.ops.liger_fused.from_hopper_on", lambda x: halves)
+    monkeypatch.setattr("linearize.ops.liger_fused.MULTIPROCESSORS", 1)
+    first = documents(130, [20, 23, 100], [64]) if gate == "gla" else None
+    given = inputs(130, B=2, groups=groups, D=32)
+    assert_is_the_equation(given, settings(gate, D=32, **fixed), rope(130, 32), first)
 
 
 @needs_interpreter
@@ -306,6 +323,14 @@ def test_without_a_state_and_with_slices():
     padded = [torch.nn.functional.pad(x, (0, 3))[..., :-3] for x in given[:3]]
     for result, other in zip(fused(*padded, given[3], fixed), expected, strict=True):
         assert_close(result, other)
+
+
+def test_more_chunks_than_a_grid_has(monkeypatch):
+    monkeypatch.setattr("linearize.ops.dispatch.no_device", lambda x: None)
+    for T, reason in ((64 * 65535, None), (64 * 65535 + 1, "no kernel for 4194241 tokens")):
+        q = torch.zeros(1, dtype=torch.bfloat16).expand(1, T, 1, 16)
+        assert liger.why_not_fused(q, q, q, settings(), None, None) == reason
+        assert gated_linear.why_not_fused(q, q, q) == reason
 
 
 @pytest.mark.parametrize("gate", ALL)

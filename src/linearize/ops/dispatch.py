@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)  # what kernels are for; in fp32 they are for the interpreter
-MOST = 65535  # of sequences times heads, which CUDA has no more of in a grid
+MOST = 65535  # of sequences times heads, and of chunks of 64 tokens, which CUDA has no more of in a grid
 
 
 def no_device(x: Tensor) -> str | None:

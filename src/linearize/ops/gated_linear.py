@@ -69,6 +69,7 @@ def why_not_fused(
     unsupported = {
         f"keys of size {K} and values of size {V}": max(K, V) > 128,
         f"{q.numel()} numbers in q": q.numel() >= 2**31,
+        f"{q.shape[1]} tokens": q.shape[1] > 64 * MOST,
         f"{q.shape[0]} sequences of {q.shape[2]} heads": q.shape[0] * q.shape[2] > MOST,
     }
     return why_no_kernel(q, unsupported)

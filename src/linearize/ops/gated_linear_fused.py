@@ -67,10 +67,8 @@ def gradients(
     call = _call(q, x if by_value else y, dfinal, first, log_g)
     written = Written(x, y, log_g, near_x, totals, for_reading, states)
     p, r = (doutput, q) if by_value else (q, doutput)
-    near_p, ones = (
-        decayed(call, written, p),
-        torch.ones(q.shape[2], device=q.device),
-    )  # mixing weights, of which are none
+    near_p = decayed(call, written, p)
+    ones = torch.ones(q.shape[2], device=q.device)  # mixing weights, of which are none
     inputs, kernel = (near_p, r, ones, call.first, totals), liger_backward_triton.state_gradients_kernel
     dstates, dinitial = pass_over_states(call, "state_gradients", kernel, inputs, dfinal, call.heads())
     dq, terms = read_plain(call, written, r, near_p)  # by value, the output once more
@@ -128,9 +126,13 @@ def _empty(call: Call, x: Tensor, log_g: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def decayed(call: Call, written: Written, p: Tensor) -> Tensor:
-    """p `[B, T, H, D]` as it reads."""
-    grouped = p.unflatten(2, (written.x.shape[2], -1)) * written.for_reading[:, :, :, None]
-    return grouped.flatten(2, 3).to(call.dtype)
+    """p `[B, T, H, D]` as it reads, by `near_kernel`."""
+    told = {name: value for name, value in _told(call).items() if name not in ("DTYPE", "PACKED")}
+    near_p = torch.empty_like(p, dtype=call.dtype)
+    kernels.near_kernel[call.grid(written.x.shape[2])](
+        p, written.for_reading, near_p, p.shape[1], **told, **launch("near", call)
+    )
+    return near_p
 
 
 def read(call: Call, written: Written, p: Tensor, near_p: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from linearize.ops.liger_triton import (
     load_tile,
     load_total,
     product,
+    program,
     query_rows,
     running_sum,
     store_gate,
@@ -74,6 +75,22 @@ def given_kernel(
     for_writing = decay_of_writing(sums, total, log_g, batch, head, rows, columns, T, KV, D, DTYPE, SCALAR)
     raw = load_tile(x + at, rows, columns, T, KV * D, D).to(tl.float32)
     store_tile(near_x + at, rows, columns, raw * for_writing, T, KV * D, D)
+
+
+@triton.jit(do_not_specialize=["T"])
+def near_kernel(
+    p, for_reading, near_p, T,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SCALAR: tl.constexpr,
+):  # fmt: skip
+    """`near_p`, p times `for_reading`, of one chunk and all heads of one key/value head."""
+    chunk, _, pair = program()
+    batch, head = pair // KV, pair % KV
+    rows, columns = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
+    decay = load_gate(for_reading, batch, head, rows, columns, T, KV, D, SCALAR)
+    for group in range(GROUPS):
+        ours = ((batch * T * KV + head) * GROUPS + group) * D
+        near = load_tile(p + ours, rows, columns, T, KV * GROUPS * D, D).to(tl.float32) * decay
+        store_tile(near_p + ours, rows, columns, near, T, KV * GROUPS * D, D)
 
 
 @triton.jit(do_not_specialize=["T"])

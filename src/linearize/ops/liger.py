@@ -68,7 +68,7 @@ def why_not_windowed(
         f"{R} rotated channels": R % 2 == 1 or R > D,
         f"{q.dtype}, {k.dtype} and {v.dtype} together": not q.dtype == k.dtype == v.dtype,
         f"{q.dtype}": q.dtype not in HALF,
-        f"{T} tokens": T * H * D >= 2**31,
+        f"{T} tokens": T * H * D >= 2**31 or T > 64 * MOST,
         f"{B} sequences of {H} heads": B * H > MOST,
     }
     return why_no_kernel(q, unsupported)

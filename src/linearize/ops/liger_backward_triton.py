@@ -13,6 +13,7 @@ queries' gradients are at hand, and handed on in fp32.
 import triton
 import triton.language as tl
 
+from linearize.ops.liger_parts_triton import load_parts, product_of_parts, store_parts, turned_back
 from linearize.ops.liger_triton import (
     CHUNK,
     LIMIT,
@@ -29,8 +30,8 @@ from linearize.ops.liger_triton import (
     load_total,
     log_decay_after,
     product,
+    program,
     read_mask,
-    rotate_back,
     running_sum,
     scan,
     state_factors,
@@ -94,9 +95,8 @@ def query_gradients_kernel(
     """To the gradients of a chunk's queries, of all heads of one key/value head, and of the mixing weights,
     `dmixing` `[B, H, chunks]`, those from the recurrence. The sum over these heads of w · near query · its gradient,
     which the gate's gradient takes, goes to `terms` `[B, T, KV, K]`."""
-    chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
-    pair = tl.program_id(1).to(tl.int64)
-    batch, head = pair // KV, pair % KV
+    chunk, chunks, pair = program()
+    batch, head, H = pair // KV, pair % KV, KV * GROUPS
     theirs = (batch * T * KV + head) * D
     start = chunk * CHUNK
     rows, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP)
@@ -170,9 +170,8 @@ def key_gradients_kernel(
 ):  # fmt: skip
     """The gradients of a chunk's near keys, fp32, and values, from its own queries and from the state after it; and of
     the gate of its last token, `lasts` `[B * KV, chunks, K]`, from the state."""
-    chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
-    pair = tl.program_id(1).to(tl.int64)
-    batch, head = pair // KV, pair % KV
+    chunk, chunks, pair = program()
+    batch, head, H = pair // KV, pair % KV, KV * GROUPS
     theirs = (batch * T * KV + head) * D
     start = chunk * CHUNK
     rows, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP)
@@ -213,8 +212,7 @@ def gate_gradients_kernel(
     """The gradients of a chunk's keys, as keys of the recurrence and as the gate, from those of the near keys; `terms`
     as `query_gradients_kernel` leaves them. One warp has ROWS at a time, as in `prepare_kernel`, from the chunk's end,
     where the gate's gradient is `lasts`."""
-    chunk, chunks = tl.program_id(0), tl.num_programs(0)
-    pair = tl.program_id(1).to(tl.int64)
+    chunk, chunks, pair = program()
     batch, head = pair // KV, pair % KV
     theirs, columns = (batch * T * KV + head) * D, tl.arange(0, DP)
     K: tl.constexpr = 1 if SCALAR else D
@@ -245,34 +243,40 @@ def gate_gradients_kernel(
 def window_gradients_kernel(
     turned_query, turned_key, v, cos, sin, mixing, first, lse, delta, doutput, dk, dv, T, rope_stride, scale,
     KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    PACKED: tl.constexpr, DTYPE: tl.constexpr,
+    PACKED: tl.constexpr, DTYPE: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """To the gradients of a chunk's keys and values, those from the window of its queries and the next chunk's."""
-    chunk, H = tl.program_id(0), KV * GROUPS
-    pair = tl.program_id(1).to(tl.int64)
-    batch, head = pair // KV, pair % KV
+    chunk, _, pair = program()
+    batch, head, H = pair // KV, pair % KV, KV * GROUPS
     theirs = (batch * T * KV + head) * D
     rows, columns = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
-    key = load_tile(turned_key + theirs, rows, columns, T, KV * D, D)
+    key, key_right = load_parts(turned_key + theirs, rows, columns, T, KV * D, D, 0, HALVES)
     values = load_tile(v + theirs, rows, columns, T, KV * D, D)
-    dkey, dvalues = tl.zeros([CHUNK, DP], tl.float32), tl.zeros([CHUNK, DP], tl.float32)
+    dkey, dvalues = tl.zeros(key.shape, tl.float32), tl.zeros([CHUNK, DP], tl.float32)
+    dkey_right = dkey
     for n in range(2 * GROUPS):
         query_head, times = head * GROUPS + n // 2, rows + n % 2 * CHUNK
         ours, sums = (batch * T * H + query_head) * D, (batch * H + query_head) * T + times
-        query = load_tile(turned_query + ours, times, columns, T, H * D, D)
+        query, query_right = load_parts(turned_query + ours, times, columns, T, H * D, D, 0, HALVES)
         dout = load_tile(doutput + ours, times, columns, T, H * D, D)
         norm = tl.load(lse + sums, mask=times < T, other=0.0)[:, None]
         read = tl.load(delta + sums, mask=times < T, other=0.0)[:, None]
         share = 1.0 - tl.load(mixing + query_head)
         starts, age = load_first(first + batch * T, times, T, PACKED), times[:, None] - rows[None, :]
         seen = (age >= 0) & (age < W) & (rows[None, :] >= starts[:, None])  # [query, key]
-        p = product(query, tl.trans(key), DTYPE) * scale
+        p = product_of_parts(query, query_right, key, key_right, HALVES, DTYPE) * scale
         p = share * exp(tl.where(seen, p, -float("inf")) - norm)
         dp = product(dout, tl.trans(values), DTYPE)
         dvalues += product(tl.trans(p), dout, DTYPE)
-        dkey += product(tl.trans(p * (dp - read)), query, DTYPE)
-    dkey = rotate_back(scale * dkey, rows, columns, cos + batch * rope_stride * R, sin + batch * rope_stride * R, T, R)
-    dkey += load_tile(dk + theirs, rows, columns, T, KV * D, D).to(tl.float32)
-    store_tile(dk + theirs, rows, columns, dkey, T, KV * D, D)
+        dp = tl.trans(p * (dp - read)).to(DTYPE)
+        dkey += product(dp, query, DTYPE)
+        if HALVES:
+            dkey_right += product(dp, query_right, DTYPE)
+    cos += batch * rope_stride * R
+    sin += batch * rope_stride * R
+    dkey, dkey_right = turned_back(scale * dkey, scale * dkey_right, rows, columns, cos, sin, T, R, HALVES)
+    key, key_right = load_parts(dk + theirs, rows, columns, T, KV * D, D, 0, HALVES)
+    dkey, dkey_right = key.to(tl.float32) + dkey, key_right.to(tl.float32) + dkey_right
+    store_parts(dk + theirs, rows, columns, dkey, dkey_right, T, KV * D, D, HALVES)
     dvalues += load_tile(dv + theirs, rows, columns, T, KV * D, D).to(tl.float32)
     store_tile(dv + theirs, rows, columns, dvalues, T, KV * D, D)

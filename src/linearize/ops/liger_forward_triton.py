@@ -3,6 +3,15 @@
 import triton
 import triton.language as tl
 
+from linearize.ops.liger_parts_triton import (
+    load_parts,
+    load_state_parts,
+    near_halves,
+    product_of_parts,
+    read_state,
+    store_parts,
+    turned_parts,
+)
 from linearize.ops.liger_triton import (
     CHUNK,
     LIMIT,
@@ -16,12 +25,12 @@ from linearize.ops.liger_triton import (
     load_last_first,
     load_one_first,
     load_rope,
-    load_state,
     load_tile,
     load_total,
     log_decay_after,
     partner_of,
     product,
+    program,
     query_rows,
     read_mask,
     rotated,
@@ -46,7 +55,7 @@ def prepare_kernel(
     to make it again for every query head would take more instructions than all else that `output_kernel` does.
 
     One warp has ROWS at a time, so that neither sums over tokens nor over channels wait for other warps."""
-    chunk, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chunk, chunks, pair = program()
     batch, head = pair // KV, pair % KV
     at, columns = (batch * T * KV + head) * D, tl.arange(0, DP)
     cos += batch * rope_stride * R
@@ -65,7 +74,7 @@ def prepare_kernel(
         store_gate(for_queries, batch, head, rows, columns, exp(sums), T, KV, D, SCALAR)
         store_tile(near_key + at, rows, columns, key * exp(-tl.maximum(sums, LIMIT)), T, KV * D, D)
     whole = tl.sum(tl.broadcast_to(total, [1, DP]), 0)
-    tl.store(totals + (pair * tl.num_programs(0) + chunk) * D + columns, whole, mask=columns < D)
+    tl.store(totals + (pair * chunks + chunk) * D + columns, whole, mask=columns < D)
     if tl.min(whole) <= LIMIT:  # keys decayed to the chunk's end
         tl.debug_barrier()  # other threads have written the same places
         after = tl.zeros_like(total)
@@ -145,43 +154,56 @@ def output_kernel(
     near_query, turned_query, lse, T, rope_stride, scale,
     KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     SINKS: tl.constexpr, FEATURE: tl.constexpr, SCALAR: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr,
-    DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """output = w · recurrence + (1 - w) · window, for one chunk of one query head. With KEEP also what the backward
     pass reads: `near_query` of the recurrence, `turned_query`, after RoPE, of the window, and the log-sum-exp of each
     query's window `[B, H, T]`."""
-    chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
-    batch, pair, heads, rows, places = query_rows(chunk, tl.program_id(1), KV, GROUPS, 1)
+    chunk, chunks, index = program()
+    H = KV * GROUPS
+    batch, pair, heads, rows, places = query_rows(chunk, index, KV, GROUPS, 1)
     ours, theirs = batch * T * H * D, (batch * T * KV + pair % KV) * D
     start = chunk * CHUNK
     keys, before, columns = start + tl.arange(0, CHUNK), start - CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
     starts = load_first(first + batch * T, rows, T, PACKED)
     w = tl.load(mixing + heads)[:, None]
+    cos += batch * rope_stride * R
+    sin += batch * rope_stride * R
 
-    x = load_tile(q + ours, places, columns, T * H, D, D).to(tl.float32)
-    for_query = load_gate(for_queries, batch, pair % KV, rows, columns, T, KV, D, SCALAR)
-    read = (feature(x, columns, D, FEATURE) * for_query).to(DTYPE)
-    if KEEP:
-        store_tile(near_query + ours, places, columns, read, T * H, D, D)
+    key, key_right = load_parts(near_key + theirs, keys, columns, T, KV * D, D, 0, HALVES)
     total = load_total(totals, pair, chunks, chunk, columns, D)
-    key = load_tile(near_key + theirs, keys, columns, T, KV * D, D)
-    within = tl.where(read_mask(rows, keys, starts, total), w * product(read, tl.trans(key), DTYPE), 0.0)
-
-    query = load_tile(q + ours, places, columns, T * H, D, D)
-    if R > 0:
-        c, s = load_rope(cos + batch * rope_stride * R, sin + batch * rope_stride * R, rows, columns, T, R)
-        query = rotated(query, load_tile(q + ours, places, partner_of(columns, R), T * H, D, D), c, s).to(DTYPE)
-        if KEEP:
-            store_tile(turned_query + ours, places, columns, query, T * H, D, D)
-    own = product(query, tl.trans(load_tile(turned_key + theirs, keys, columns, T, KV * D, D)), DTYPE)
-    past = product(query, tl.trans(load_tile(turned_key + theirs, before, columns, T, KV * D, D)), DTYPE)
+    if HALVES:
+        x, right = load_parts(q + ours, places, columns, T * H, D, D, R, HALVES)
+        read, read_right = near_halves(x, right, for_queries, batch, pair % KV, rows, T, KV, D, FEATURE, SCALAR, DTYPE)
+        query, query_right = turned_parts(x, right, rows, columns, cos, sin, T, R, HALVES)
+    else:
+        x = load_tile(q + ours, places, columns, T * H, D, D).to(tl.float32)
+        for_query = load_gate(for_queries, batch, pair % KV, rows, columns, T, KV, D, SCALAR)
+        read = (feature(x, columns, D, FEATURE) * for_query).to(DTYPE)
+        query = load_tile(q + ours, places, columns, T * H, D, D)
+        if R > 0:
+            c, s = load_rope(cos, sin, rows, columns, T, R)
+            partner = load_tile(q + ours, places, partner_of(columns, R), T * H, D, D)
+            query = rotated(query, partner, c, s).to(DTYPE)
+        read_right, query_right = read, query
+    if KEEP:
+        store_parts(near_query + ours, places, columns, read, read_right, T * H, D, D, HALVES)
+        if R > 0:
+            store_parts(turned_query + ours, places, columns, query, query_right, T * H, D, D, HALVES)
+    within = product_of_parts(read, read_right, key, key_right, HALVES, DTYPE)
+    within = tl.where(read_mask(rows, keys, starts, total), w * within, 0.0)
+    key, key_right = load_parts(turned_key + theirs, keys, columns, T, KV * D, D, 0, HALVES)
+    own = product_of_parts(query, query_right, key, key_right, HALVES, DTYPE)
+    key, key_right = load_parts(turned_key + theirs, before, columns, T, KV * D, D, 0, HALVES)
+    past = product_of_parts(query, query_right, key, key_right, HALVES, DTYPE)
     own = tl.where(window_mask(rows, keys, starts, W), own, -float("inf"))
     past = tl.where(window_mask(rows, before, starts, W), past, -float("inf"))
     largest = tl.maximum(tl.max(own, 1), tl.max(past, 1))
     if SINKS > 0:
         chunk_first = load_one_first(first + batch * T, start, PACKED)
         sinks = sink_rows(chunk_first, SINKS)
-        far = product(query, tl.trans(load_tile(turned_key + theirs, sinks, columns, T, KV * D, D)), DTYPE)
+        key, key_right = load_parts(turned_key + theirs, sinks, columns, T, KV * D, D, 0, HALVES)
+        far = product_of_parts(query, query_right, key, key_right, HALVES, DTYPE)
         far = tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf"))
         largest = tl.maximum(largest, tl.max(far, 1))
         far = tl.exp2((far - largest[:, None]) * (scale * LOG2_E))
@@ -198,8 +220,10 @@ def output_kernel(
 
     # last, so that nothing but shared memory holds `read`, nor the sum, until now
     if PACKED:  # a document that began here has no state
-        read = tl.where(continues(starts, start)[:, None], read, 0.0)
-    out = w * product(read, load_state(states, pair * chunks + chunk, columns, D), DTYPE)
+        has = continues(starts, start)[:, None]
+        read, read_right = tl.where(has, read, 0.0), tl.where(has, read_right, 0.0)
+    upper, lower = load_state_parts(states + (pair * chunks + chunk) * D * D, columns, D, HALVES)
+    out = w * read_state(read, read_right, upper, lower, HALVES, DTYPE)
     if SINKS > 0:
         out += product(share * far, load_tile(v + theirs, sinks, columns, T, KV * D, D), DTYPE)
     out += product(past, load_tile(v + theirs, before, columns, T, KV * D, D), DTYPE)

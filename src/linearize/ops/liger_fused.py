@@ -16,6 +16,7 @@ from linearize.ops import liger_forward_triton as kernels
 from linearize.ops import liger_group_triton as grouped
 from linearize.ops import liger_steep_triton as steep
 from linearize.ops import liger_window_triton as windows
+from linearize.ops.dispatch import from_hopper_on
 from linearize.ops.liger import Rope, Settings, no_state
 
 CHUNK = 64
@@ -68,6 +69,7 @@ LAUNCHES: dict[str, dict[int, Launch]] = {
 # with gates that are given
 LAUNCHES["given"] = {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1, registers=128)}
 LAUNCHES["given"][128] = LAUNCHES["given"][64]
+LAUNCHES["near"] = {16: Launch(1, 1), 32: Launch(2, 1), 64: Launch(4, 1), 128: Launch(8, 1)}
 LAUNCHES["read"] = {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(4, 1), 128: Launch(8, 1)}
 # two stages are a tenth faster at 128 and do not fit into 99 KB of shared memory
 LAUNCHES["read_gradients"] = {16: Launch(4, 1), 32: Launch(4, 1), 64: Launch(8, 1), 128: Launch(4, 1)}
@@ -134,6 +136,10 @@ class Call(NamedTuple):
         dtype = tl.float32 if self.dtype == torch.float32 else tl.bfloat16
         return {"KV": KV, "GROUPS": self.q.shape[2] // KV, "D": D, "DP": padded(D), "DTYPE": dtype}
 
+    def grid(self, heads: int) -> tuple[int, int, int]:
+        """Of kernels that ask `program` for the chunk and head they have; so many heads, or groups, a sequence."""
+        return heads, self.chunks, self.q.shape[0]
+
     def gating(self) -> dict[str, Any]:
         """How kernels are told what becomes of a key."""
         return {"GATE": self.gate, "FEATURE": self.feature_map, "SCALAR": self.scalar}
@@ -161,6 +167,13 @@ def launch(kernel: str, call: Call) -> dict[str, int]:
         settings = settings._replace(num_stages=1, num_warps=num_warps, registers=0)
     limit = {"maxnreg": settings.registers} if settings.registers else {}
     return {"num_warps": settings.num_warps, "num_stages": settings.num_stages, **limit}
+
+
+def by_halves(call: Call) -> bool:
+    """Whether tiles are in parts (`liger_parts_triton`): where all channels are rotated, or none, and products take
+    operands from shared memory. Older GPUs take them from registers, which would not hold as many."""
+    D = call.q.shape[3]
+    return D == padded(D) >= 32 and call.rotary in (0, D) and from_hopper_on(call.q)  # a product has 16 at least
 
 
 def fills(call: Call) -> bool:
@@ -239,7 +252,7 @@ def prepare(call: Call) -> Operands:
     totals = call.q.new_empty(call.pairs, call.chunks, D, dtype=torch.float32)
     K, dtype = (1, torch.float32) if call.scalar else (D, call.dtype)
     made = Operands(near_key, turned_key, totals, totals.new_empty(*call.k.shape[:3], K, dtype=dtype))
-    kernels.prepare_kernel[(call.chunks, call.pairs)](
+    kernels.prepare_kernel[call.grid(call.k.shape[2])](
         call.k, call.cos, call.sin, call.decay, *made, T, call.rope_stride, call.rate, call.lower, R=call.rotary,
         **call.gating(), **by_rows("prepare", call),
     )  # fmt: skip
@@ -265,9 +278,9 @@ def forward(call: Call, initial: Tensor, keep: bool = True) -> tuple[Tensor, Ten
     }  # fmt: skip
     if heads := heads_at_once(call):
         kernel = grouped.group_output_kernel[(call.chunks, call.pairs)]
-        kernel(*given, HEADS=heads, **told_output, **launch("group_output", call))
+        kernel(*given, HEADS=heads, HALVES=by_halves(call), **told_output, **launch("group_output", call))
     else:
-        kernels.output_kernel[(call.chunks, B * H)](*given, **told_output, **launch("output", call))
+        kernels.output_kernel[call.grid(H)](*given, HALVES=by_halves(call), **told_output, **launch("output", call))
     steep.add_output_kernel[(triton.cdiv(call.chunks, steep.STEP.value), call.pairs)](
         call.q, call.k, call.v, call.mixing, call.first, call.decay, made.totals, output, T, call.rate, call.lower,
         PACKED=call.packed, **told, **call.gating(), **launch("add_output", call),
@@ -298,10 +311,10 @@ def window(call: Call, output: Tensor, lse: Tensor | None = None) -> None:
         "R": call.rotary, "W": call.window, "SINKS": call.sinks, "PACKED": call.packed, "KEEP": lse is not None
     }  # fmt: skip
     if call.window > CHUNK:
-        windows.long_window_kernel[(call.chunks, B * H)](*given, **told, **launch("long_window", call))
+        windows.long_window_kernel[call.grid(H)](*given, **told, **launch("long_window", call))
         return
     heads = H // call.k.shape[2] if fills(call) else 1
-    kernel = windows.window_kernel[(call.chunks, B * H // heads)]
+    kernel = windows.window_kernel[call.grid(H // heads)]
     kernel(*given, TURNS=heads, **told, **launch("window", call))
 
 
@@ -319,15 +332,15 @@ def backward(call: Call, made_before: Sequence[Tensor], doutput: Tensor, dfinal:
     delta, dmixing = torch.empty_like(lse), lse.new_empty(B, H, call.chunks)
     terms = lse.new_empty(*call.k.shape[:3], 1 if call.scalar else D)
     sinks = [lse.new_empty(B, H, call.chunks, call.sinks, D) for _ in range(2)]
-    told, grid = call.heads() | {"PACKED": call.packed}, (call.chunks, call.pairs)
+    told, grid = call.heads() | {"PACKED": call.packed}, call.grid(call.k.shape[2])
     turning, gate, gating = (call.cos, call.sin), (call.rate, call.lower), call.gating()
     inputs = (near_query, doutput, call.mixing, call.first, totals)
     kernel = gradients.state_gradients_kernel
     dstates, dinitial = pass_over_states(call, "state_gradients", kernel, inputs, dfinal, call.heads())
-    windows.window_query_gradients_kernel[(call.chunks, B * H)](
+    windows.window_query_gradients_kernel[call.grid(H)](
         turned_query, turned_key, call.v, *turning, call.mixing, call.first, lse, doutput, dq, delta, dmixing, *sinks,
-        T, call.rope_stride, call.scale, R=call.rotary, W=call.window, SINKS=call.sinks, TURNED=True, HALVES=False,
-        **told, **launch("window_query_gradients", call),
+        T, call.rope_stride, call.scale, R=call.rotary, W=call.window, SINKS=call.sinks, TURNED=True,
+        HALVES=by_halves(call), **told, **launch("window_query_gradients", call),
     )  # fmt: skip
     gradients.query_gradients_kernel[grid](
         call.q, call.k, near_query, near_key, call.v, call.mixing, call.first, call.decay, totals, states, doutput, dq,
@@ -344,7 +357,8 @@ def backward(call: Call, made_before: Sequence[Tensor], doutput: Tensor, dfinal:
     )  # fmt: skip
     gradients.window_gradients_kernel[grid](
         turned_query, turned_key, call.v, *turning, call.mixing, call.first, lse, delta, doutput, dk, dv, T,
-        call.rope_stride, call.scale, R=call.rotary, W=call.window, **told, **launch("window_gradients", call),
+        call.rope_stride, call.scale, R=call.rotary, W=call.window, HALVES=by_halves(call), **told,
+        **launch("window_gradients", call),
     )  # fmt: skip
     steep.add_gradients_kernel[(triton.cdiv(call.chunks, steep.STEP.value), call.pairs)](
         call.q, call.k, call.v, call.mixing, call.first, call.decay, totals, doutput, dq, dk, dv, dmixing, T,

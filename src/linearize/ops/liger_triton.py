@@ -28,6 +28,14 @@ LIMIT = tl.constexpr(-60.0)
 
 
 @triton.jit
+def program():
+    """The chunk that a program has, of how many, and its head, or group of heads, among all sequences. All heads of a
+    chunk come before the next chunk: in memory, which is read by long rows, they are neighbours."""
+    index = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    return tl.program_id(1), tl.num_programs(1), index.to(tl.int64)
+
+
+@triton.jit
 def query_rows(chunk, index, KV: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr):
     """Where the queries of a chunk and of HEADS heads of one key/value head are, one head's rows below the other's:
     their sequence, their key/value head among all sequences, and of each row the head, the token, and the row in a

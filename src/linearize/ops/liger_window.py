@@ -6,17 +6,8 @@ import torch
 from torch import Tensor
 
 from linearize.ops import liger_window_triton as windows
-from linearize.ops.dispatch import from_hopper_on
 from linearize.ops.liger import Rope, Settings
-from linearize.ops.liger_fused import CHUNK, Call, add_sink_gradients, call_of, launch, padded, window
-
-
-def by_halves(call: Call) -> bool:
-    """Whether gradients are those of both halves of the channels apart, which RoPE then turns without putting them
-    together: where products take operands from shared memory. Older GPUs take them from registers, which would not
-    hold as many."""
-    rotated_whole = call.rotary == padded(call.q.shape[3]) >= 32  # 16 channels are the least of a product
-    return rotated_whole and from_hopper_on(call.q)
+from linearize.ops.liger_fused import CHUNK, Call, add_sink_gradients, by_halves, call_of, launch, window
 
 
 def window_gradients(call: Call, lse: Tensor, doutput: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
@@ -31,13 +22,13 @@ def window_gradients(call: Call, lse: Tensor, doutput: Tensor) -> tuple[Tensor, 
     given_to_queries = (*given, doutput, dq, delta, dmixing, *sinks, T, call.rope_stride, call.scale)
     told_queries = told | {"R": call.rotary, "W": call.window, "SINKS": call.sinks}
     if call.window > CHUNK:
-        kernel = windows.long_window_query_gradients_kernel[(call.chunks, B * H)]
+        kernel = windows.long_window_query_gradients_kernel[call.grid(H)]
         kernel(*given_to_queries, **told_queries, **launch("long_window_query_gradients", call))
     else:
-        kernel = windows.window_query_gradients_kernel[(call.chunks, B * H)]
+        kernel = windows.window_query_gradients_kernel[call.grid(H)]
         settings = {"TURNED": False, "HALVES": halves} | launch("window_query_gradients", call)
         kernel(*given_to_queries, **told_queries, **settings)
-    windows.window_key_gradients_kernel[(call.chunks, call.pairs)](
+    windows.window_key_gradients_kernel[call.grid(call.k.shape[2])](
         *given, delta, doutput, dk, dv, T, call.rope_stride, call.scale,
         R=call.rotary, W=call.window, HALVES=halves, **told, **launch("window_key_gradients", call),
     )  # fmt: skip

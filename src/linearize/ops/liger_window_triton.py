@@ -8,120 +8,31 @@ are at work. Of a window of more than a chunk it goes through the keys chunk by 
 import triton
 import triton.language as tl
 
+from linearize.ops.liger_parts_triton import (
+    load_parts,
+    load_turned,
+    product_of_parts,
+    store_parts,
+    turned,
+    turned_back,
+    turned_parts,
+)
 from linearize.ops.liger_triton import (
     CHUNK,
     LOG2_E,
     exp,
     load_first,
     load_one_first,
-    load_rope,
     load_tile,
-    partner_of,
     product,
+    program,
     rotate_back,
-    rotated,
     sink_mask,
     sink_rows,
     store_by_sink,
     store_tile,
     window_mask,
 )
-
-
-@triton.jit
-def load_parts(base, rows, columns, T, STRIDE: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
-    """What `turned` makes a tile of: both halves of the channels, where all are rotated; else the tile and the channels
-    that each is rotated with."""
-    DP: tl.constexpr = columns.shape[0]
-    if R == DP:
-        left = tl.arange(0, DP // 2)
-        x, partner = load_tile(base, rows, left, T, STRIDE, D), load_tile(base + DP // 2, rows, left, T, STRIDE, D)
-    elif R > 0:
-        x = load_tile(base, rows, columns, T, STRIDE, D)
-        partner = load_tile(base, rows, partner_of(columns, R), T, STRIDE, D)
-    else:
-        x = load_tile(base, rows, columns, T, STRIDE, D)
-        partner = x
-    return x, partner
-
-
-@triton.jit
-def whole(x, partner, rows, columns, R: tl.constexpr):
-    """A tile as it is, of `load_parts`."""
-    DP: tl.constexpr = columns.shape[0]
-    if R == DP:
-        x = tl.reshape(tl.permute(tl.join(x, partner), [0, 2, 1]), [rows.shape[0], DP])
-    return x
-
-
-@triton.jit
-def load_rope_half(cos, sin, rows, T, R: tl.constexpr):
-    """Cosine and sine of the first half of the R channels; the other half has the same."""
-    channels = tl.arange(0, R // 2)
-    inside = ((rows >= 0) & (rows < T))[:, None]
-    offsets = rows[:, None] * R + channels[None, :]
-    c, s = tl.load(cos + offsets, mask=inside, other=1.0), tl.load(sin + offsets, mask=inside, other=0.0)
-    return c.to(tl.float32), s.to(tl.float32)
-
-
-@triton.jit
-def turned(x, partner, rows, columns, cos, sin, T, R: tl.constexpr):
-    """A tile after RoPE, of `load_parts`."""
-    dtype = x.dtype
-    DP: tl.constexpr = columns.shape[0]
-    if R == DP:
-        c, s = load_rope_half(cos, sin, rows, T, R)
-        x, partner = x.to(tl.float32), partner.to(tl.float32)
-        x = whole((x * c - partner * s).to(dtype), (partner * c + x * s).to(dtype), rows, columns, R)
-    elif R > 0:
-        c, s = load_rope(cos, sin, rows, columns, T, R)
-        x = rotated(x, partner, c, s).to(dtype)
-    return x
-
-
-@triton.jit
-def turned_parts(x, partner, rows, columns, cos, sin, T, R: tl.constexpr, HALVES: tl.constexpr):
-    """A tile after RoPE, of `load_parts`: both halves of the channels if HALVES, else the tile, twice."""
-    if HALVES:
-        c, s = load_rope_half(cos, sin, rows, T, R)
-        dtype = x.dtype
-        left, right = x.to(tl.float32), partner.to(tl.float32)
-        x, partner = (left * c - right * s).to(dtype), (right * c + left * s).to(dtype)
-    else:
-        x = turned(x, partner, rows, columns, cos, sin, T, R)
-        partner = x
-    return x, partner
-
-
-@triton.jit
-def product_of_parts(x, x_right, y, y_right, HALVES: tl.constexpr, DTYPE: tl.constexpr):
-    """x yᵀ of `turned_parts`: of two halves the sum, for which nothing has to be put together."""
-    z = product(x, tl.trans(y), DTYPE)
-    if HALVES:
-        z = tl.dot(x_right.to(DTYPE), tl.trans(y_right.to(DTYPE)), z, input_precision="tf32x3")
-    return z
-
-
-@triton.jit
-def store_turned_back(
-    base, rows, columns, dx, dx_right, cos, sin, T, STRIDE: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-    HALVES: tl.constexpr,
-):  # fmt: skip
-    """Store a gradient, of a tile after RoPE in parts, as that before it."""
-    if HALVES:
-        c, s = load_rope_half(cos, sin, rows, T, R)
-        half = tl.arange(0, R // 2)
-        store_tile(base, rows, half, dx * c + dx_right * s, T, STRIDE, D)
-        store_tile(base + R // 2, rows, half, dx_right * c - dx * s, T, STRIDE, D)
-    else:
-        store_tile(base, rows, columns, rotate_back(dx, rows, columns, cos, sin, T, R), T, STRIDE, D)
-
-
-@triton.jit
-def load_turned(base, rows, columns, cos, sin, T, STRIDE: tl.constexpr, D: tl.constexpr, R: tl.constexpr):
-    """`load_tile`, after RoPE."""
-    x, partner = load_parts(base, rows, columns, T, STRIDE, D, R)
-    return turned(x, partner, rows, columns, cos, sin, T, R)
 
 
 @triton.jit
@@ -143,8 +54,9 @@ def window_kernel(
 ):  # fmt: skip
     """output = (1 - w) · window, for one chunk and TURNS query heads of one key/value head, one after the other; with
     KEEP, the log-sum-exp of each query's window goes to `lse` `[B, H, T]`."""
-    chunk, H = tl.program_id(0), KV * GROUPS
-    index = tl.program_id(1).to(tl.int64) * TURNS  # of the first query head among all sequences
+    chunk, _, index = program()
+    H = KV * GROUPS
+    index = index * TURNS  # of the first query head among all sequences
     batch, head = index // H, index % H
     theirs = (batch * T * KV + head // GROUPS) * D
     start = chunk * CHUNK
@@ -162,10 +74,10 @@ def window_kernel(
             k + theirs, v + theirs, first, cos, sin, start, columns, T, KV * D, D, R, SINKS, PACKED
         )
     ours = (batch * T * H + head) * D
-    x, partner = load_parts(q + ours, rows, columns, T, H * D, D, R)
+    x, partner = load_parts(q + ours, rows, columns, T, H * D, D, R, False)
     for n in range(TURNS):
         query = turned(x, partner, rows, columns, cos, sin, T, R)
-        x, partner = load_parts(q + ours + tl.minimum(n + 1, TURNS - 1) * D, rows, columns, T, H * D, D, R)
+        x, partner = load_parts(q + ours + tl.minimum(n + 1, TURNS - 1) * D, rows, columns, T, H * D, D, R, False)
         near = product(query, tl.trans(key), DTYPE)
         seen = (keys[None, :] <= rows[:, None]) & (keys[None, :] >= lowest[:, None])
         near = tl.where(seen, near, -float("inf"))
@@ -195,8 +107,8 @@ def long_window_kernel(
 ):  # fmt: skip
     """As `window_kernel`, for one query head and a window of more than a chunk: chunk after chunk of its keys, under a
     running maximum."""
-    chunk, H = tl.program_id(0), KV * GROUPS
-    index = tl.program_id(1).to(tl.int64)  # of a query head among all sequences
+    chunk, _, index = program()
+    H = KV * GROUPS
     batch, head = index // H, index % H
     ours, theirs = (batch * T * H + head) * D, (batch * T * KV + head // GROUPS) * D
     start = chunk * CHUNK
@@ -244,8 +156,8 @@ def window_query_gradients_kernel(
     """The gradient of a chunk's queries of one head; besides, for each query doutput · window, `delta` `[B, H, T]`,
     and what the chunk adds to the gradients of the mixing weights, `dmixing` `[B, H, chunks]`, and of the sinks, after
     RoPE, `[B, H, chunks, SINKS, D]`. If TURNED, q and k are given after RoPE; of HALVES, see `turned_parts`."""
-    chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
-    index = tl.program_id(1).to(tl.int64)  # of a query head among all sequences
+    chunk, chunks, index = program()  # of a query head among all sequences
+    H = KV * GROUPS
     batch, query_head = index // H, index % H
     ours, theirs = (batch * T * H + query_head) * D, (batch * T * KV + query_head // GROUPS) * D
     start = chunk * CHUNK
@@ -257,13 +169,13 @@ def window_query_gradients_kernel(
     w = tl.load(mixing + query_head)
     share = (1.0 - w) * scale
     TURNS: tl.constexpr = 0 if TURNED else R
-    key, key_right = load_parts(k + theirs, rows, columns, T, KV * D, D, TURNS)
-    old, old_right = load_parts(k + theirs, before, columns, T, KV * D, D, TURNS)
+    key, key_right = load_parts(k + theirs, rows, columns, T, KV * D, D, TURNS, HALVES)
+    old, old_right = load_parts(k + theirs, before, columns, T, KV * D, D, TURNS, HALVES)
     dout = load_tile(doutput + ours, rows, columns, T, H * D, D)
     if DP <= 64:  # at one time; with more channels there is not the shared memory for two programs
         values = load_tile(v + theirs, rows, columns, T, KV * D, D)
         values_before = load_tile(v + theirs, before, columns, T, KV * D, D)
-    query, query_right = load_parts(q + ours, rows, columns, T, H * D, D, TURNS)  # it is waited for first
+    query, query_right = load_parts(q + ours, rows, columns, T, H * D, D, TURNS, HALVES)  # it is waited for first
     query, query_right = turned_parts(query, query_right, rows, columns, cos, sin, T, TURNS, HALVES)
     key, key_right = turned_parts(key, key_right, rows, columns, cos, sin, T, TURNS, HALVES)
     old, old_right = turned_parts(old, old_right, before, columns, cos, sin, T, TURNS, HALVES)
@@ -282,7 +194,7 @@ def window_query_gradients_kernel(
     if SINKS > 0:
         chunk_first = load_one_first(first, start, PACKED)
         sinks = sink_rows(chunk_first, SINKS)
-        sink, sink_right = load_parts(k + theirs, sinks, columns, T, KV * D, D, TURNS)
+        sink, sink_right = load_parts(k + theirs, sinks, columns, T, KV * D, D, TURNS, HALVES)
         sink, sink_right = turned_parts(sink, sink_right, sinks, columns, cos, sin, T, TURNS, HALVES)
         far = product_of_parts(query, query_right, sink, sink_right, HALVES, DTYPE) * scale
         far = exp(tl.where(sink_mask(rows, sinks, starts, chunk_first, W), far, -float("inf")) - norm)
@@ -308,7 +220,8 @@ def window_query_gradients_kernel(
         else:
             store_by_sink(dsink_key + at, dfar, query, columns, SINKS, D, DTYPE)
         store_by_sink(dsink_values + at, (1.0 - w) * far, dout, columns, SINKS, D, DTYPE)
-    store_turned_back(dq + ours, rows, columns, dquery, dquery_right, cos, sin, T, H * D, D, R, HALVES)
+    dquery, dquery_right = turned_back(dquery, dquery_right, rows, columns, cos, sin, T, R, HALVES)
+    store_parts(dq + ours, rows, columns, dquery, dquery_right, T, H * D, D, HALVES)
 
 
 @triton.jit(do_not_specialize=["T", "rope_stride"])
@@ -319,8 +232,8 @@ def long_window_query_gradients_kernel(
 ):  # fmt: skip
     """As `window_query_gradients_kernel`, for a window of more than a chunk: once through its keys for what queries
     read, and once for their gradient."""
-    chunk, chunks, H = tl.program_id(0), tl.num_programs(0), KV * GROUPS
-    index = tl.program_id(1).to(tl.int64)  # of a query head among all sequences
+    chunk, chunks, index = program()  # of a query head among all sequences
+    H = KV * GROUPS
     batch, query_head = index // H, index % H
     ours, theirs = (batch * T * H + query_head) * D, (batch * T * KV + query_head // GROUPS) * D
     start = chunk * CHUNK
@@ -378,14 +291,13 @@ def window_key_gradients_kernel(
 ):  # fmt: skip
     """The gradients of a chunk's keys and values, from the window of its queries and those of the chunks after it that
     see it; not of sinks."""
-    chunk, H = tl.program_id(0), KV * GROUPS
-    pair = tl.program_id(1).to(tl.int64)
-    batch, head = pair // KV, pair % KV
+    chunk, _, pair = program()
+    batch, head, H = pair // KV, pair % KV, KV * GROUPS
     theirs = (batch * T * KV + head) * D
     rows, columns = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, DP)
     cos += batch * rope_stride * R
     sin += batch * rope_stride * R
-    key, key_right = load_parts(k + theirs, rows, columns, T, KV * D, D, R)
+    key, key_right = load_parts(k + theirs, rows, columns, T, KV * D, D, R, HALVES)
     values = load_tile(v + theirs, rows, columns, T, KV * D, D)
     key, key_right = turned_parts(key, key_right, rows, columns, cos, sin, T, R, HALVES)
     dkey, dvalues = tl.zeros(key.shape, tl.float32), tl.zeros([CHUNK, DP], tl.float32)
@@ -394,7 +306,7 @@ def window_key_gradients_kernel(
         query_head, times = head * GROUPS + n % GROUPS, rows + n // GROUPS * CHUNK
         ours, sums = (batch * T * H + query_head) * D, (batch * H + query_head) * T + times
         dout = load_tile(doutput + ours, times, columns, T, H * D, D)
-        query, query_right = load_parts(q + ours, times, columns, T, H * D, D, R)
+        query, query_right = load_parts(q + ours, times, columns, T, H * D, D, R, HALVES)
         query, query_right = turned_parts(query, query_right, times, columns, cos, sin, T, R, HALVES)
         norm = tl.load(lse + sums, mask=times < T, other=0.0)
         read = tl.load(delta + sums, mask=times < T, other=0.0)
@@ -409,5 +321,6 @@ def window_key_gradients_kernel(
         dkey += product(dp, query, DTYPE)
         if HALVES:
             dkey_right += product(dp, query_right, DTYPE)
-    store_turned_back(dk + theirs, rows, columns, dkey, dkey_right, cos, sin, T, KV * D, D, R, HALVES)
+    dkey, dkey_right = turned_back(dkey, dkey_right, rows, columns, cos, sin, T, R, HALVES)
+    store_parts(dk + theirs, rows, columns, dkey, dkey_right, T, KV * D, D, HALVES)
     store_tile(dv + theirs, rows, columns, dvalues, T, KV * D, D)
