@@ -16,7 +16,9 @@ pytestmark = [
 
 
 HEADS_OF_64 = ["90", "64"]  # on an H100
-HEADS_OF_128 = ["89", "128"]  # on an RTX 4090 or an L4, which have little shared memory
+# on an RTX 4090 or an L4, which have little shared memory
+HEADS_OF_128 = ["89", "128"]
+WIDE_KEYS = ["89", "64"]  # of four times the channels
 
 
 @pytest.mark.parametrize(
@@ -29,6 +31,7 @@ HEADS_OF_128 = ["89", "128"]  # on an RTX 4090 or an L4, which have little share
         ([*HEADS_OF_64, "liger-paper", "structure=mamba2"], {"prepare_kernel", "product_kernel"}),
         ([*HEADS_OF_64, "liger-paper", "structure=gsa"], {"given_kernel", "read_kernel", "write_gradients_kernel"}),
         ([*HEADS_OF_64, "liger-paper", "structure=gated_deltanet"], {"step_kernel", "delta_query_gradients_kernel"}),
+        ([*WIDE_KEYS, "default"], {"delta_score_gradients_kernel"}),
         ([*HEADS_OF_128, "default", "feature_map=linear", "window=128"], {"long_window_kernel", "attention_kernel"}),
         ([*HEADS_OF_128, "liger-paper"], {"output_kernel", "key_gradients_kernel"}),
         ([*HEADS_OF_128, "liger-paper", "structure=gsa"], {"read_kernel", "read_gradients_kernel"}),

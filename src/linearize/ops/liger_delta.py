@@ -177,15 +177,15 @@ def wide_query_gradients(
     """As `delta_query_gradients_kernel`, of given gates and more than 128 channels of keys."""
     B, T, H, D = call.q.shape
     dscores = made.key.new_empty(B * H, call.chunks, CHUNK, CHUNK)
-    given, told = (call.first, made.log_g, made.states, doutput, dscores), heads(call) | {"GATED": gated(call)}
+    given = call.first, made.log_g, made.states, doutput, dscores
+    told = {name: value for name, value in heads(call).items() if name != "DP"} | {"GATED": gated(call)}
+    score, channel = (LAUNCHES[f"delta_{name}_gradients"][padded(D)].block for name in ("score", "channel"))
     wide.delta_score_gradients_kernel[(call.chunks, call.pairs)](
         call.q, made.key, made.residual, made.solved, *given, dresidual, dsums, T,
-        **told, **fine(call), **launch("delta_score_gradients", call),
+        BLOCK=score, **told, **fine(call), **launch("delta_score_gradients", call),
     )  # fmt: skip
-    block = LAUNCHES["delta_channel_gradients"][padded(D)].block
-    told = {name: value for name, value in told.items() if name != "DP"} | {"BLOCK": block}
-    wide.delta_channel_gradients_kernel[(call.chunks, call.pairs, triton.cdiv(D, block))](
-        call.q, made.key, *given, dq, dread, dkey, T, **told, **launch("delta_channel_gradients", call)
+    wide.delta_channel_gradients_kernel[(call.chunks, call.pairs, triton.cdiv(D, channel))](
+        call.q, made.key, *given, dq, dread, dkey, T, BLOCK=channel, **told, **launch("delta_channel_gradients", call)
     )
 
 

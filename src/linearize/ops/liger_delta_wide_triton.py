@@ -32,7 +32,7 @@ from linearize.ops.liger_triton import (
 @triton.jit(do_not_specialize=["T"])
 def delta_score_gradients_kernel(
     q, key, residual, solved, first, log_g, states, doutput, dscores, dresidual, dsums, T,
-    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    KV: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
     GATED: tl.constexpr, PACKED: tl.constexpr, DTYPE: tl.constexpr, FINE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the products of one chunk's queries with its keys, `dscores` `[B * H, chunks, C, C]`; and, from
@@ -42,30 +42,35 @@ def delta_score_gradients_kernel(
     batch, head = pair // KV, pair % KV
     theirs = batch * T * KV + head
     start = chunk * CHUNK
-    rows, channels, columns = start + tl.arange(0, CHUNK), tl.arange(0, DP), tl.arange(0, VP)
+    rows, columns = start + tl.arange(0, CHUNK), tl.arange(0, VP)
     starts = load_first(first + batch * T, rows, T, PACKED)
     to_query, _ = load_sums(log_g + pair * T, rows, T, GATED)
     between = decay_mask(log_g + pair * T, to_query, rows, T, GATED)
     between = tl.where(document_mask(rows, rows, starts), between, 0.0)
     reaching = reached(exp(to_query), starts, start, PACKED)
-    unit_key = load_tile(key + theirs * D, rows, channels, T, KV * D, D)
     gain = load_tile(residual + theirs * V, rows, columns, T, KV * V, V)
     inverted = load_square(solved, pair * chunks + chunk)
-    state = load_matrix(states, pair * chunks + chunk, channels, columns, D, V)
     dgain, dsum = tl.zeros([CHUNK, VP], tl.float32), tl.zeros([CHUNK], tl.float32)
     for group in tl.range(0, GROUPS, disable_licm=True):  # as in `delta_query_gradients_kernel`
         index = batch * H + head * GROUPS + group
         ours = batch * T * H + head * GROUPS + group
         dout = load_tile(doutput + ours * V, rows, columns, T, H * V, V)
-        query = load_tile(q + ours * D, rows, channels, T, H * D, D)
-        p = (between * product(query, tl.trans(unit_key), DTYPE)).to(FINE)
+        p, read = tl.zeros([CHUNK, CHUNK], tl.float32), tl.zeros([CHUNK, VP], tl.float32)
+        for first_channel in range(0, D, BLOCK):
+            channels = first_channel + tl.arange(0, BLOCK)
+            query = load_tile(q + ours * D, rows, channels, T, H * D, D)
+            p += product(query, tl.trans(load_tile(key + theirs * D, rows, channels, T, KV * D, D)), DTYPE)
+            if GATED:
+                state = load_matrix(states, pair * chunks + chunk, channels, columns, D, V)
+                read += product(query, state, DTYPE)
+        p = (between * p).to(FINE)
         m = product(p, inverted, FINE)
         dgain += product(tl.trans(m.to(DTYPE)), dout, DTYPE)
         dp = split_product(product(dout, tl.trans(gain), DTYPE), tl.trans(inverted), DTYPE)
         if GATED:
             change = p.to(tl.float32) * dp
             dsum += tl.sum(change, 1) - tl.sum(change, 0)
-            dsum += reaching * tl.sum(product(query, state, DTYPE) * dout.to(tl.float32), 1)
+            dsum += reaching * tl.sum(read * dout.to(tl.float32), 1)
         store_square(dscores, index * chunks + chunk, between * dp)
     store_tile(dresidual + theirs * V, rows, columns, dgain, T, KV * V, V)
     if GATED:
