@@ -283,20 +283,20 @@ def test_window_alone_of_heads_that_are_rotated_whole(fixed, halves, monkeypatch
 
 
 @needs_interpreter
-@pytest.mark.parametrize("halves", [True, False])
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize(
     ("gate", "fixed"),
     [("gla", {}), ("mamba2", {"sinks": 16, "window": 30}), ("hgrn2", {"sinks": 0}), ("gla", {"feature_map": "none"})],
     ids=str,
 )
-@pytest.mark.parametrize("groups", [1, 3])
-def test_heads_that_are_rotated_whole(gate, fixed, groups, halves, monkeypatch):
-    """As above; by heads, and by groups of heads."""
-    monkeypatch.setattr("linearize.ops.liger_fused.from_hopper_on", lambda x: halves)
+def test_by_halves(gate, fixed, groups, monkeypatch):
+    """As above, with heads that are rotated whole and, of `mamba2`, not at all; by heads, and by groups of heads."""
+    monkeypatch.setattr("linearize.ops.liger_fused.from_hopper_on", lambda x: True)
     monkeypatch.setattr("linearize.ops.liger_fused.MULTIPROCESSORS", 1)
     first = documents(130, [20, 23, 100], [64]) if gate == "gla" else None
     given = inputs(130, B=2, groups=groups, D=32)
-    assert_is_the_equation(given, settings(gate, D=32, **fixed), rope(130, 32), first)
+    angles = None if gate == "mamba2" else rope(130, 32)
+    assert_is_the_equation(given, settings(gate, D=32, **fixed), angles, first)
 
 
 @needs_interpreter
