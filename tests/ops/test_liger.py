@@ -278,8 +278,8 @@ def test_window_alone_of_large_heads(rotary):
 def test_window_alone_of_heads_that_are_rotated_whole(fixed, halves, monkeypatch):
     """Both halves of the channels apart, as `turned_parts` has them, or together."""
     monkeypatch.setattr("linearize.ops.liger_fused.from_hopper_on", lambda x: halves)
-    first = None if "window" in fixed else documents(130, [20, 23, 100], [64])
-    assert_is_the_window(inputs(130, B=2, groups=2, D=32), settings("none", D=32, **fixed), rope(130, 32), first)
+    first = None if "window" in fixed else documents(130, [20, 23, 100])
+    assert_is_the_window(inputs(130, groups=2, D=32), settings("none", D=32, **fixed), rope(130, 32), first)
 
 
 @needs_interpreter
@@ -293,10 +293,9 @@ def test_by_halves(gate, fixed, groups, monkeypatch):
     """As above, with heads that are rotated whole and, of `mamba2`, not at all; by heads, and by groups of heads."""
     monkeypatch.setattr("linearize.ops.liger_fused.from_hopper_on", lambda x: True)
     monkeypatch.setattr("linearize.ops.liger_fused.MULTIPROCESSORS", 1)
-    first = documents(130, [20, 23, 100], [64]) if gate == "gla" else None
-    given = inputs(130, B=2, groups=groups, D=32)
-    angles = None if gate == "mamba2" else rope(130, 32)
-    assert_is_the_equation(given, settings(gate, D=32, **fixed), angles, first)
+    first = documents(70, [20, 23, 66]) if gate == "gla" else None
+    angles = None if gate == "mamba2" else rope(70, 32)
+    assert_is_the_equation(inputs(70, groups=groups, D=32), settings(gate, D=32, **fixed), angles, first)
 
 
 @needs_interpreter
