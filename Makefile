@@ -18,7 +18,7 @@ test: .venv/installed
 	$(BIN)/pytest -n 2
 
 test-all: test
-	$(BIN)/pytest -n 2 -m slow
+	$(BIN)/pytest -n 2 --dist loadfile -m slow
 
 docs: .venv/installed
 	$(BIN)/python -m benchmarks.documents
