@@ -88,14 +88,6 @@ def load_state(states, place, columns, D: tl.constexpr):
 
 
 @triton.jit
-def store_state(states, place, columns, state, D: tl.constexpr):
-    """As `load_state` reads it."""
-    inside = (columns < D)[:, None] & (columns < D)[None, :]
-    offsets = columns[:, None] * D + columns[None, :]
-    tl.store(states + place * D * D + offsets, state.to(states.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def load_first(first, rows, T, PACKED: tl.constexpr):
     """The first token of each row's document."""
     starts = tl.zeros_like(rows)
